@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Python 3.11 or newer is all they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
+RUN ?= runs/demo/$(STAMP)
+
+.PHONY: demo test format
+
+# Train all three on the bundled emoji, draw 64 candidates for each of four prompts, keep the best 8, judge.
+demo: $(VENV)/demo.installed
+	$(BIN)/python train_vae.py experiment=emoji_demo out=$(RUN)/vae
+	$(BIN)/python train_dalle.py experiment=emoji_demo vae=$(RUN)/vae/vae.safetensors out=$(RUN)/dalle
+	$(BIN)/python train_clip.py experiment=emoji_demo out=$(RUN)/clip
+	$(BIN)/python generate.py experiment=emoji_demo dalle=$(RUN)/dalle/dalle.safetensors \
+		clip=$(RUN)/clip/clip.safetensors out=$(RUN)/pictures
+	$(BIN)/python -m dalle_pytorch.commands.baselines dalle=$(RUN)/dalle/dalle.safetensors \
+		clip=$(RUN)/clip/clip.safetensors ranking=$(RUN)/pictures/ranking.json
+	@echo "open: $(RUN)/pictures/grid.png (ranked samples), $(RUN)/vae/pictures (reconstructions),"
+	@echo "      $(RUN)/dalle/pictures, $(RUN)/clip/pictures; curves: $(BIN)/tensorboard --logdir $(RUN)"
+
+test: $(VENV)/test.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/python -m pytest
+
+format: $(VENV)/test.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/demo.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/test.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/demo.installed

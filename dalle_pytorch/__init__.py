@@ -1,0 +1,23 @@
+"""Train, evaluate and sample DALL·E-style models: a picture codebook, a caption-to-picture transformer, a ranker."""
+
+from dalle_pytorch.checkpoint import load, save
+from dalle_pytorch.compat import CLIP, DALLE, DiscreteVAE
+from dalle_pytorch.generation.generator import Generator, SamplingConfig
+from dalle_pytorch.models.clip import CLIPConfig
+from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+
+__all__ = [
+    "CLIP",
+    "DALLE",
+    "CLIPConfig",
+    "DALLEConfig",
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
+    "Generator",
+    "ImageTokenizer",
+    "SamplingConfig",
+    "load",
+    "save",
+]

@@ -1,0 +1,25 @@
+"""Train a CLIP on image shards: ``train_clip.py data=emoji``."""
+
+from dalle_pytorch import CLIP
+from dalle_pytorch.config import entry
+from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.training.clip import LitCLIP, TrainCLIPConfig
+from dalle_pytorch.training.run import Run
+from dalle_pytorch.training.text import make_tokenizer
+
+
+@entry("train_clip", TrainCLIPConfig)
+def main(config: TrainCLIPConfig) -> None:
+    """Train; the result is <out>/clip.safetensors, which carries the text tokenizer."""
+    run = Run("clip", config)
+    data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
+    tokenizer = make_tokenizer(config.text, data, run)
+    config.model.text_vocab_size = tokenizer.vocab_size
+    data.set_text(tokenizer, config.model.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
+    net = CLIP(config.model)
+    net.text_tokenizer = tokenizer
+    run.fit(LitCLIP(net, config), data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Train a DALLE on image shards and a DiscreteVAE: ``train_dalle.py vae=runs/vae/mine/vae.safetensors``."""
+
+import torch
+
+from dalle_pytorch import DALLE
+from dalle_pytorch.checkpoint import load
+from dalle_pytorch.config import entry
+from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
+from dalle_pytorch.training.run import Run
+from dalle_pytorch.training.text import make_tokenizer
+
+
+@entry("train_dalle", TrainDALLEConfig)
+def main(config: TrainDALLEConfig) -> None:
+    """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
+    run = Run("dalle", config)
+    vae = load(config.vae, kind="vae")
+    data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed)
+    tokenizer = make_tokenizer(config.text, data, run)
+    config.model.text_vocab_size = tokenizer.vocab_size
+    data.set_text(tokenizer, config.model.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
+    net = DALLE(config.model, vae=vae)
+    net.text_tokenizer = tokenizer
+    run.check(net)
+    if config.data.token_crops:
+        data.cache_image_tokens(vae, device="cuda" if torch.cuda.is_available() else "cpu")
+    run.fit(LitDALLE(net, config), data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Train a DiscreteVAE on image shards: ``train_vae.py data=emoji model=base out=runs/vae/mine``."""
+
+from dalle_pytorch import DiscreteVAE
+from dalle_pytorch.config import entry
+from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.training.run import Run
+from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig
+
+
+@entry("train_vae", TrainVAEConfig)
+def main(config: TrainVAEConfig) -> None:
+    """Train; the result is <out>/vae.safetensors."""
+    run = Run("vae", config)
+    data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
+    net = DiscreteVAE(config.model)
+    run.fit(LitVAE(net, config), data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""YAML of generate.py alone: experiments."""

@@ -1,0 +1,1 @@
+"""YAML of train_clip.py alone: models and experiments."""

@@ -1,0 +1,1 @@
+"""YAML of train_dalle.py alone: models and experiments."""

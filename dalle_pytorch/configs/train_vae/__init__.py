@@ -1,0 +1,1 @@
+"""YAML of train_vae.py alone: models and experiments."""

@@ -1,0 +1,1 @@
+"""Data sets: shards, the sources they are packed from, and pictures to tensors."""

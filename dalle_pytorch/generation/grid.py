@@ -1,0 +1,75 @@
+"""Pictures for people: captioned grids and PNG files that carry their settings.
+
+Axes: c channels, H W pixels.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from dalle_pytorch.data.images import to_pil
+
+MARGIN = 6  # pixels around every picture
+LINE = 18  # pixels for a line of text
+
+
+class GridRow(NamedTuple):
+    """A headed row of pictures with a line under each."""
+
+    title: str
+    images: Sequence[Float[Tensor, "c H W"]]
+    """In [0, 1], all of one size."""
+    labels: Sequence[str]
+    """One a picture, or none at all."""
+
+
+def picture_grid(rows: Sequence[GridRow], *, cell: int = 128) -> Image.Image:
+    """Draw rows of pictures on white.
+
+    Args:
+        rows: at least one with at least one picture.
+        cell: side of a drawn picture in pixels; small pictures are enlarged without smoothing.
+
+    Raises:
+        ValueError: nothing to draw, or labels that do not match the pictures.
+    """
+    if not rows or not any(len(row.images) for row in rows):
+        raise ValueError("a grid needs at least one picture")
+    for row in rows:
+        if row.labels and len(row.labels) != len(row.images):
+            raise ValueError(f"row {row.title!r} has {len(row.images)} pictures and {len(row.labels)} labels")
+    font = ImageFont.load_default(13)
+    columns = max(len(row.images) for row in rows)
+    heights = [LINE + cell + 2 * MARGIN + (LINE if row.labels else 0) for row in rows]
+    canvas = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        pen.text((MARGIN, top), row.title, fill="black", font=font)
+        for column, image in enumerate(row.images):
+            left = MARGIN + column * (cell + MARGIN)
+            picture = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left, top + LINE))
+            pen.rectangle((left - 1, top + LINE - 1, left + cell, top + LINE + cell), outline="#dddddd")
+            if row.labels:
+                pen.text((left, top + LINE + cell + 2), row.labels[column], fill="#555555", font=font)
+        top += height
+    return canvas
+
+
+def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+    """Write a PNG with its settings as JSON in the text field ``dalle_pytorch``.
+
+    Raises:
+        FileExistsError: the file is there already.
+    """
+    info = PngInfo()
+    info.add_text("dalle_pytorch", json.dumps(settings, ensure_ascii=True))
+    with path.open("xb") as file:
+        image.save(file, format="PNG", pnginfo=info)

@@ -1,0 +1,221 @@
+"""CLIP: a text and an image tower that agree on matching pairs; ranks the candidates.
+
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2. SigLIP's loss: Zhai et al. 2023,
+https://arxiv.org/abs/2303.15343.
+
+Axes: b batch, n texts, m images, t text tokens, c channels, H W pixels, p patches, e features.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dalle_pytorch.models.transformer import Transformer, TransformerConfig
+from dalle_pytorch.text import TextTokenizer
+
+LOSSES = ("infonce", "siglip")
+MAX_LOGIT_SCALE = math.log(100)  # section 2.5: clipped so that scores are never multiplied by more than 100
+
+
+@dataclass(kw_only=True)
+class CLIPConfig:
+    """Sizes of the two towers."""
+
+    dim_text: int = 512
+    """Width of the text tower."""
+    dim_image: int = 512
+    """Width of the image tower."""
+    dim_latent: int = 512
+    """Width of the shared features."""
+    text_vocab_size: int = 10_000
+    """Text ids, padding (0) included; filled from the text tokenizer in training."""
+    text_len: int = 256
+    """Longest text in tokens."""
+    text_enc_depth: int = 6
+    """Blocks of the text tower."""
+    text_heads: int = 8
+    """Heads of the text tower; each dim_text / text_heads wide."""
+    visual_enc_depth: int = 6
+    """Blocks of the image tower."""
+    visual_heads: int = 8
+    """Heads of the image tower; each dim_image / visual_heads wide."""
+    image_size: int = 256
+    """Side of the square picture in pixels; other sizes are resized."""
+    patch_size: int = 32
+    """Side of a patch in pixels; divides image_size."""
+    channels: int = 3
+    """Picture channels."""
+    dropout: float = 0.0
+    """Dropout in both towers, in [0, 1)."""
+    loss: str = "infonce"
+    """"infonce" (CLIP: softmax over the batch) or "siglip" (each pair on its own; better in small batches)."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
+        for dim, heads in (("dim_text", "text_heads"), ("dim_image", "visual_heads")):
+            if getattr(self, dim) % (2 * getattr(self, heads)):
+                raise ValueError(
+                    f"{dim} ({getattr(self, dim)}) must be an even multiple of {heads} ({getattr(self, heads)})"
+                )
+
+
+class CLIPLoss(NamedTuple):
+    """Loss of a batch of pairs and how often the right partner of the batch wins."""
+
+    loss: Float[Tensor, ""]
+    text_to_image_accuracy: Float[Tensor, ""]
+    image_to_text_accuracy: Float[Tensor, ""]
+
+
+class CLIP(nn.Module):
+    """Two transformers with mean pooling, linear projections and a learned scale.
+
+    Args:
+        config: sizes and loss.
+
+    Source:
+        Radford et al. 2021. Deviation: the towers of DALLE-pytorch (mean pooling, text not causal).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_tokenizer: TextTokenizer | None = None
+        """Turns prompts into text tokens; set by training and load()."""
+        self.text_emb = nn.Embedding(config.text_vocab_size, config.dim_text)
+        self.text_pos = nn.Embedding(config.text_len, config.dim_text)
+        self.text_transformer = Transformer(
+            tower(config.dim_text, config.text_enc_depth, config.text_heads, config.dropout)
+        )
+        self.to_text_latent = nn.Linear(config.dim_text, config.dim_latent, bias=False)
+
+        patches = (config.image_size // config.patch_size) ** 2
+        self.to_patches = nn.Linear(config.channels * config.patch_size**2, config.dim_image)
+        self.image_pos = nn.Embedding(patches, config.dim_image)
+        self.image_transformer = Transformer(
+            tower(config.dim_image, config.visual_enc_depth, config.visual_heads, config.dropout)
+        )
+        self.to_image_latent = nn.Linear(config.dim_image, config.dim_latent, bias=False)
+
+        siglip = config.loss == "siglip"
+        # InfoNCE: temperature 0.07, section 2.5. SigLIP: scale 10 and bias -10, section 3 of its paper.
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(10) if siglip else math.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if siglip else None
+        for embedding, std in ((self.text_emb, 0.02), (self.text_pos, 0.01), (self.image_pos, 0.01)):
+            nn.init.normal_(embedding.weight, std=std)  # as in OpenAI's CLIP, clip/model.py
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """What cosines are multiplied by in the loss, at most 100."""
+        return self.log_logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def encode_text(
+        self, text_tokens: Int[Tensor, "b t"], text_mask: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b e"]:
+        """Unit features of texts.
+
+        Args:
+            text_tokens: ids in [0, text_vocab_size), 0 = padding, at most text_len of them.
+            text_mask: True = read; None = every id but the padding.
+
+        Raises:
+            ValueError: too many tokens, or an id outside the vocabulary; names the numbers.
+        """
+        config = self.config
+        if text_tokens.shape[1] > config.text_len:
+            raise ValueError(f"{text_tokens.shape[1]} text tokens given, the model reads text_len = {config.text_len}")
+        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
+            raise ValueError(
+                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
+                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
+            )
+        mask = text_tokens != 0 if text_mask is None else text_mask
+        # an empty text attends to its first pad: a softmax over nothing has no value
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        mask = mask | (first & ~mask.any(dim=1, keepdim=True))
+        x = self.text_emb(text_tokens) + self.text_pos.weight[: text_tokens.shape[1]]
+        x = self.text_transformer(x, mask=mask[:, None, None, :])
+        pooled = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return F.normalize(self.to_text_latent(pooled).float(), dim=-1)
+
+    def encode_image(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b e"]:
+        """Unit features of pictures in [0, 1], resized to ``image_size`` where they differ.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        config = self.config
+        if images.shape[1] != config.channels:
+            raise ValueError(f"pictures of {images.shape[1]} channels given, the model reads {config.channels}")
+        if tuple(images.shape[2:]) != (config.image_size, config.image_size):
+            size = (config.image_size, config.image_size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+        patch = config.patch_size
+        patches = rearrange(images * 2 - 1, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=patch, p2=patch)
+        x = self.image_transformer(self.to_patches(patches) + self.image_pos.weight)
+        return F.normalize(self.to_image_latent(x.mean(dim=1)).float(), dim=-1)
+
+    def scores(
+        self,
+        text_tokens: Int[Tensor, "n t"],
+        images: Float[Tensor, "m c H W"],
+        text_mask: Bool[Tensor, "n t"] | None = None,
+    ) -> Float[Tensor, "n m"]:
+        """Cosine of every text with every picture, in [-1, 1], without the logit scale."""
+        return self.encode_text(text_tokens, text_mask) @ self.encode_image(images).T
+
+    def loss(
+        self,
+        text_tokens: Int[Tensor, "b t"],
+        images: Float[Tensor, "b c H W"],
+        text_mask: Bool[Tensor, "b t"] | None = None,
+    ) -> CLIPLoss:
+        """Contrastive loss of matching pairs against all other pairs of the batch."""
+        return contrastive_loss(
+            self.encode_text(text_tokens, text_mask), self.encode_image(images), self.logit_scale, self.logit_bias
+        )
+
+
+def contrastive_loss(
+    text: Float[Tensor, "b e"],
+    image: Float[Tensor, "b e"],
+    logit_scale: Float[Tensor, ""],
+    logit_bias: Float[Tensor, ""] | None,
+) -> CLIPLoss:
+    """InfoNCE both ways, or SigLIP's sum over pairs / batch where a bias is given; features have unit length."""
+    logits = logit_scale * text @ image.T
+    target = torch.arange(len(logits), device=logits.device)
+    if logit_bias is None:
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    else:
+        sign = 2 * torch.eye(len(logits), device=logits.device) - 1
+        loss = -F.logsigmoid(sign * (logits + logit_bias)).sum() / len(logits)
+    return CLIPLoss(
+        loss,
+        (logits.argmax(dim=1) == target).float().mean(),
+        (logits.argmax(dim=0) == target).float().mean(),
+    )
+
+
+def tower(dim: int, depth: int, heads: int, dropout: float) -> TransformerConfig:
+    """Shape of one tower."""
+    return TransformerConfig(
+        dim=dim, depth=depth, heads=heads, head_dim=dim // heads, attn_dropout=dropout, ff_dropout=dropout
+    )

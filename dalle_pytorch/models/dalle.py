@@ -1,0 +1,324 @@
+"""DALLE: stage two, one transformer over a caption and the picture tokens that follow it.
+
+Paper: Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 2.2 and appendix B.
+
+The stream is <bos>, ``text_len`` text positions, then the image tokens in raster order; the output at a position
+predicts the next one. Text and image have a head each, so no probability is spent on, and no time spent on, the other's
+vocabulary. A caption shorter than ``text_len`` is filled with a pad of its own for each position (section 2.2).
+
+Axes: b batch, t text_len, n image tokens, s = 1 + t + n stream positions, d width, v text vocabulary, k codebook_size.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dalle_pytorch.models.attention import Cache, pattern_mask, rotary_angles, shift_sources
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
+from dalle_pytorch.models.transformer import Stream, Transformer, TransformerConfig
+from dalle_pytorch.text import TextTokenizer
+
+POSITIONS = ("rotary", "learned", "both")
+
+
+@dataclass(kw_only=True)
+class DALLEConfig(TransformerConfig):
+    """A DALLE apart from its image tokenizer, which says grid and codebook size."""
+
+    text_vocab_size: int = 10_000
+    """Text ids, padding (0) included; filled from the text tokenizer in training."""
+    text_len: int = 256
+    """Text positions after the <bos>."""
+    attn_types: list[str] = field(default_factory=lambda: ["full"])
+    """Attention patterns, cycled over the depth: full, axial_row, axial_col, conv_like."""
+    attn_semantics: str = "paper"
+    """Whose definition of the patterns: "paper" or "dalle_pytorch" (see attention.pattern_mask)."""
+    conv_kernel: int = 11
+    """Kernel of conv_like (the paper: 11; DALLE-pytorch: 5)."""
+    positions: str = "rotary"
+    """"rotary" (relative), "learned" (text + row + column embeddings, the paper's) or "both"."""
+    shift_tokens: bool = True
+    """Feed each sublayer a quarter of the channels from the token above and from the left."""
+    loss_img_weight: float = 7.0
+    """Image loss over text loss; the paper weighs them 7/8 : 1/8."""
+    tie_embeddings: bool = False
+    """Use the input embeddings as output heads."""
+    caption_dropout: float = 0.0
+    """Share of captions replaced by the empty one in training, for guidance; in [0, 1)."""
+    token_dropout: float = 0.0
+    """Share of input image tokens replaced by random ones in training, against overfitting; in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        super().__post_init__()
+        for name in ("text_vocab_size", "text_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.attn_types:
+            raise ValueError("attn_types is empty; name at least one pattern, e.g. [full]")
+        for pattern in self.attn_types:
+            pattern_mask(pattern, 1, 1, semantics=self.attn_semantics, kernel=self.conv_kernel)
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        for name in ("caption_dropout", "token_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.loss_img_weight < 0:
+            raise ValueError(f"loss_img_weight must not be negative, got {self.loss_img_weight}")
+        if self.shift_tokens and self.dim % 4:
+            raise ValueError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
+
+
+class DALLELoss(NamedTuple):
+    """Loss of a batch, nats per token."""
+
+    loss: Float[Tensor, ""]
+    """(text + w * image) / (1 + w), w = config.loss_img_weight."""
+    text: Float[Tensor, ""]
+    """Mean over caption tokens and the pad that ends each caption."""
+    image: Float[Tensor, ""]
+    """Mean over image tokens."""
+
+
+class DALLELogits(NamedTuple):
+    """Scores of the next token. Position i of each predicts token i of its kind: no shift is left to the caller."""
+
+    text: Float[Tensor, "b t v"]
+    """Over the text ids and then the pad of each position."""
+    image: Float[Tensor, "b n k"]
+
+
+class DALLE(nn.Module):
+    """Autoregressive model of captions and pictures.
+
+    Args:
+        config: sizes and options.
+        vae: image tokenizer; kept frozen and in eval mode, and saved along.
+
+    Raises:
+        ValueError: ``vae`` lacks a name of the ImageTokenizer contract.
+
+    Source:
+        Ramesh et al. 2021, section 2.2. Deviations: GEGLU, rotary positions by default, text loss up to the first pad.
+    """
+
+    rotary: Tensor
+    masks: Tensor
+
+    def __init__(self, config: DALLEConfig, vae: nn.Module) -> None:
+        super().__init__()
+        self.config, self.vae = config, as_image_tokenizer(vae)
+        self.text_tokenizer: TextTokenizer | None = None
+        """Turns prompts into text tokens; set by training and load()."""
+        self.vae.requires_grad_(False).eval()
+
+        self.grid_size, self.codebook_size = self.vae.grid_size, self.vae.codebook_size
+        self.num_image_tokens = self.grid_size**2
+        self.text_emb = nn.Embedding(config.text_vocab_size + config.text_len, config.dim)  # ids, then the pads
+        self.image_emb = nn.Embedding(self.codebook_size, config.dim)
+        self.bos = nn.Parameter(torch.zeros(config.dim))
+        if config.positions != "rotary":
+            self.text_pos = nn.Embedding(1 + config.text_len, config.dim)
+            self.row_pos = nn.Embedding(self.grid_size, config.dim)
+            self.col_pos = nn.Embedding(self.grid_size, config.dim)
+        self.transformer = Transformer(config)
+        self.text_head = nn.Linear(config.dim, self.text_emb.num_embeddings, bias=not config.tie_embeddings)
+        self.image_head = nn.Linear(config.dim, self.codebook_size, bias=not config.tie_embeddings)
+        self.init_weights()
+        if config.tie_embeddings:
+            self.text_head.weight, self.image_head.weight = self.text_emb.weight, self.image_emb.weight
+
+        text_length = 1 + config.text_len
+        patterns = list(dict.fromkeys(config.attn_types))
+        masks = [
+            pattern_mask(p, text_length, self.grid_size, semantics=config.attn_semantics, kernel=config.conv_kernel)
+            for p in patterns
+        ]
+        self.mask_of_layer = [
+            patterns.index(config.attn_types[i % len(config.attn_types)]) for i in range(config.depth)
+        ]
+        self.pattern_names = patterns
+        self.register_buffer("masks", torch.stack(masks), persistent=False)
+        self.register_buffer("rotary", rotary_angles(text_length, self.grid_size, config.head_dim), persistent=False)
+        first, second = shift_sources(text_length, self.grid_size)
+        self.register_buffer("shift_first", first, persistent=False)
+        self.register_buffer("shift_second", second, persistent=False)
+
+    def init_weights(self) -> None:
+        """N(0, 0.02) for embeddings and linear layers, residual outputs scaled by 1 / sqrt(2 depth) (GPT-2)."""
+        for name, module in self.named_modules():
+            if name.startswith("vae."):
+                continue
+            if isinstance(module, nn.Linear):
+                std = 0.02 / (2 * self.config.depth) ** 0.5 if name.endswith("to_out") else 0.02
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.bos, std=0.02)
+
+    def train(self, mode: bool = True) -> "DALLE":
+        """Switch the transformer's mode; the image tokenizer stays in eval mode."""
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    def stream(self) -> Stream:
+        """Masks, rotary angles and shift of all positions."""
+        config = self.config
+        return Stream(
+            masks=[None if self.pattern_names[i] == "full" else self.masks[i] for i in self.mask_of_layer],
+            angles=None if config.positions == "learned" else self.rotary,
+            shift=(self.shift_first, self.shift_second) if config.shift_tokens else None,
+            length=1 + config.text_len + self.num_image_tokens,
+        )
+
+    def pad_text(self, text_tokens: Int[Tensor, "b given"]) -> Int[Tensor, "b t"]:
+        """Ids with every 0 replaced by the pad id of its position; shorter captions are filled up. Makes a copy.
+
+        Raises:
+            ValueError: more tokens than ``text_len``, or an id outside the vocabulary; names the numbers.
+        """
+        config, given = self.config, text_tokens.shape[1]
+        if given > config.text_len:
+            raise ValueError(f"{given} text tokens given, the model reads text_len = {config.text_len}")
+        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
+            raise ValueError(
+                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
+                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
+            )
+        text = F.pad(text_tokens, (0, config.text_len - given))
+        pads = config.text_vocab_size + torch.arange(config.text_len, device=text.device)
+        return torch.where(text == 0, pads, text)
+
+    def embed(
+        self, padded_text: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b m"] | None = None
+    ) -> Float[Tensor, "b q d"]:
+        """Inputs of <bos>, the text and the first m image tokens."""
+        batch = padded_text.shape[0]
+        x = torch.cat([self.bos.expand(batch, 1, -1), self.text_emb(padded_text)], dim=1)
+        if self.config.positions != "rotary":
+            x = x + self.text_pos.weight
+        if image_tokens is not None and image_tokens.shape[1]:
+            x = torch.cat([x, self.embed_image(image_tokens, 0)], dim=1)
+        return x
+
+    def embed_image(self, image_tokens: Int[Tensor, "b m"], start: int) -> Float[Tensor, "b m d"]:
+        """Inputs of image tokens at raster positions ``start`` and on."""
+        x = self.image_emb(image_tokens)
+        if self.config.positions != "rotary":
+            position = torch.arange(start, start + image_tokens.shape[1], device=x.device)
+            x = x + self.row_pos(position // self.grid_size) + self.col_pos(position % self.grid_size)
+        return x
+
+    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
+        """Refuse ids outside the codebook or more of them than the grid holds.
+
+        Raises:
+            ValueError: names the numbers.
+        """
+        if image_tokens.shape[1] > self.num_image_tokens:
+            raise ValueError(
+                f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
+            )
+        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.codebook_size:
+            raise ValueError(
+                f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
+                f"the vae's codebook has ids 0 to {self.codebook_size - 1}"
+            )
+
+    def hidden(
+        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
+    ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b q d"]]:
+        """Padded text and the transformer's outputs; the last image token, which predicts nothing, is not read."""
+        self.check_image_tokens(image_tokens)
+        padded = self.pad_text(text_tokens)
+        inputs = self.embed(padded, image_tokens[:, : self.num_image_tokens - 1])
+        return padded, self.transformer(inputs, stream=self.stream())
+
+    def logits(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> DALLELogits:
+        """Scores of every text and image token given those before it.
+
+        Args:
+            text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
+            image_tokens: the first m tokens, 0 <= m <= n.
+
+        Returns:
+            Text logits ``[b, text_len, v]`` and image logits ``[b, min(m + 1, n), k]``.
+        """
+        _, h = self.hidden(text_tokens, image_tokens)
+        text_len = self.config.text_len
+        return DALLELogits(self.text_head(h[:, :text_len]), self.image_head(h[:, text_len:]))
+
+    def loss(
+        self,
+        text_tokens: Int[Tensor, "b given"],
+        image_tokens: Int[Tensor, "b n"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> DALLELoss:
+        """Cross entropy of a batch of captioned pictures; inputs are not changed.
+
+        Args:
+            text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
+            image_tokens: all n tokens, raster order.
+            generator: for caption_dropout and token_dropout (training mode only); None = torch's global one.
+
+        Raises:
+            ValueError: shapes or ids that do not fit; names the numbers.
+        """
+        if image_tokens.shape[1] != self.num_image_tokens:
+            raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
+        text_tokens, inputs = self.corrupt(text_tokens, image_tokens, generator)
+        padded, h = self.hidden(text_tokens, inputs)
+        text_len = self.config.text_len
+
+        is_pad = padded >= self.config.text_vocab_size
+        # the caption and the one pad that ends it: later pads are certain and would only water the mean down
+        counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
+        text = F.cross_entropy(self.text_head(h[:, :text_len][counted]).float(), padded[counted])
+        image_logits = self.image_head(h[:, text_len:]).float()
+        image = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten())
+        weight = self.config.loss_img_weight
+        return DALLELoss((text + weight * image) / (1 + weight), text, image)
+
+    def corrupt(
+        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b n"], generator: torch.Generator | None
+    ) -> tuple[Int[Tensor, "b given"], Int[Tensor, "b n"]]:
+        """Captions and input tokens after caption_dropout and token_dropout; copies, and unchanged in eval mode."""
+        config = self.config
+        if self.training and config.caption_dropout:
+            draw = torch.rand(text_tokens.shape[0], 1, generator=generator).to(text_tokens.device)
+            text_tokens = torch.where(draw < config.caption_dropout, 0, text_tokens)
+        if self.training and config.token_dropout:
+            draw = torch.rand(image_tokens.shape, generator=generator).to(image_tokens.device)
+            noise = torch.randint(self.codebook_size, image_tokens.shape, generator=generator).to(image_tokens.device)
+            image_tokens = torch.where(draw < config.token_dropout, noise, image_tokens)
+        return text_tokens, image_tokens
+
+    def prefill(
+        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"], cache: Cache
+    ) -> Float[Tensor, "b k"]:
+        """Read the caption and the first m image tokens into an empty cache; scores of image token m."""
+        self.check_image_tokens(image_tokens)
+        inputs = self.embed(self.pad_text(text_tokens), image_tokens)
+        return self.image_head(self.transformer(inputs, stream=self.stream(), cache=cache)[:, -1])
+
+    def step(self, image_tokens: Int[Tensor, " b"], cache: Cache) -> Float[Tensor, "b k"]:
+        """Read one more image token into the cache; scores of the one after it."""
+        start = cache.filled - 1 - self.config.text_len
+        inputs = self.embed_image(image_tokens[:, None], start)
+        return self.image_head(self.transformer(inputs, stream=self.stream(), cache=cache)[:, -1])
+
+    def new_cache(self) -> Cache:
+        """An empty cache with room for the whole stream."""
+        return Cache(self.config.depth, 1 + self.config.text_len + self.num_image_tokens)

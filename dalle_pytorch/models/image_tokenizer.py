@@ -1,0 +1,86 @@
+"""The contract of an image tokenizer: pictures to a grid of codebook indices and back.
+
+Everything downstream (DALLE, generation, evaluation) talks to a tokenizer through these names only, so any
+network that keeps them can take the place of the DiscreteVAE.
+
+Axes: b batch, c channels, H W pixels, n image tokens in raster order (n = grid_size ** 2).
+"""
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+CONTRACT = ("image_size", "grid_size", "codebook_size", "channels", "encode", "decode")
+
+
+class ImageTokenizer(nn.Module, ABC):
+    """A frozen or trainable network with ``encode`` and ``decode``.
+
+    Attributes:
+        image_size: side of the square picture, pixels.
+        grid_size: token rows, equal to token columns.
+        codebook_size: number of codes; tokens lie in ``[0, codebook_size)``.
+        channels: picture channels (3 = RGB).
+    """
+
+    image_size: int
+    grid_size: int
+    codebook_size: int
+    channels: int
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens per picture, ``grid_size ** 2``."""
+        return self.grid_size**2
+
+    @abstractmethod
+    def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
+        """Tokens of pictures in [0, 1], raster order. Deterministic: no sampling, no dropout."""
+
+    @abstractmethod
+    def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
+        """Pictures in [0, 1] of tokens in raster order."""
+
+    def check_images(self, images: Float[Tensor, "b c H W"]) -> None:
+        """Refuse pictures of another shape.
+
+        Raises:
+            ValueError: channels or sides differ from the network's; names both.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"pictures of shape {tuple(images.shape[1:])} given to a tokenizer for {expected} "
+                "(channels, height, width); resize them or use another tokenizer"
+            )
+
+    def check_tokens(self, image_tokens: Int[Tensor, "b n"]) -> None:
+        """Refuse tokens that are no full grid of this codebook.
+
+        Raises:
+            ValueError: wrong count or an id outside ``[0, codebook_size)``; names the numbers.
+        """
+        if image_tokens.shape[1] != self.num_image_tokens:
+            raise ValueError(
+                f"{image_tokens.shape[1]} image tokens given, the tokenizer's grid is "
+                f"{self.grid_size} x {self.grid_size} = {self.num_image_tokens}"
+            )
+        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.codebook_size:
+            raise ValueError(
+                f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
+                f"the codebook has ids 0 to {self.codebook_size - 1}"
+            )
+
+
+def as_image_tokenizer(vae: nn.Module) -> ImageTokenizer:
+    """The module itself, once it is seen to keep the contract; it need not inherit from ImageTokenizer.
+
+    Raises:
+        ValueError: a name of the contract is missing.
+    """
+    for name in CONTRACT:
+        if not hasattr(vae, name):
+            raise ValueError(f"vae ({type(vae).__name__}) is no image tokenizer: it has no {name!r}")
+    return cast(ImageTokenizer, vae)

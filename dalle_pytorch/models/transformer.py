@@ -1,0 +1,218 @@
+"""Transformer blocks: what dalle.py and clip.py share unchanged.
+
+Axes: b batch, s stream positions, q positions given in this call, d width, e head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle_pytorch.models.attention import Attention, Cache, LayerCache
+
+
+@dataclass(kw_only=True)
+class TransformerConfig:
+    """Shape of a stack of blocks."""
+
+    dim: int = 512
+    """Model width."""
+    depth: int = 6
+    """Blocks, each attention then feed-forward."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of a head."""
+    attn_dropout: float = 0.0
+    """Dropout on the outputs of attention, in [0, 1)."""
+    ff_dropout: float = 0.0
+    """Dropout inside the feed-forward, in [0, 1)."""
+    sandwich_norm: bool = False
+    """A second norm after each sublayer (CogView), against activation growth."""
+    stable: bool = False
+    """Scores divided before the softmax (CogView's PB-relax), for fp16."""
+    qk_norm: bool = False
+    """RMS norm of queries and keys (Chameleon), against divergence at high learning rates."""
+    shared_attn_ids: list[int] | None = None
+    """Layers with the same id share attention weights; cycled over the depth; None = no sharing."""
+    shared_ff_ids: list[int] | None = None
+    """The same for the feed-forward."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass: memory independent of depth but for one tensor a block."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        for name in ("dim", "depth", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("attn_dropout", "ff_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+        for name in ("shared_attn_ids", "shared_ff_ids"):
+            if getattr(self, name) is not None and not getattr(self, name):
+                raise ValueError(f"{name} is an empty list; leave it null for no sharing")
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward, four times as wide inside (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.to_hidden = nn.Linear(dim, 8 * dim)
+        self.to_out = nn.Linear(4 * dim, dim)
+        self.dropout = dropout
+
+    def forward(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:
+        """Same shape in and out."""
+        value, gate = self.to_hidden(x).chunk(2, dim=-1)
+        return self.to_out(F.dropout(value * F.gelu(gate), self.dropout, self.training))
+
+
+@dataclass
+class Stream:
+    """What all blocks of a decoder know about their positions.
+
+    Attributes:
+        masks: per layer [s, s], or None where the layer is plainly causal.
+        angles: rotary angles [s, e], or None.
+        shift: two index vectors [s] (see ``attention.shift_sources``), or None.
+        length: s, the room that a cache needs.
+    """
+
+    masks: list[Bool[Tensor, "s s"] | None]
+    angles: Float[Tensor, "s e"] | None
+    shift: tuple[Tensor, Tensor] | None
+    length: int
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    def __init__(self, config: TransformerConfig, attention: Attention, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.attn_norm, self.ff_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
+        sandwich = config.sandwich_norm
+        self.attn_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
+        self.ff_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
+        self.attention, self.feed_forward = attention, feed_forward
+
+    def forward(
+        self,
+        x: Float[Tensor, "b q d"],
+        stream: Stream | None,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        start: int,
+    ) -> Float[Tensor, "b q d"]:
+        """One block; the arguments are the transformer's, for this layer."""
+        if stream is None:
+            x = x + self.attn_post(self.attention(self.attn_norm(x), mask=mask))
+            return x + self.ff_post(self.feed_forward(self.ff_norm(x)))
+        end = start + x.shape[1]
+        visible = mask[start:end, :end] if mask is not None else None
+        causal = mask is None and start == 0
+        if mask is None and start > 0 and x.shape[1] > 1:
+            visible = torch.ones(x.shape[1], end, dtype=torch.bool, device=x.device).tril(diagonal=start)
+        h = shift_tokens(self.attn_norm(x), stream, cache, "attention", start)
+        angles = stream.angles[start:end] if stream.angles is not None else None
+        h = self.attention(
+            h, mask=visible, causal=causal, angles=angles, cache=cache, start=start, length=stream.length
+        )
+        x = x + self.attn_post(h)
+        h = shift_tokens(self.ff_norm(x), stream, cache, "feed_forward", start)
+        return x + self.ff_post(self.feed_forward(h))
+
+
+def shift_tokens(
+    x: Float[Tensor, "b q d"], stream: Stream, cache: LayerCache | None, name: str, start: int
+) -> Float[Tensor, "b q d"]:
+    """Replace the first two channel quarters by those of earlier positions (``stream.shift``); None = unchanged."""
+    if stream.shift is None:
+        return x
+    quarter, end = x.shape[-1] // 4, start + x.shape[1]
+    half = x[..., : 2 * quarter]
+    if cache is not None:
+        if name not in cache.shifted:
+            cache.shifted[name] = x.new_zeros(x.shape[0], stream.length + 1, 2 * quarter)
+        past = cache.shifted[name]  # its last row stays zero, so that index -1 reads zeros
+        past[:, start:end] = half
+    else:
+        past = F.pad(half, (0, 0, 0, 1))
+    first, second = stream.shift
+    return torch.cat(
+        [past[:, first[start:end], :quarter], past[:, second[start:end], quarter:], x[..., 2 * quarter :]], dim=-1
+    )
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final norm.
+
+    Args:
+        config: shape of the stack.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        attentions: dict[int, Attention] = {}
+        feed_forwards: dict[int, FeedForward] = {}
+        blocks = []
+        for layer in range(config.depth):
+            attn_id = shared_id(config.shared_attn_ids, layer)
+            ff_id = shared_id(config.shared_ff_ids, layer)
+            if attn_id not in attentions:
+                attentions[attn_id] = Attention(
+                    config.dim,
+                    config.heads,
+                    config.head_dim,
+                    dropout=config.attn_dropout,
+                    stable=config.stable,
+                    qk_norm=config.qk_norm,
+                )
+            if ff_id not in feed_forwards:
+                feed_forwards[ff_id] = FeedForward(config.dim, config.ff_dropout)
+            blocks.append(Block(config, attentions[attn_id], feed_forwards[ff_id]))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b q d"],
+        *,
+        stream: Stream | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """Run the stack.
+
+        Args:
+            x: inputs; with a cache, those at positions ``cache.filled`` and on.
+            stream: positions of a decoder; None = an encoder without order of its own.
+            mask: for an encoder, broadcasts to [b, h, q, q], True = visible.
+            cache: earlier positions, extended in place; decoder only.
+        """
+        start = cache.filled if cache is not None else 0
+        for index, block in enumerate(self.blocks):
+            block_mask = stream.masks[index] if stream is not None else mask
+            layer_cache = cache.layers[index] if cache is not None else None
+            if self.config.checkpoint_activations and self.training:
+                x = checkpoint(block, x, stream, block_mask, layer_cache, start, use_reentrant=False)
+            else:
+                x = block(x, stream, block_mask, layer_cache, start)
+        if cache is not None:
+            cache.filled = start + x.shape[1]
+        return self.norm(x)
+
+
+def shared_id(ids: list[int] | None, layer: int) -> int:
+    """Weight id of a layer: its own number, or the list cycled over the depth."""
+    return layer if ids is None else ids[layer % len(ids)]

@@ -1,0 +1,1 @@
+"""Thin LightningModules, optimiser, schedules and callbacks."""

@@ -1,0 +1,62 @@
+"""Training of the CLIP that ranks candidates."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle_pytorch.data.datamodule import Batch
+from dalle_pytorch.models.clip import CLIP, CLIPConfig
+from dalle_pytorch.training.base import LitBase, eval_mode, tile
+from dalle_pytorch.training.run import RunConfig
+from dalle_pytorch.training.text import TextConfig
+
+SHOWN_CAPTIONS = 8  # captions in a retrieval grid, a row each
+SHOWN_MATCHES = 5  # best pictures of each, after the true one
+
+
+@dataclass(kw_only=True)
+class TrainCLIPConfig(RunConfig):
+    """Settings of train_clip.py."""
+
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    """Sizes of the CLIP; text_vocab_size is filled from the text tokenizer."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text tokenizer."""
+
+
+class LitCLIP(LitBase[CLIP]):
+    """Trains a CLIP. Recall is within a validation batch: it depends on data.batch_size."""
+
+    monitor = "val/loss"
+
+    def __init__(self, net: CLIP, config: TrainCLIPConfig) -> None:
+        super().__init__(net, config.optim, config.seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        """Loss of the pairs of a batch."""
+        result = self.net.loss(batch["text_tokens"], batch["images"])
+        values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
+        self.log_losses("train", values, len(batch["captions"]))
+        return result.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss, and how often the right partner of the batch wins."""
+        result = self.net.loss(batch["text_tokens"], batch["images"])
+        values = {
+            "loss": result.loss,
+            "text_to_image_r1": result.text_to_image_accuracy,
+            "image_to_text_r1": result.image_to_text_accuracy,
+        }
+        self.log_losses("val", values, len(batch["captions"]), bar="text_to_image_r1")
+
+    def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
+        """A row a caption: its own picture, then the pictures of the batch that score best, best first."""
+        images = batch["images"]
+        with eval_mode(self.net):
+            texts = self.net.encode_text(batch["text_tokens"][:SHOWN_CAPTIONS])
+            scores = texts @ self.net.encode_image(images).T
+        best = scores.topk(min(SHOWN_MATCHES, len(images)), dim=1).indices
+        rows = [torch.cat([images[i : i + 1], images[row]]) for i, row in enumerate(best)]
+        return tile(torch.cat(rows), columns=1 + best.shape[1])

@@ -1,0 +1,76 @@
+"""Training of the DALLE on captions and the tokens of a frozen VAE."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_pytorch.data.datamodule import Batch
+from dalle_pytorch.generation.generator import SamplingConfig, generate_image_tokens
+from dalle_pytorch.generation.sampling import candidate_uniforms
+from dalle_pytorch.models.dalle import DALLE, DALLEConfig
+from dalle_pytorch.training.base import LitBase, eval_mode, tile
+from dalle_pytorch.training.run import RunConfig
+from dalle_pytorch.training.text import TextConfig
+
+SHOWN_PROMPTS = 6  # prompts in a picture of samples
+SHOWN_EACH = 4  # samples of each, one row
+
+
+@dataclass(kw_only=True)
+class TrainDALLEConfig(RunConfig):
+    """Settings of train_dalle.py."""
+
+    vae: str = "???"
+    """Checkpoint of the image tokenizer; it says the size of pictures, grid and codebook."""
+    model: DALLEConfig = field(default_factory=DALLEConfig)
+    """Sizes of the DALLE; text_vocab_size is filled from the text tokenizer."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text tokenizer."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the pictures to look at are drawn."""
+
+
+class LitDALLE(LitBase[DALLE]):
+    """Trains a DALLE; its VAE stays as it is."""
+
+    monitor = "val/loss"
+
+    def __init__(self, net: DALLE, config: TrainDALLEConfig) -> None:
+        super().__init__(net, config.optim, config.seed)
+        self.prompts, self.sampling = config.callbacks.prompts, config.sampling
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
+        generator = self.step_generator(batch_idx, "cpu")  # DALLE draws on the CPU, the same on every device
+        result = self.net.loss(batch["text_tokens"], self.image_tokens(batch), generator=generator)
+        values = {"loss": result.loss, "text": result.text, "image": result.image}
+        self.log_losses("train", values, len(batch["captions"]))
+        return result.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss without dropout, nats per token."""
+        result = self.net.loss(batch["text_tokens"], self.image_tokens(batch))
+        values = {"loss": result.loss, "text": result.text, "image": result.image}
+        self.log_losses("val", values, len(batch["captions"]), bar="image")
+
+    def image_tokens(self, batch: Batch) -> Int[Tensor, "b n"]:
+        """The batch's image tokens, cached or new."""
+        if "image_tokens" in batch:
+            return batch["image_tokens"]
+        with torch.no_grad():
+            return self.net.vae.encode(batch["images"])
+
+    def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
+        """Samples for fixed prompts, the same random numbers at every step; a row a prompt."""
+        prompts = list(self.prompts) or list(dict.fromkeys(batch["captions"]))[:SHOWN_PROMPTS]
+        net, tokenizer = self.net, self.net.text_tokenizer
+        if tokenizer is None:
+            raise ValueError("the DALLE has no text_tokenizer: set it before training")
+        rows = [(prompt, index) for prompt in prompts for index in range(SHOWN_EACH)]
+        text = tokenizer.tokenize([prompt for prompt, _ in rows], net.config.text_len, truncate=True)
+        uniforms = torch.stack([candidate_uniforms(p, 0, i, net.num_image_tokens) for p, i in rows])
+        with eval_mode(net):
+            tokens = generate_image_tokens(net, text.to(self.device), uniforms.to(self.device), self.sampling)
+            return tile(net.vae.decode(tokens), columns=SHOWN_EACH)

@@ -1,0 +1,161 @@
+import random
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_pytorch.data.datamodule import Collate, DataConfig, EpochBatches, TextImageDataModule, epoch_order
+from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.text import BPETokenizer
+
+
+def write(folder, sizes=(16,) * 13, broken=None):
+    with ShardWriter(folder, name="greys", image_size=16 if set(sizes) == {16} else None) as writer:
+        for split in ("train", "val"):
+            for i, size in enumerate(sizes):
+                data = BytesIO()
+                Image.linear_gradient("L").resize((size, size)).point(lambda v, i=i: max(0, v - 9 * i)).save(
+                    data, "PNG"
+                )
+                content = b"nonsense" if split == "train" and i == broken else data.getvalue()
+                captions = [f"grey {i}", f"number {i} of the greys"]
+                writer.write(split, f"{split}{i}", content, "png", {"captions": captions})
+    return str(folder)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "greys")
+
+
+def module(path, *, seed=0, text=True, **settings):
+    config = DataConfig(path=path, **{"batch_size": 4, "jitter": 2, **settings})
+    data = TextImageDataModule(config, image_size=16, seed=seed)
+    if text:
+        captions = [c for row in data.train_set.captions for c in row]
+        data.set_text(BPETokenizer.train(captions, 280), 24, truncate=False, dropout=0.3)
+    return data
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
+
+
+def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch():
+    assert sorted(epoch_order(0, 0, 50)) == list(range(50))
+    assert epoch_order(0, 1, 50) == epoch_order(0, 1, 50)
+    assert epoch_order(0, 1, 50) != epoch_order(0, 2, 50)
+    assert epoch_order(0, 1, 50) != epoch_order(1, 1, 50)
+
+
+def test_processes_share_the_same_global_batches():
+    alone = list(EpochBatches(23, 6, seed=1))
+    shared = [list(EpochBatches(23, 6, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert alone == [a + b for a, b in zip(*shared, strict=True)]
+    with pytest.raises(ValueError, match=r"6.*4 processes"):
+        EpochBatches(23, 6, seed=1, world_size=4)
+
+
+def test_batches_do_not_depend_on_workers_or_the_global_random_state(path):
+    first = list(module(path).train_dataloader())
+    random.seed(5)
+    torch.manual_seed(5)
+    again = list(module(path, num_workers=1).train_dataloader())
+    assert len(first) == 3
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not same(first[0], next(iter(module(path, seed=1).train_dataloader())))
+
+
+def test_reading_changes_no_global_random_state(path):
+    before = torch.get_rng_state()  # not Python's as well: beartype, on under pytest, draws from it
+    list(module(path, flip=True).train_dataloader())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_batch_is_what_the_models_read(path):
+    batch = next(iter(module(path).train_dataloader()))
+    assert batch["images"].shape == (4, 3, 16, 16)
+    assert batch["images"].min() >= 0
+    assert batch["images"].max() <= 1
+    assert batch["text_tokens"].shape == (4, 24)
+    assert len(batch["captions"]) == 4
+
+
+def test_captions_and_augmentation_change_from_epoch_to_epoch(path):
+    data = module(path)
+    samples = [data.train_set[epoch, 3] for epoch in range(8)]
+    assert {s["caption"] for s in samples} == {"grey 3", "number 3 of the greys"}
+    assert not all(torch.equal(samples[0]["image"], s["image"]) for s in samples)
+
+
+def test_a_loader_goes_on_where_its_state_was_taken(path):
+    loader = module(path).train_dataloader()
+    whole = [*loader, *loader]
+    half = module(path).train_dataloader()
+    iterator = iter(half)
+    next(iterator), next(iterator)
+    rest = module(path).train_dataloader()
+    rest.load_state_dict(half.state_dict())
+    assert all(same(a, b) for a, b in zip([*rest, *rest], whole[2:], strict=True))
+
+
+def test_the_decoded_cache_changes_nothing(path):
+    plain, cached = (list(module(path, cache_decoded=cache).train_dataloader()) for cache in (False, True))
+    assert all(torch.allclose(a["images"], b["images"], atol=1e-6) for a, b in zip(plain, cached, strict=True))
+
+
+def test_validation_is_untouched_and_complete(path):
+    batches = list(module(path).val_dataloader())
+    assert [c for b in batches for c in b["captions"]] == [f"grey {i}" for i in range(13)]
+    assert torch.equal(batches[0]["images"], next(iter(module(path, jitter=0).val_dataloader()))["images"])
+
+
+def test_cached_image_tokens_are_the_vaes(path, tiny_vae):
+    data = module(path, jitter=0)
+    images = [data.train_set[0, i]["image"] for i in range(13)]
+    data.cache_image_tokens(tiny_vae)
+    batch = next(iter(data.train_dataloader()))
+    assert "images" not in batch
+    assert batch["image_tokens"].dtype == torch.long
+    order = epoch_order(0, 0, 13)[:4]
+    assert torch.equal(batch["image_tokens"], tiny_vae.encode(torch.stack([images[i] for i in order])))
+    data = module(path, token_crops=3)
+    data.cache_image_tokens(tiny_vae)
+    assert data.train_set.image_tokens.shape == (3, 13, 16)
+    assert data.val_set.image_tokens.shape == (1, 13, 16)
+
+
+def test_crops_come_from_larger_pictures(tmp_path):
+    data = module(write(tmp_path / "mixed", sizes=(30, 24) * 4), resize=True, crop=True)
+    first, second = data.train_set[0, 0]["image"], data.train_set[1, 0]["image"]
+    assert first.shape == second.shape == (3, 16, 16)
+    assert not torch.equal(first, second)
+
+
+def test_errors_name_what_is_wrong(path, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*prepare_data"):
+        module(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"dev.*train, val"):
+        module(path, val_split="dev")
+    with pytest.raises(ValueError, match=r"13 pictures.*batch_size is 64"):
+        module(path, batch_size=64)
+    with pytest.raises(ValueError, match=r"16 x 16.*32 x 32.*resize"):
+        TextImageDataModule(DataConfig(path=path, batch_size=4), image_size=32, seed=0)
+    with pytest.raises(ValueError, match="train3"):
+        list(module(write(tmp_path / "broken", broken=3)).train_dataloader())
+    with pytest.raises(ValueError, match="number 0 of the greys"):
+        module(path, text=False).set_text(BPETokenizer.train(["grey"], 260), 9, truncate=False, dropout=0.0)
+    with pytest.raises(ValueError, match="crop"):
+        DataConfig(crop=True)
+
+
+def test_a_caption_that_only_dropout_makes_too_long_is_taken_without():
+    tokenizer = BPETokenizer.train(["green square"] * 9, 300)
+    length = len(tokenizer.encode("green square"))
+    batch = Collate(tokenizer, length, truncate=False, dropout=0.9)(
+        [{"caption": "green square", "rng": random.Random(i)} for i in range(9)]
+    )
+    assert (batch["text_tokens"] == torch.tensor(tokenizer.encode("green square"))).all()

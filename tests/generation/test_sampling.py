@@ -1,0 +1,94 @@
+"""Sampling functions: exact truncation, the right distribution, no shared randomness."""
+
+import pytest
+import torch
+
+from dalle_pytorch.generation.sampling import (
+    candidate_uniforms,
+    draw,
+    guide,
+    keep_top_k,
+    keep_top_p,
+    top_k_of_filter_thres,
+)
+
+LOGITS = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0, -1.0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6])
+def test_top_k_keeps_exactly_k_of_the_highest(k):
+    kept = keep_top_k(LOGITS, k)
+    assert (kept.isfinite().sum(dim=1) == k).all()
+    dropped = LOGITS.masked_fill(kept.isfinite(), -torch.inf).amax(dim=1)
+    assert (kept.masked_fill(~kept.isfinite(), torch.inf).amin(dim=1) >= dropped).all()
+    assert torch.equal(keep_top_k(LOGITS, 0), LOGITS)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.6, 0.95, 1.0])
+def test_top_p_keeps_the_fewest_that_reach_p(p):
+    probabilities = LOGITS.softmax(-1)
+    kept = keep_top_p(LOGITS, p).isfinite()
+    share = (probabilities * kept).sum(dim=1)
+    assert (share >= p - 1e-6).all()
+    smallest_kept = probabilities.masked_fill(~kept, 2).amin(dim=1)
+    assert (share - smallest_kept < p).all()
+
+
+def test_draws_follow_the_softmax():
+    count = 20_000
+    uniforms = (torch.arange(count) + 0.5) / count
+    tokens = draw(LOGITS[:1].expand(count, -1), uniforms, temperature=0.7)
+    shares = torch.bincount(tokens, minlength=6) / count
+    torch.testing.assert_close(shares, (LOGITS[0] / 0.7).softmax(-1), atol=2 / count, rtol=0)
+
+
+def test_truncated_tokens_are_never_drawn():
+    edges = torch.tensor([0.0, 0.5, 1 - 2**-24])  # the ends of what torch.rand gives
+    tokens = torch.stack(
+        [draw(LOGITS[:1].expand(3, -1), edges, top_k=2), draw(LOGITS[:1].expand(3, -1), edges, top_p=0.6)]
+    )
+    allowed = keep_top_k(LOGITS[:1], 2).isfinite()[0] | keep_top_p(LOGITS[:1], 0.6).isfinite()[0]
+    assert allowed[tokens].all()
+
+
+def test_rows_do_not_depend_on_each_other_and_zero_is_greedy():
+    uniforms = torch.tensor([0.3, 0.9])
+    together = draw(LOGITS, uniforms, top_k=4)
+    apart = [draw(LOGITS[i : i + 1], uniforms[i : i + 1], top_k=4) for i in range(2)]
+    assert torch.equal(together, torch.cat(apart))
+    assert torch.equal(draw(LOGITS[1:], torch.tensor([0.99]), temperature=0), torch.tensor([0]))
+
+
+def test_guidance_is_linear_and_one_is_off():
+    cond, uncond = LOGITS[:1], LOGITS[1:]
+    torch.testing.assert_close(guide(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(guide(cond, uncond, 0.0), uncond)
+    torch.testing.assert_close(guide(cond, uncond, 3.0), uncond + 3 * (cond - uncond))
+
+
+def test_uniforms_are_a_function_of_prompt_seed_and_index():
+    state = torch.get_rng_state()
+    same = candidate_uniforms("a", 0, 0, 9)
+    assert torch.equal(same, candidate_uniforms("a", 0, 0, 9))
+    assert torch.equal(torch.get_rng_state(), state)
+    for other in (("b", 0, 0), ("a", 1, 0), ("a", 0, 1)):
+        assert not torch.equal(same, candidate_uniforms(*other, 9))
+
+
+@pytest.mark.parametrize(("thres", "kept"), [(0.0, 1024), (0.5, 512), (0.9, 103), (1.0, 1)])
+def test_filter_thres_is_a_share_of_the_image_vocabulary(thres, kept):
+    assert top_k_of_filter_thres(thres, 1024) == kept
+
+
+def test_settings_out_of_range_are_named():
+    one = torch.tensor([0.5])
+    for settings, message in (
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(LOGITS[:1], one, **settings)
+    with pytest.raises(ValueError, match="filter_thres"):
+        top_k_of_filter_thres(1.2, 8)

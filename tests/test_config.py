@@ -1,0 +1,124 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from dalle_pytorch.commands import generate, prepare_data, train_clip, train_dalle, train_vae
+from dalle_pytorch.config import ConfigError, build, typed
+from dalle_pytorch.training.clip import TrainCLIPConfig
+from dalle_pytorch.training.dalle import TrainDALLEConfig
+from dalle_pytorch.training.vae import TrainVAEConfig
+
+ROOT = files("dalle_pytorch.configs")
+COMMANDS = {
+    "train_vae": (train_vae.main, TrainVAEConfig),
+    "train_dalle": (train_dalle.main, TrainDALLEConfig),
+    "train_clip": (train_clip.main, TrainCLIPConfig),
+    "generate": (generate.main, generate.GenerateConfig),
+    "prepare_data": (prepare_data.main, prepare_data.PrepareDataConfig),
+}
+NEEDED = {"train_dalle": ["vae=x"], "generate": ["dalle=x", "prompt=x"], "prepare_data": ["source=emoji", "out=x"]}
+SHARED = ("data", "optim", "trainer", "callbacks", "logger")
+TRAININGS = ("train_vae", "train_dalle", "train_clip")
+
+
+def options(group):
+    return sorted(f.name.removesuffix(".yaml") for f in ROOT.joinpath(group).iterdir() if f.name.endswith(".yaml"))
+
+
+CASES = [(name, f"{group}={option}") for name in TRAININGS for group in SHARED for option in options(group)]
+CASES += [(name, f"model={option}") for name in TRAININGS for option in options(f"{name}/model")]
+CASES += [
+    (name, f"experiment={option}") for name in (*TRAININGS, "generate") for option in options(f"{name}/experiment")
+]
+CASES += [(name, None) for name in COMMANDS]
+
+
+@pytest.mark.parametrize(("name", "choice"), CASES)
+def test_every_option_of_every_group_composes(name, choice):
+    overrides = [*NEEDED.get(name, []), *([choice] if choice else [])]
+    if choice == "data=folder":
+        overrides.append("data.path=x")
+    with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+        config = typed(compose(name, overrides=overrides), COMMANDS[name][1])
+        hydra = compose(name, overrides=overrides, return_hydra_config=True).hydra
+    assert dataclasses.is_dataclass(config)
+    assert hydra.output_subdir is None  # Hydra writes nothing
+
+
+def test_the_same_experiments_exist_for_every_stage():
+    assert {name: options(f"{name}/experiment") for name in TRAININGS} == dict.fromkeys(
+        TRAININGS, options("generate/experiment")
+    )
+
+
+def call(monkeypatch, capsys, name, *arguments):
+    """Exit code and error output of a command."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        COMMANDS[name][0]()
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("model.image_sise=3", "model.image_size"),
+        ("modl=tiny", "model"),
+        ("model=tny", "tiny"),
+        ("data=emojis", "emoji"),
+        ("experiment=emojidemo", "emoji_demo"),
+        ("trainer.max_stepz=3", "trainer.max_steps"),
+        ("+callbacks.ema=3", "callbacks.ema_decay"),
+        ("lr=3", "optim.lr"),
+        ("seed=abc", "seed"),
+        ("gumbel_tau.shape=cosin", "half_cosine"),
+        ("model.image_size=63", "63"),
+    ],
+)
+def test_wrong_settings_end_with_one_line_that_names_the_mend(monkeypatch, capsys, tmp_path, argument, named):
+    out = tmp_path / "run"
+    arguments = ["model=tiny", f"data.path={tmp_path}", f"out={out}", argument]
+    code, error = call(monkeypatch, capsys, "train_vae", *arguments)
+    assert code == 2
+    assert argument.lstrip("+").partition("=")[0].split(".")[-1] in error
+    assert named in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_a_mistake_found_later_ends_with_code_1(monkeypatch, capsys, tmp_path):
+    code, error = call(monkeypatch, capsys, "train_vae", f"data.path={tmp_path / 'nowhere'}")
+    assert code == 1
+    assert "nowhere" in error
+    assert "prepare_data" in error
+    code, error = call(monkeypatch, capsys, "train_dalle", "vae=nothing.safetensors")
+    assert (code, error) == (1, "error: no checkpoint nothing.safetensors\n")
+
+
+def test_a_full_traceback_can_be_had(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_vae.py", f"data.path={tmp_path / 'nowhere'}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_vae.main()
+
+
+def test_a_command_runs_from_any_folder_and_leaves_nothing_there(tmp_path):
+    command = [sys.executable, "-m", "dalle_pytorch.commands.train_vae", "--cfg", "job"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT.joinpath("..", ".."))}
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "codebook_size: 1024" in shown.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_surplus_arguments_of_third_parties_are_named():
+    with pytest.raises(ConfigError, match=r"trainer\.max_stepz.*max_steps"):
+        build({"_target_": "pytorch_lightning.Trainer", "max_stepz": 1}, "trainer")
+    with pytest.raises(ConfigError, match="_target_"):
+        build({"max_steps": 1}, "trainer")

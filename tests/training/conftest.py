@@ -1,0 +1,49 @@
+"""A few pictures of 16 x 16 as shards, and commands run in this process."""
+
+import logging
+import sys
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from dalle_pytorch.data.shards import ShardWriter
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220)}
+
+
+def write_shards(folder, *, size=16, train=12, val=6):
+    """Pictures of one colour each, with two captions."""
+    with ShardWriter(folder, name="colours", image_size=size) as writer:
+        for split, count in (("train", train), ("val", val)):
+            for i in range(count):
+                colour = list(COLOURS)[i % len(COLOURS)]
+                shade = tuple(c + i for c in COLOURS[colour])
+                data = BytesIO()
+                Image.new("RGB", (size, size), shade).save(data, "PNG")
+                captions = [f"a {colour} square", f"{colour} square {i}"]
+                writer.write(split, f"{split}{i}", data.getvalue(), "png", {"captions": captions})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Run a command's main with arguments; returns the last line it printed, or the exit code and its errors."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
+        handlers = logging.getLogger().handlers[:]
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        finally:
+            logging.getLogger().handlers = handlers  # Hydra's write to a stream that pytest closes
+        return capsys.readouterr().out.strip().splitlines()[-1]
+
+    return run

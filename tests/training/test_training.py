@@ -1,0 +1,167 @@
+"""The three trainings end to end through their commands."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import dalle_pytorch
+from dalle_pytorch import checkpoint
+from dalle_pytorch.commands import train_clip, train_dalle, train_vae
+from dalle_pytorch.training.base import tile
+from dalle_pytorch.training.vae import count_codes, perplexity
+
+SMALL = [
+    "model=tiny",
+    "trainer=cpu",
+    "data.batch_size=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.picture_every=2",
+    "callbacks.checkpoint_every=2",
+    "logger=none",
+]
+
+
+def small(shards, out, steps=4, *more):
+    return [*SMALL, f"data.path={shards}", f"out={out}", f"trainer.max_steps={steps}", *more]
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    """A VAE as train_vae.py model=tiny leaves it."""
+    config = dalle_pytorch.DiscreteVAEConfig(
+        image_size=16, num_layers=2, codebook_size=32, codebook_dim=8, hidden_dim=8
+    )
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), path)
+    return path
+
+
+def test_train_vae(shards, tmp_path, run_command):
+    out = tmp_path / "run"
+    printed = run_command(train_vae.main, *small(shards, out, 4, "logger=default"))
+    assert printed == str(out / "vae.safetensors")
+    vae = dalle_pytorch.load(printed)
+    assert vae.decode(vae.encode(torch.rand(2, 3, 16, 16))).shape == (2, 3, 16, 16)
+    assert [p.name for p in sorted((out / "pictures").iterdir())] == ["step_000002.png", "step_000004.png"]
+    with Image.open(out / "pictures/step_000004.png") as picture:
+        assert picture.mode == "RGB"
+    header = (out / "csv/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    wanted = {"train/loss", "train/kl", "train/gumbel_tau", "train/samples_per_second", "val/psnr", "val/perplexity"}
+    assert wanted <= set(header)
+    assert list((out / "tensorboard").rglob("events*"))
+    assert "codebook_size: 32" in (out / "config.yaml").read_text()
+
+
+def test_train_dalle(shards, vae_file, tmp_path, run_command):
+    out = tmp_path / "run"
+    printed = run_command(train_dalle.main, *small(shards, out, 3, f"vae={vae_file}", "text.vocab_size=270"))
+    dalle = dalle_pytorch.load(printed, kind="dalle")
+    assert dalle.config.text_vocab_size == dalle.text_tokenizer.vocab_size <= 270
+    assert dalle.text_tokenizer.encode("a red square")
+    vae = dalle_pytorch.load(vae_file).state_dict()
+    assert all(torch.equal(tensor, vae[name]) for name, tensor in dalle.vae.state_dict().items())
+    assert list((out / "pictures").iterdir())
+
+
+def test_train_dalle_without_cached_tokens(shards, vae_file, tmp_path, run_command):
+    arguments = small(shards, tmp_path / "run", 2, f"vae={vae_file}", "data.token_crops=0", "data.jitter=1")
+    assert run_command(train_dalle.main, *arguments).endswith("dalle.safetensors")
+
+
+def test_train_clip_with_a_dalles_text_tokenizer(shards, make_dalle, tmp_path, run_command):
+    dalle = make_dalle()
+    dalle.text_tokenizer = dalle_pytorch.text.BPETokenizer.train(["a red square"], 260)
+    dalle_pytorch.save(dalle, tmp_path / "dalle.safetensors")
+    arguments = small(shards, tmp_path / "run", 3, f"text.tokenizer_from={tmp_path}/dalle.safetensors")
+    clip = dalle_pytorch.load(run_command(train_clip.main, *arguments, "model.text_len=32"))
+    assert clip.text_tokenizer.state() == dalle.text_tokenizer.state()
+    assert list((tmp_path / "run/pictures").iterdir())
+
+
+def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, tmp_path, run_command):
+    more = ["callbacks.keep=last", "data.jitter=2", "optim.schedule=constant", "gumbel_tau.shape=constant"]
+    more += ["kl_weight.shape=constant", "callbacks.checkpoint_every=1"]
+    whole = run_command(train_vae.main, *small(shards, tmp_path / "whole", 5, *more))
+    out = tmp_path / "parts"
+    run_command(train_vae.main, *small(shards, out, 2, *more))  # in the middle of an epoch of 3
+    resumed = run_command(train_vae.main, *small(shards, out, 5, *more, "resume=true"))
+    a, b = (dalle_pytorch.load(path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert checkpoint.read_header(resumed)["training"]["step"] == 5
+
+
+def test_checkpoints_hold_the_averaged_weights_and_load_as_models(shards, tmp_path, run_command):
+    arguments = small(shards, tmp_path, 2, "callbacks.ema_decay=0.5", "out=" + str(tmp_path / "run"))
+    kept = dalle_pytorch.load(run_command(train_vae.main, *arguments)).state_dict()
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    averaged = dalle_pytorch.load(path, kind="vae").state_dict()
+    content = torch.load(path, weights_only=True)
+    assert (content["kind"], content["version"]) == ("vae", 1)
+    current = {k.removeprefix("net."): v for k, v in content["current_model_state"].items()}
+    assert all(torch.equal(kept[name], averaged[name]) for name in kept)
+    assert not all(torch.equal(current[name], averaged[name]) for name in kept)
+
+
+def test_a_run_never_overwrites_another(shards, tmp_path, run_command):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, error = run_command(train_vae.main, *small(shards, tmp_path))
+    assert code == 1
+    assert str(tmp_path) in error
+    assert "resume=true" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    code, error = run_command(train_vae.main, *small(shards, tmp_path / "none", 2, "resume=true"))
+    assert code == 1
+    assert "none" in error
+    assert run_command(train_vae.main, "resume=true", f"data.path={shards}")[0] == 2
+
+
+def test_resuming_with_another_model_names_both_numbers(shards, vae_file, tmp_path, run_command):
+    out = tmp_path / "run"
+    run_command(train_dalle.main, *small(shards, out, 2, f"vae={vae_file}"))
+    vae = dalle_pytorch.DiscreteVAE(
+        dalle_pytorch.DiscreteVAEConfig(image_size=16, num_layers=2, codebook_size=48, codebook_dim=8, hidden_dim=8)
+    )
+    dalle_pytorch.save(vae, tmp_path / "other.safetensors")
+    arguments = small(shards, out, 4, f"vae={tmp_path}/other.safetensors", "resume=true", "model.depth=1")
+    code, error = run_command(train_dalle.main, *arguments)
+    assert code == 1
+    assert "vae.codebook_size was 32, is 48" in error
+    assert "depth was 2, is 1" in error
+
+
+def test_a_vae_of_another_picture_size_names_both(shards, tmp_path, run_command):
+    vae = dalle_pytorch.DiscreteVAE(dalle_pytorch.DiscreteVAEConfig(image_size=32, hidden_dim=8, codebook_dim=8))
+    dalle_pytorch.save(vae, tmp_path / "vae.safetensors")
+    code, error = run_command(train_dalle.main, *small(shards, tmp_path / "run", 2, f"vae={tmp_path}/vae.safetensors"))
+    assert code == 1
+    assert "16 x 16" in error
+    assert "32 x 32" in error
+
+
+def test_wandb_without_the_package_names_the_extra(shards, tmp_path, run_command, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    code, error = run_command(train_vae.main, *small(shards, tmp_path / "run", 2), "logger=wandb")
+    assert code == 1
+    assert "[wandb]" in error
+
+
+def test_code_statistics_have_closed_forms():
+    counts = count_codes(torch.tensor([[0, 1], [1, 1]]), 4)
+    assert counts.tolist() == [1, 3, 0, 0]
+    assert perplexity(torch.ones(8)).item() == pytest.approx(8)
+    assert perplexity(counts).item() == pytest.approx(math.exp(-0.25 * math.log(0.25) - 0.75 * math.log(0.75)))
+
+
+def test_tiles_keep_every_picture():
+    images = torch.rand(5, 3, 4, 4)
+    canvas = tile(images, columns=3)
+    assert canvas.shape == (3, 10, 16)
+    assert torch.equal(canvas[:, :4, 6:10], images[1])
+    assert torch.equal(canvas[:, 6:10, :4], images[3])
+    assert (canvas[:, 6:, 12:] == 1).all()
