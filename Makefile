@@ -15,7 +15,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python generate.py experiment=emoji_demo dalle=$(RUN)/dalle/dalle.safetensors \
 		clip=$(RUN)/clip/clip.safetensors out=$(RUN)/pictures
 	$(BIN)/python -m dalle_pytorch.commands.baselines dalle=$(RUN)/dalle/dalle.safetensors \
-		clip=$(RUN)/clip/clip.safetensors ranking=$(RUN)/pictures/ranking.json
+		clip=$(RUN)/clip/clip.safetensors ranking=$(RUN)/pictures/ranking.json data.val_split=test_compose
 	@echo "open: $(RUN)/pictures/grid.png (ranked samples), $(RUN)/vae/pictures (reconstructions),"
 	@echo "      $(RUN)/dalle/pictures, $(RUN)/clip/pictures; curves: $(BIN)/tensorboard --logdir $(RUN)"
 

@@ -3,11 +3,20 @@
 Two surfaces keep working, that of the first README (version 0.0.22: ``return_recon_loss``, ``mask``) and that of 1.6.6.
 Their names are translated here and nowhere else; each class also takes one of our configs as its first argument.
 
-Deliberate differences from DALLE-pytorch, each a defect there:
+What differs from DALLE-pytorch, because it is a defect there:
 - pictures come back in the range they went in, [0, 1], not normalised;
 - ``kl_div_loss_weight`` is the paper's beta and does not depend on the batch size;
 - ``filter_thres`` drops a share of the image vocabulary only;
-- no call changes its inputs; evaluation mode adds no Gumbel noise; the key/value cache is always on.
+- no call changes its inputs; evaluation mode adds no Gumbel noise; the key/value cache is always on;
+- prompts longer than ``text_seq_len`` are refused, not cut.
+
+What differs by design:
+- without ``return_loss`` a DALLE gives (text logits, image logits), not one tensor over both vocabularies;
+- the text loss ends at the first pad, since later pads are certain;
+- patterns default to the paper's definitions (``attn_semantics="dalle_pytorch"`` brings the others back);
+- CLIP does not read id 0 unless ``text_mask`` says so, its scale starts at 1 / 0.07, its heads are dim / heads wide.
+
+Not here yet: ``generate_texts``, ``OpenAIDiscreteVAE`` and ``VQGanVAE``.
 """
 
 from collections.abc import Sequence
@@ -24,13 +33,14 @@ from dalle_pytorch.models import discrete_vae as _discrete_vae
 from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig, DALLELogits
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
+from dalle_pytorch.models.mode import eval_mode
 
 
 class DiscreteVAE(_discrete_vae.DiscreteVAE):
     """The DiscreteVAE, from a config or from DALLE-pytorch's keywords.
 
     Args:
-        config: ours; the keywords must then be left alone.
+        config: ours; the keywords must then be left alone. A number is the image_size.
         image_size: side of the square picture in pixels.
         num_tokens: codebook size.
         codebook_dim: width of a code.
@@ -48,7 +58,7 @@ class DiscreteVAE(_discrete_vae.DiscreteVAE):
 
     def __init__(
         self,
-        config: DiscreteVAEConfig | None = None,
+        config: DiscreteVAEConfig | int | None = None,
         *,
         image_size: int = 256,
         num_tokens: int = 512,
@@ -64,6 +74,8 @@ class DiscreteVAE(_discrete_vae.DiscreteVAE):
         kl_div_loss_weight: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = ((0.5,) * 4, (0.5,) * 4),
     ) -> None:
+        if isinstance(config, int):  # DALLE-pytorch's first positional argument
+            image_size, config = config, None
         if config is None:
             mean, std = normalization or ((0.0,), (1.0,))
             config = DiscreteVAEConfig(
@@ -79,10 +91,12 @@ class DiscreteVAE(_discrete_vae.DiscreteVAE):
                 reinmax=reinmax,
                 mean=list(mean)[:channels],
                 std=list(std)[:channels],
+                gumbel_tau=temperature,
+                kl_weight=kl_div_loss_weight,
             )
         super().__init__(config)
         self.num_tokens, self.num_layers = config.codebook_size, config.num_layers
-        self.temperature, self.kl_div_loss_weight = temperature, kl_div_loss_weight
+        self.temperature, self.kl_div_loss_weight = config.gumbel_tau, config.kl_weight
 
     def norm(self, images: Tensor) -> Tensor:
         """Pictures as the encoder reads them, [b, c, H, W]."""
@@ -213,6 +227,7 @@ class DALLE(_dalle.DALLE):
         reversible: recompute activations in the backward pass (checkpointing in place of reversible layers).
         attn_dropout: on the outputs of attention.
         ff_dropout: inside the feed-forward.
+        sparse_attn: accepted and without effect, as in DALLE-pytorch; patterns are chosen with attn_types.
         attn_types: pattern or patterns, cycled over the depth; None = full.
         attn_semantics: "paper" or "dalle_pytorch".
         conv_kernel: side of the convolutional pattern; None = 11 (paper) or 5 (dalle_pytorch).
@@ -244,6 +259,7 @@ class DALLE(_dalle.DALLE):
         reversible: bool = False,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
+        sparse_attn: bool = False,
         attn_types: Sequence[str] | str | None = None,
         attn_semantics: str = "paper",
         conv_kernel: int | None = None,
@@ -287,7 +303,7 @@ class DALLE(_dalle.DALLE):
         self,
         text: Tensor,
         image: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | bool | None = None,
         return_loss: bool = False,
         null_cond_prob: float = 0.0,
     ) -> Tensor | DALLELogits:
@@ -296,13 +312,16 @@ class DALLE(_dalle.DALLE):
         Args:
             text: text tokens [b, t], at most text_seq_len of them, 0 = padding.
             image: pictures [b, c, H, W] or image tokens [b, n]; None = logits of the first image token.
-            mask: True = text to read [b, t] (version 0.0.22); the rest counts as padding.
+            mask: True = text to read [b, t] (version 0.0.22); the rest counts as padding. A bool in this place is
+                ``return_loss``, which stands third in 1.6.6.
             return_loss: the weighted loss; otherwise the logits of text and image.
             null_cond_prob: share of captions replaced by the empty one in this call.
 
         Raises:
             ValueError: return_loss without an image, or shapes that do not fit.
         """
+        if isinstance(mask, bool):
+            return_loss, mask = mask, None
         text = apply_mask(text, mask)
         if null_cond_prob:
             dropped = torch.rand(len(text), 1, device=text.device) < null_cond_prob
@@ -312,7 +331,7 @@ class DALLE(_dalle.DALLE):
                 raise ValueError("return_loss=True needs an image to predict")
             image_tokens = text.new_empty(len(text), 0)
         else:
-            image_tokens = self.vae.encode(image) if image.is_floating_point() else image
+            image_tokens = self.vae.encode(image) if image.ndim == 4 else image
         if return_loss:
             return self.loss(text, image_tokens).loss
         return self.logits(text, image_tokens)
@@ -364,12 +383,14 @@ class DALLE(_dalle.DALLE):
             top_k=top_k_of_filter_thres(filter_thres, self.codebook_size),
             cfg_scale=cond_scale,
         )
-        uniforms = torch.rand(len(text), self.num_image_tokens, generator=generator)
+        source = "cpu" if generator is None else generator.device
+        uniforms = torch.rand(len(text), self.num_image_tokens, generator=generator, device=source)
         tokens = generate_image_tokens(self, text, uniforms, sampling, given_tokens=given)
         images = self.vae.decode(tokens)
         if clip is None:
             return images
-        features = clip.encode_text(text, mask), clip.encode_image(images)
+        with eval_mode(clip):
+            features = clip.encode_text(text, mask), clip.encode_image(images)
         return images, clip.logit_scale * F.cosine_similarity(*features)
 
 

@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 T = TypeVar("T")
 
@@ -49,6 +49,9 @@ def typed(node: DictConfig | ListConfig, cls: type[T]) -> T:
     """
     try:
         value = OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        found = re.search(r"full_key: (\S+)", str(error))
+        raise ConfigError(f"{found[1] if found else error}= is missing: this command cannot do without it") from error
     except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
     if not isinstance(value, cls):
@@ -149,6 +152,8 @@ def explain(error: BaseException, config_class: type) -> str:
     message = str(cause)
     found = re.search(r"full_key: (\S+)", message)
     first_line = message.strip().splitlines()[0]
+    if isinstance(error, OverrideParseException) or first_line.startswith("Ambiguous value"):
+        return f"{first_line} (quote values of several words or signs twice: 'prompt=\"a cat, sitting\"')"
     if found is None:
         return first_line
     key = found[1]

@@ -1,5 +1,6 @@
 """DALLE-pytorch's users: every Python block of its first README, and the same flows through the surface of 1.6.6."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 import dalle_pytorch
 from dalle_pytorch import CLIP, DALLE, DiscreteVAE
 
+SHA256 = "56e72ad459ff6ee05d81833be2db379c2f364f393350203991cad3521e6418a8"
 README = Path(__file__).parent / "data_files" / "dalle_pytorch_0.0.22_readme.md"
 
 
 def test_first_readme_runs_unchanged(capsys):
-    """The blocks as they stand, in order, in one namespace. Attribution stands in the file's first lines."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    """The blocks as they stand, in order, in one namespace."""
+    content = README.read_bytes()
+    assert hashlib.sha256(content).hexdigest() == SHA256
+    blocks = re.findall(r"```python\n(.*?)```", content.decode(), re.DOTALL)
     assert len(blocks) == 4
     namespace: dict = {}
     for block in blocks:
@@ -54,8 +58,15 @@ def test_vae_of_1_6_6(vae):
     assert codes.shape == (3, 16)
     torch.testing.assert_close(vae.eval()(images), vae.decode(codes))
     torch.testing.assert_close(vae.norm(images), images * 2 - 1)
+    assert DiscreteVAE(64).image_size == 64  # by position
     unnormalised = DiscreteVAE(image_size=16, normalization=None, channels=1, smooth_l1_loss=True)
     assert unnormalised(torch.rand(1, 1, 16, 16), return_loss=True) > 0
+
+
+def test_vae_settings_survive_saving(vae, tmp_path):
+    dalle_pytorch.save(vae, tmp_path / "vae.safetensors")
+    loaded = dalle_pytorch.load(tmp_path / "vae.safetensors")
+    assert (loaded.temperature, loaded.kl_div_loss_weight) == (0.9, 0.1)
 
 
 def test_dalle_and_clip_of_1_6_6(vae):
@@ -85,6 +96,7 @@ def test_dalle_and_clip_of_1_6_6(vae):
     dalle(text, images, return_loss=True, null_cond_prob=0.2).backward()
     from_tokens = dalle.eval()(text, vae.get_codebook_indices(images), return_loss=True)
     torch.testing.assert_close(from_tokens, dalle(text, images, return_loss=True))
+    torch.testing.assert_close(from_tokens, dalle(text, images, True))  # third by position
     assert dalle(text).image.shape == (2, 1, 24)
 
     clip = CLIP(

@@ -10,7 +10,7 @@ import torch
 
 from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
-from dalle_pytorch.data.datamodule import DataConfig, Pictures, open_splits
+from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
 from dalle_pytorch.evaluation.baselines import (
     Comparison,
     clip_comparisons,
@@ -52,26 +52,18 @@ def distinct_pairs(captions: list[str], count: int, seed: int) -> list[int]:
 def compare(config: BaselinesConfig) -> list[Comparison]:
     """All comparisons, stage by stage."""
     dalle, clip = load(config.dalle, kind="dalle"), load(config.clip, kind="clip")
-    size = dalle.vae.image_size
     train_shards, val_shards = open_splits(config.data)
-    train = Pictures(train_shards, config.data, image_size=size, train=False)
-    val = Pictures(val_shards, config.data, image_size=size, train=False)
-    images = torch.stack([val[i]["image"] for i in range(len(val))])
-    captions = [val[i]["caption"] for i in range(len(val))]
-
-    mean_picture, train_tokens = torch.zeros(images.shape[1:]), []
-    for start in range(0, len(train), 256):
-        part = torch.stack([train[i]["image"] for i in range(start, min(start + 256, len(train)))])
-        mean_picture += part.sum(dim=0) / len(train)
-        train_tokens.append(dalle.vae.encode(part))
+    train_images, _ = all_pictures(train_shards, config.data, dalle.vae.image_size)
+    images, captions = all_pictures(val_shards, config.data, dalle.vae.image_size)
+    train_tokens = torch.cat([dalle.vae.encode(part) for part in train_images.split(256)])
     text = text_tokenizer_of(dalle, "dalle").tokenize(captions, dalle.config.text_len, truncate=True)
     pairs = distinct_pairs(captions, config.max_pairs, config.seed)
     clip_text = text_tokenizer_of(clip, "clip").tokenize(
         [captions[i] for i in pairs], clip.config.text_len, truncate=True
     )
     return [
-        tokenizer_comparison(dalle.vae, images, mean_picture),
-        *dalle_comparisons(dalle, text, dalle.vae.encode(images), torch.cat(train_tokens)),
+        tokenizer_comparison(dalle.vae, images, train_images.mean(dim=0)),
+        *dalle_comparisons(dalle, text, dalle.vae.encode(images), train_tokens),
         *clip_comparisons(clip, clip_text, images[pairs]),
         ranking_comparison(json.loads(Path(config.ranking).read_text(encoding="utf-8"))),
     ]

@@ -1,14 +1,15 @@
-"""Exact match of greedy decoding, split by split: ``python -m dalle_pytorch.commands.exact_match dalle=... data=rainbow``."""
+"""Exact match of greedy decoding: ``python -m dalle_pytorch.commands.exact_match dalle=... data=rainbow``."""
 
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
-from dalle_pytorch.data.datamodule import DataConfig, Pictures, open_splits
+from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
 from dalle_pytorch.evaluation.baselines import psnr
-from dalle_pytorch.evaluation.exact_match import exact_match
+from dalle_pytorch.evaluation.exact_match import greedy_matches
 from dalle_pytorch.generation.generator import text_tokenizer_of
 
 
@@ -24,22 +25,33 @@ class ExactMatchConfig:
 
 @torch.no_grad()
 def judge(config: ExactMatchConfig) -> list[str]:
-    """A line for each split: exact match, share of right tokens, PSNR of the VAE."""
+    """A line for each split: exact match, share of right tokens, PSNR of the VAE.
+
+    Of the validation split also the pictures that are not, pixel for pixel, in the training split: a circle turned is
+    the same picture under another caption.
+    """
     dalle = load(config.dalle, kind="dalle")
-    tokenizer, lines = text_tokenizer_of(dalle, "dalle"), []
+    tokenizer, lines, seen = text_tokenizer_of(dalle, "dalle"), [], set()
     for shards in open_splits(config.data):
-        pictures = Pictures(shards, config.data, image_size=dalle.vae.image_size, train=False)
-        images = torch.stack([pictures[i]["image"] for i in range(len(pictures))])
-        captions = [pictures[i]["caption"] for i in range(len(pictures))]
+        images, captions = all_pictures(shards, config.data, dalle.vae.image_size)
         text = tokenizer.tokenize(captions, dalle.config.text_len)
         image_tokens = torch.cat([dalle.vae.encode(part) for part in images.split(256)])
         decoded = torch.cat([dalle.vae.decode(part) for part in image_tokens.split(256)])
-        whole, single = exact_match(dalle, text, image_tokens)
+        right = greedy_matches(dalle, text, image_tokens)
+        pixels = [image.numpy().tobytes() for image in images]
+        new = torch.tensor([p not in seen for p in pixels])
+        seen = seen or set(pixels)
         lines.append(
-            f"{shards.split}: {len(captions)} captions, all tokens right {whole:.4f}, tokens right {single:.4f}, "
-            f"VAE {psnr(decoded, images):.2f} dB PSNR (mean over pictures)"
+            f"{shards.split}: {len(captions)} captions, all tokens right {share(right.all(dim=1)):.4f} "
+            f"({share(right.all(dim=1)[new]):.4f} of the {int(new.sum())} whose picture is in no earlier split), "
+            f"tokens right {share(right):.4f}, VAE {psnr(decoded, images):.2f} dB PSNR"
         )
     return lines
+
+
+def share(right: Tensor) -> float:
+    """Part of a boolean tensor that is true; 0 of none."""
+    return right.float().mean().nan_to_num().item()
 
 
 @entry("exact_match", ExactMatchConfig)

@@ -46,6 +46,17 @@ class GenerateConfig:
     out: str = "???"
     """Folder to make; it must not hold files yet."""
 
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: counts that do not fit; names them.
+        """
+        if not 1 <= self.num_keep <= self.num_candidates:
+            raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
     def prompts(self) -> list[str]:
         """The prompts, from the setting or the file.
 

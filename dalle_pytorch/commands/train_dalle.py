@@ -1,7 +1,5 @@
 """Train a DALLE on image shards and a DiscreteVAE: ``train_dalle.py vae=runs/vae/mine/vae.safetensors``."""
 
-import torch
-
 from dalle_pytorch import DALLE
 from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
@@ -16,6 +14,7 @@ def main(config: TrainDALLEConfig) -> None:
     """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
     run = Run("dalle", config)
     vae = load(config.vae, kind="vae")
+    run.check_vae(vae)
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed)
     tokenizer = make_tokenizer(config.text, data, run)
     config.model.text_vocab_size = tokenizer.vocab_size
@@ -24,7 +23,7 @@ def main(config: TrainDALLEConfig) -> None:
     net.text_tokenizer = tokenizer
     run.check(net)
     if config.data.token_crops:
-        data.cache_image_tokens(vae, device="cuda" if torch.cuda.is_available() else "cpu")
+        data.cache_image_tokens(vae, device=run.device)
     run.fit(LitDALLE(net, config), data)
 
 

@@ -356,6 +356,15 @@ class TextImageDataModule(pl.LightningDataModule):
         }
 
 
+def all_pictures(
+    shards: ShardDataset, config: DataConfig, image_size: int
+) -> tuple[Float[Tensor, "b 3 H W"], list[str]]:
+    """A whole split in order, unaugmented, with the first caption of each picture."""
+    pictures = Pictures(shards, config, image_size=image_size, train=False)
+    samples = [pictures[index] for index in range(len(pictures))]
+    return torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples]
+
+
 def open_splits(config: DataConfig) -> tuple[ShardDataset, ShardDataset]:
     """The training and the validation split.
 

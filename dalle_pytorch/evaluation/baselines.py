@@ -34,9 +34,11 @@ class Comparison(NamedTuple):
 
 
 def psnr(images: Float[Tensor, "b c H W"], targets: Float[Tensor, "b c H W"]) -> float:
-    """Peak signal-to-noise ratio in dB for pictures in [0, 1]: mean over pictures of each one's."""
-    error = (images - targets).square().flatten(1).mean(dim=1)
-    return (-10 * error.clamp_min(1e-10).log10()).mean().item()
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], of the mean squared error over all of them.
+
+    (The mean of each picture's own ratio is higher: easy pictures weigh more there.) 120 dB = equal.
+    """
+    return -10 * (images - targets).square().mean().clamp_min(1e-12).log10().item()
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def clip_comparisons(clip: CLIP, text_tokens: Int[Tensor, "b t"], images: Float[
     """Recall at 1 in both directions among all given pairs, against chance. Captions should differ from each other."""
     text = torch.cat([clip.encode_text(part) for part in text_tokens.split(BATCH)])
     image = torch.cat([clip.encode_image(part) for part in images.split(BATCH)])
-    scores, target = text @ image.T, torch.arange(len(text))
+    scores, target = text @ image.T, torch.arange(len(text), device=text.device)
     to_image = (scores.argmax(dim=1) == target).float().mean().item()
     to_text = (scores.argmax(dim=0) == target).float().mean().item()
     count = len(text)

@@ -165,8 +165,14 @@ class Generator:
             progress: called with the number of candidates that have just been finished.
 
         Raises:
-            ValueError: the prompt is longer than the model's context.
+            ValueError: the prompt is longer than the context, or guidance of a model that never saw an empty one.
         """
+        sampling = sampling or SamplingConfig()
+        if sampling.cfg_scale != 1 and not self.dalle.config.caption_dropout:
+            raise ValueError(
+                f"cfg_scale={sampling.cfg_scale} needs a model that has seen empty captions; this one was trained with "
+                "caption_dropout=0: use cfg_scale=1"
+            )
         device = next(self.dalle.parameters()).device
         text_len = self.dalle.config.text_len
         text = self.tokenizer.tokenize(prompt, text_len, truncate=truncate).to(device)
@@ -176,9 +182,7 @@ class Generator:
             uniforms = torch.stack(
                 [candidate_uniforms(prompt, seed, index, self.dalle.num_image_tokens) for index in part]
             )
-            drawn = generate_image_tokens(
-                self.dalle, text.expand(len(part), -1), uniforms, sampling or SamplingConfig()
-            )
+            drawn = generate_image_tokens(self.dalle, text.expand(len(part), -1), uniforms, sampling)
             tokens.append(drawn.cpu())
             images.append(self.dalle.vae.decode(drawn).cpu())
             progress(len(part))

@@ -4,7 +4,6 @@ Axes: b rows (candidates), k codebook_size.
 """
 
 import hashlib
-import math
 
 import torch
 from jaxtyping import Float, Int
@@ -80,8 +79,9 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     kept = keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)
-    cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
-    target = uniform.double()[:, None] * cumulative[:, -1:]
+    precise = torch.float32 if kept.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+    cumulative = kept.to(precise).softmax(dim=-1).cumsum(dim=-1)
+    target = uniform.to(precise)[:, None] * cumulative[:, -1:]
     # the first token whose cumulative share exceeds the number: one of share 0 is never drawn
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
@@ -103,4 +103,4 @@ def top_k_of_filter_thres(filter_thres: float, codebook_size: int) -> int:
     """
     if not 0 <= filter_thres <= 1:
         raise ValueError(f"filter_thres is the share of tokens to drop, in [0, 1]; got {filter_thres}")
-    return max(math.ceil((1 - filter_thres) * codebook_size), 1)
+    return max(int(round((1 - filter_thres) * codebook_size, 6)), 1)  # rounded: 1 - 0.9 is a little less than 0.1

@@ -73,8 +73,8 @@ def pattern_mask(
     return mask
 
 
-def rotary_angles(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "s e"]:
-    """Rotation angles of every stream position: text index, token row and token column, a third of the pairs each.
+def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "2 s e"]:
+    """Cosine and sine of every position's rotation: text index, token row, token column, a third of the pairs each.
 
     Text positions are (index, 0, 0), image positions (text_length, row, column), so that attention between image
     tokens depends on their distance in rows and columns only. Base 10,000 for text, 100 for the short axes of the grid
@@ -95,14 +95,16 @@ def rotary_angles(text_length: int, grid_size: int, head_dim: int) -> Float[Tens
         coordinate[:, None] * base ** (-torch.arange(count) / max(count, 1))
         for coordinate, base, count in zip(coordinates, (10_000.0, 100.0, 100.0), per_axis, strict=True)
     ]
-    return torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
+    turned = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
+    return torch.stack([turned.cos(), turned.sin()])  # not the angles: half precision would lose them
 
 
-def rotate(x: Float[Tensor, "b h q e"], angles: Float[Tensor, "q e"]) -> Float[Tensor, "b h q e"]:
-    """Rotate neighbouring pairs of the last axis by their angles."""
+def rotate(x: Float[Tensor, "b h q e"], turns: Float[Tensor, "2 q e"]) -> Float[Tensor, "b h q e"]:
+    """Rotate neighbouring pairs of the last axis by the angles of these cosines and sines."""
+    cosine, sine = turns.to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)
+    return x * cosine + turned * sine
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Attention(nn.Module):
         *,
         mask: Bool[Tensor, "..."] | None = None,
         causal: bool = False,
-        angles: Float[Tensor, "q e"] | None = None,
+        turns: Float[Tensor, "2 q e"] | None = None,
         cache: LayerCache | None = None,
         start: int = 0,
         length: int = 0,
@@ -169,7 +171,7 @@ class Attention(nn.Module):
             x: inputs at stream positions ``start`` to ``start + q``.
             mask: broadcasts to [b, h, q, keys], True = visible; None = everything, or causal.
             causal: lower-triangular mask, for ``mask=None``.
-            angles: rotary angles of the q positions.
+            turns: cosines and sines of the rotary angles of the q positions.
             cache: keys and values of the positions before ``start``; extended in place.
             start: first stream position of ``x``.
             length: room to allocate when ``cache`` is empty.
@@ -177,8 +179,8 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.to_qkv(x), "b q (three h e) -> three b h q e", three=3, h=self.heads)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
         if cache is not None:
             k, v = self.remember(cache, k, v, start, length)
         if self.stable:

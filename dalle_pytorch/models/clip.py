@@ -64,6 +64,14 @@ class CLIPConfig:
         """
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for name in (
+            *("dim_text", "dim_image", "dim_latent", "text_vocab_size", "text_len", "text_enc_depth", "text_heads"),
+            *("visual_enc_depth", "visual_heads", "image_size", "patch_size", "channels"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
         for dim, heads in (("dim_text", "text_heads"), ("dim_image", "visual_heads")):
@@ -123,8 +131,9 @@ class CLIP(nn.Module):
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
-        """What cosines are multiplied by in the loss, at most 100."""
-        return self.log_logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        """What cosines are multiplied by in the loss, at most 100; the clamp lets the gradient through."""
+        excess = (self.log_logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
+        return (self.log_logit_scale - excess).exp()
 
     def encode_text(
         self, text_tokens: Int[Tensor, "b t"], text_mask: Bool[Tensor, "b t"] | None = None
@@ -146,7 +155,9 @@ class CLIP(nn.Module):
                 f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
                 f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
             )
-        mask = text_tokens != 0 if text_mask is None else text_mask
+        mask = text_tokens != 0 if text_mask is None else text_mask.bool()
+        if mask.shape != text_tokens.shape:
+            raise ValueError(f"text_mask of shape {tuple(mask.shape)} given for text of {tuple(text_tokens.shape)}")
         # an empty text attends to its first pad: a softmax over nothing has no value
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         mask = mask | (first & ~mask.any(dim=1, keepdim=True))
@@ -200,7 +211,8 @@ def contrastive_loss(
     logit_bias: Float[Tensor, ""] | None,
 ) -> CLIPLoss:
     """InfoNCE both ways, or SigLIP's sum over pairs / batch where a bias is given; features have unit length."""
-    logits = logit_scale * text @ image.T
+    with torch.autocast(text.device.type, enabled=False):  # 8 bits of mantissa would tie scores of up to 100
+        logits = logit_scale * text.float() @ image.float().T
     target = torch.arange(len(logits), device=logits.device)
     if logit_bias is None:
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.attention import Cache, pattern_mask, rotary_angles, shift_sources
+from dalle_pytorch.models.attention import Cache, pattern_mask, rotary_turns, shift_sources
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.transformer import Stream, Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
@@ -147,7 +147,7 @@ class DALLE(nn.Module):
         ]
         self.pattern_names = patterns
         self.register_buffer("masks", torch.stack(masks), persistent=False)
-        self.register_buffer("rotary", rotary_angles(text_length, self.grid_size, config.head_dim), persistent=False)
+        self.register_buffer("rotary", rotary_turns(text_length, self.grid_size, config.head_dim), persistent=False)
         first, second = shift_sources(text_length, self.grid_size)
         self.register_buffer("shift_first", first, persistent=False)
         self.register_buffer("shift_second", second, persistent=False)
@@ -173,11 +173,11 @@ class DALLE(nn.Module):
         return self
 
     def stream(self) -> Stream:
-        """Masks, rotary angles and shift of all positions."""
+        """Masks, rotary turns and shift of all positions."""
         config = self.config
         return Stream(
             masks=[None if self.pattern_names[i] == "full" else self.masks[i] for i in self.mask_of_layer],
-            angles=None if config.positions == "learned" else self.rotary,
+            turns=None if config.positions == "learned" else self.rotary,
             shift=(self.shift_first, self.shift_second) if config.shift_tokens else None,
             length=1 + config.text_len + self.num_image_tokens,
         )
@@ -276,6 +276,8 @@ class DALLE(nn.Module):
         Raises:
             ValueError: shapes or ids that do not fit; names the numbers.
         """
+        if len(text_tokens) != len(image_tokens):
+            raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
         if image_tokens.shape[1] != self.num_image_tokens:
             raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
         text_tokens, inputs = self.corrupt(text_tokens, image_tokens, generator)
@@ -296,12 +298,13 @@ class DALLE(nn.Module):
     ) -> tuple[Int[Tensor, "b given"], Int[Tensor, "b n"]]:
         """Captions and input tokens after caption_dropout and token_dropout; copies, and unchanged in eval mode."""
         config = self.config
+        source = {"generator": generator, "device": "cpu" if generator is None else generator.device}
         if self.training and config.caption_dropout:
-            draw = torch.rand(text_tokens.shape[0], 1, generator=generator).to(text_tokens.device)
+            draw = torch.rand(text_tokens.shape[0], 1, **source).to(text_tokens.device)
             text_tokens = torch.where(draw < config.caption_dropout, 0, text_tokens)
         if self.training and config.token_dropout:
-            draw = torch.rand(image_tokens.shape, generator=generator).to(image_tokens.device)
-            noise = torch.randint(self.codebook_size, image_tokens.shape, generator=generator).to(image_tokens.device)
+            draw = torch.rand(image_tokens.shape, **source).to(image_tokens.device)
+            noise = torch.randint(self.codebook_size, image_tokens.shape, **source).to(image_tokens.device)
             image_tokens = torch.where(draw < config.token_dropout, noise, image_tokens)
         return text_tokens, image_tokens
 

@@ -53,6 +53,10 @@ class DiscreteVAEConfig:
     """Subtracted from the picture, per channel or one for all."""
     std: list[float] = field(default_factory=lambda: [0.5])
     """Divides the picture after ``mean``, per channel or one for all."""
+    gumbel_tau: float = 0.9
+    """Temperature of calls in DALLE-pytorch's way that give none; our training has a schedule."""
+    kl_weight: float = 0.0
+    """Beta of calls in DALLE-pytorch's way; our training has a schedule."""
 
     def __post_init__(self) -> None:
         """Validate; every message names the field and the values.
@@ -83,6 +87,8 @@ class DiscreteVAEConfig:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
                 raise ValueError(f"{name} must have 1 or {self.channels} values, got {getattr(self, name)}")
+        if min(self.std) <= 0 or self.gumbel_tau <= 0:
+            raise ValueError(f"std ({self.std}) and gumbel_tau ({self.gumbel_tau}) must be above 0")
 
 
 class VAELoss(NamedTuple):
@@ -205,7 +211,8 @@ class DiscreteVAE(ImageTokenizer):
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
         """Most likely code of every position; no Gumbel noise (section 2.2)."""
-        return self.encode_logits(images).argmax(dim=1).flatten(1)
+        with torch.autocast(images.device.type, enabled=False):  # the same codes in training as when cached or sampled
+            return self.encode_logits(images.float()).argmax(dim=1).flatten(1)
 
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
         """Pictures in [0, 1]."""

@@ -49,6 +49,8 @@ class ImageTokenizer(nn.Module, ABC):
         Raises:
             ValueError: channels or sides differ from the network's; names both.
         """
+        if not images.is_floating_point():
+            raise ValueError(f"pictures of type {images.dtype} given; they must be floats in [0, 1]: divide by 255")
         expected = (self.channels, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(

@@ -83,13 +83,13 @@ class Stream:
 
     Attributes:
         masks: per layer [s, s], or None where the layer is plainly causal.
-        angles: rotary angles [s, e], or None.
+        turns: cosines and sines of the rotary angles [2, s, e], or None.
         shift: two index vectors [s] (see ``attention.shift_sources``), or None.
         length: s, the room that a cache needs.
     """
 
     masks: list[Bool[Tensor, "s s"] | None]
-    angles: Float[Tensor, "s e"] | None
+    turns: Float[Tensor, "2 s e"] | None
     shift: tuple[Tensor, Tensor] | None
     length: int
 
@@ -123,10 +123,8 @@ class Block(nn.Module):
         if mask is None and start > 0 and x.shape[1] > 1:
             visible = torch.ones(x.shape[1], end, dtype=torch.bool, device=x.device).tril(diagonal=start)
         h = shift_tokens(self.attn_norm(x), stream, cache, "attention", start)
-        angles = stream.angles[start:end] if stream.angles is not None else None
-        h = self.attention(
-            h, mask=visible, causal=causal, angles=angles, cache=cache, start=start, length=stream.length
-        )
+        turns = stream.turns[:, start:end] if stream.turns is not None else None
+        h = self.attention(h, mask=visible, causal=causal, turns=turns, cache=cache, start=start, length=stream.length)
         x = x + self.attn_post(h)
         h = shift_tokens(self.ff_norm(x), stream, cache, "feed_forward", start)
         return x + self.ff_post(self.feed_forward(h))

@@ -151,7 +151,8 @@ class TextTokenizer(ABC):
             if len(ids) > context_length and not truncate:
                 raise ValueError(
                     f"caption {_shorten(text)!r} has {len(ids)} tokens, more than the context "
-                    f"length {context_length}; pass truncate=True to cut it"
+                    f"length {context_length}; truncate=True cuts it (settings: truncate=true of "
+                    "generate, text.truncate=true or a larger model.text_len of a training)"
                 )
             ids = ids[:context_length]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)

@@ -1,8 +1,7 @@
 """What the three LightningModules share: optimiser, schedules, random source of a step, checkpoint header."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
@@ -78,18 +77,6 @@ class LitBase(pl.LightningModule, Generic[Net]):
             batch: the first validation batch.
         """
         raise NotImplementedError
-
-
-@contextmanager
-def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients; the mode is put back."""
-    was_training = net.training
-    net.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        net.train(was_training)
 
 
 def tile(images: Float[Tensor, "b 3 H W"], columns: int) -> Float[Tensor, "3 h w"]:

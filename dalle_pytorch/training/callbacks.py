@@ -82,7 +82,17 @@ def ema(decay: float) -> WeightAveraging:
         # The sharing of weights is kept: deepcopy has seen to it.
         torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
 
-    return WeightAveraging(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
+    return DeviceWeightAveraging(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
+
+
+class DeviceWeightAveraging(WeightAveraging):
+    """Lightning's averaging, with the averages where the weights are: Lightning copies before it moves the model."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move them."""
+        super().on_train_start(trainer, pl_module)
+        if self._average_model is not None:
+            self._average_model.to(pl_module.device)
 
 
 class Throughput(Callback):

@@ -10,7 +10,8 @@ from dalle_pytorch.data.datamodule import Batch
 from dalle_pytorch.generation.generator import SamplingConfig, generate_image_tokens
 from dalle_pytorch.generation.sampling import candidate_uniforms
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
-from dalle_pytorch.training.base import LitBase, eval_mode, tile
+from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
 

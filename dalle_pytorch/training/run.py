@@ -13,9 +13,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.config import build
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
 from dalle_pytorch.training.base import LitBase
@@ -97,6 +99,13 @@ class Run:
         _quieten()
         pl.seed_everything(config.seed, verbose=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where this process may work before the Trainer has chosen: its GPU, unless the run is for a CPU."""
+        if self.config.trainer.get("accelerator", "auto") == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
     def check(self, net: nn.Module) -> None:
         """Refuse to resume with another model.
 
@@ -112,6 +121,22 @@ class Run:
             raise ValueError(
                 f"{self.last} was trained with another model: {'; '.join(differences)}. "
                 "Resume with the same settings, or start a new run with another out="
+            )
+
+    def check_vae(self, vae: nn.Module) -> None:
+        """Refuse to resume a DALLE with other weights of the image tokenizer: its tokens would mean something else.
+
+        Raises:
+            ValueError: the weights differ from those in the checkpoint.
+        """
+        if self.last is None:
+            return
+        saved, given = checkpoint.load(self.last, kind="dalle").vae.state_dict(), vae.state_dict()
+        different = [key for key in saved if key not in given or not torch.equal(saved[key], given[key])]
+        if different or len(saved) != len(given):
+            raise ValueError(
+                f"{self.last} was trained on the tokens of another vae (it differs in {len(different)} tensors, "
+                f"{different[0] if different else 'by surplus ones'} first): resume with the vae= of the first start"
             )
 
     def fit(self, lit: LitBase[Any], data: TextImageDataModule) -> Path:
@@ -141,6 +166,17 @@ class Run:
         return result
 
 
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, whole or not at all, on any file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the target and move over it."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(target) as temporary:
+            torch.save(checkpoint, temporary)
+
+
 def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any]) -> pl.Trainer:
     """The Trainer of a run, with its loggers and callbacks.
 
@@ -165,6 +201,7 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any]) -> pl.Trainer:
     return build(
         section,
         "trainer",
+        plugins=[AtomicCheckpointIO()],
         logger=make_loggers(config.logger, out),
         callbacks=callbacks,
         default_root_dir=str(out),

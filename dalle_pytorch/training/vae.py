@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dalle_pytorch.data.datamodule import Batch
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
-from dalle_pytorch.training.base import LitBase, eval_mode, tile
+from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
 

@@ -18,7 +18,7 @@ def tokenizer():
 @pytest.fixture
 def prompted(make_dalle, tokenizer):
     """A small DALLE that reads prompts."""
-    dalle = make_dalle(text_vocab_size=tokenizer.vocab_size, text_len=12)
+    dalle = make_dalle(text_vocab_size=tokenizer.vocab_size, text_len=12, caption_dropout=0.1)
     dalle.text_tokenizer = tokenizer
     return dalle
 
@@ -109,6 +109,9 @@ def test_misfits_are_named(prompted, make_dalle, tiny_clip):
     generator = Generator(prompted)
     with pytest.raises(ValueError, match="a red apple"):
         generator.candidates("a red apple " * 9, range(1))
+    prompted.config.caption_dropout = 0.0
+    with pytest.raises(ValueError, match=r"cfg_scale=2.0.*caption_dropout=0"):
+        generator.candidates("a red apple", range(1), sampling=SAMPLING)
     with pytest.raises(ValueError, match=r"num_keep \(3\).*num_candidates \(2\)"):
         generator.generate("a red apple", num_candidates=2, num_keep=3)
     with pytest.raises(ValueError, match=r"\(1, 15\).*\(1, 16\)"):

@@ -27,6 +27,16 @@ def test_scale_starts_as_the_papers_and_is_clamped(tiny_clip):
     with torch.no_grad():
         tiny_clip.log_logit_scale.fill_(50.0)
     assert tiny_clip.logit_scale.item() == pytest.approx(100, rel=1e-5)
+    tiny_clip.logit_scale.backward()
+    assert tiny_clip.log_logit_scale.grad > 0  # a plain clamp would hold it there for ever
+
+
+def test_scores_are_not_rounded_under_autocast():
+    features = torch.nn.functional.normalize(torch.randn(64, 16), dim=-1)
+    noisy = torch.nn.functional.normalize(features + 0.01 * torch.randn(64, 16), dim=-1)
+    exact = contrastive_loss(features, noisy, torch.tensor(100.0), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrastive_loss(features, noisy, torch.tensor(100.0), None).loss == exact.loss
 
 
 def test_scores_are_cosines_and_pairs_agree_with_the_matrix(tiny_clip):
@@ -79,5 +89,9 @@ def test_misfits_are_named(tiny_clip):
         tiny_clip.encode_text(torch.ones(1, 6, dtype=torch.long))
     with pytest.raises(ValueError, match=r"\[9, 9\].*0 to 8"):
         tiny_clip.encode_text(torch.full((1, 2), 9))
+    with pytest.raises(ValueError, match=r"text_mask of shape \(1, 2\)"):
+        tiny_clip.encode_text(TEXT[:1], torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="patch_size must be at least 1"):
+        CLIPConfig(patch_size=0)
     with pytest.raises(ValueError, match="1 channels"):
         tiny_clip.encode_image(torch.rand(1, 1, 16, 16))

@@ -71,6 +71,14 @@ def test_loss_is_the_cross_entropy_of_the_logits(make_dalle):
     torch.testing.assert_close(loss.loss, (text + 7 * image) / 8)
 
 
+def test_half_precision_keeps_positions(make_dalle):
+    """Rotary positions survive a cast: cosines rounded to 8 bits, not angles."""
+    dalle = make_dalle(text_len=5)
+    full = dalle.logits(TEXT, IMAGE).image
+    half = dalle.bfloat16().logits(TEXT, IMAGE).image.float()
+    torch.testing.assert_close(half, full, atol=0.05 * full.abs().max().item(), rtol=0)
+
+
 def test_every_padded_position_has_its_own_pad(make_dalle):
     padded = make_dalle().pad_text(torch.tensor([[2, 0]]))
     assert padded.tolist() == [[2, 10, 11, 12, 13]]

@@ -103,6 +103,26 @@ def test_one_batch_overfits():
     assert error < 0.3 * F.mse_loss(images.mean(0, keepdim=True).expand_as(images), images)
 
 
+def test_codes_do_not_depend_on_autocast():
+    """Tokens that are cached, made in training or made in generation are the same."""
+    vae = make().eval()
+    images = torch.rand(8, 3, 16, 16)
+    expected = vae.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.encode(images), expected)
+
+
+def test_usage_is_zero_for_even_and_log_k_for_single_codes(monkeypatch):
+    vae = make()
+    for logits, expected in ((torch.zeros(2, 12, 4, 4), 0.0), (torch.zeros(2, 12, 4, 4), math.log(12))):
+        if expected:
+            logits[:, 5] = 100.0
+        monkeypatch.setattr(vae, "encode_logits", lambda images, logits=logits: logits)
+        result = vae.loss(torch.rand(2, 3, 16, 16), gumbel_tau=1.0, kl_weight=0.0, usage_weight=2.0)
+        torch.testing.assert_close(result.usage, torch.tensor(expected), atol=1e-5, rtol=0)
+        torch.testing.assert_close(result.loss, result.reconstruction + 2 * result.usage)
+
+
 def test_misfits_are_named():
     with pytest.raises(ValueError, match=r"image_size \(20\).*8"):
         make(image_size=20, num_layers=3)
@@ -111,6 +131,8 @@ def test_misfits_are_named():
     with pytest.raises(ValueError, match="straight_through"):
         make(reinmax=True)
     vae = make()
+    with pytest.raises(ValueError, match="divide by 255"):
+        vae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\(1, 16, 16\).*\(3, 16, 16\)"):
         vae.encode(torch.rand(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"15 image tokens.*4 x 4"):

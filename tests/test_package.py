@@ -1,0 +1,116 @@
+"""What the package as a whole promises: layers, imports without side effects, the right torch, a true README."""
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_models_generation_and_text_need_no_training_stack():
+    """They import, and sample, with Lightning, Hydra, wandb and web frameworks out of reach."""
+    code = """
+import sys
+for name in ("pytorch_lightning", "hydra", "wandb", "tensorboard", "torchvision", "transformers"):
+    sys.modules[name] = None
+import torch
+from dalle_pytorch import CLIP, DALLE, DiscreteVAE, load, save
+vae = DiscreteVAE(image_size=16, num_layers=2, num_tokens=8, codebook_dim=8, hidden_dim=8)
+dalle = DALLE(dim=16, vae=vae, num_text_tokens=9, text_seq_len=3, depth=1, heads=1, dim_head=16)
+print(tuple(dalle.generate_images(torch.ones(2, 3, dtype=torch.long)).shape))
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(2, 3, 16, 16)"
+
+
+def test_importing_changes_no_global_state():
+    code = """
+import torch
+state, threads, grad = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
+import dalle_pytorch, dalle_pytorch.commands.train_dalle, dalle_pytorch.commands.generate
+assert torch.equal(state, torch.get_rng_state())
+assert (threads, grad) == (torch.get_num_threads(), torch.is_grad_enabled())
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_torch_is_the_one_asked_for_and_torchvision_is_absent():
+    (requirement,) = [r for r in PROJECT["project"]["dependencies"] if re.match(r"torch\W", r)]
+    assert torch.__version__.split("+")[0] in SpecifierSet(requirement.removeprefix("torch"))
+    assert importlib.util.find_spec("torchvision") is None
+    nvidia = [d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-")]
+    assert not nvidia or torch.version.cuda
+
+
+def test_every_constraint_is_installed_as_pinned():
+    """Except extras that are not there; a pin that drifted from the environment would be a lie."""
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if "==" not in line or line.startswith("#"):
+            continue
+        name, version = line.split("==")
+        if importlib.util.find_spec(name.replace("-", "_")) is not None:
+            assert importlib.metadata.version(name) == version, name
+
+
+def test_console_scripts_exist():
+    for target in PROJECT["project"]["scripts"].values():
+        module, name = target.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("command", ["prepare_data", "train_vae", "train_dalle", "train_clip", "generate"])
+def test_commands_explain_themselves_from_any_folder(command, tmp_path):
+    script = ROOT / f"{command}.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "out" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_readme_names_files_that_exist():
+    table = README.split("## Where everything is")[1].split("## Limits")[0]
+    for path in re.findall(r"`([\w./]+(?:\.py|/))`", table):
+        name = path.rstrip("/")
+        assert (ROOT / name).exists() or list((ROOT / "dalle_pytorch").rglob(name)), path
+
+
+def test_readme_code_for_dalle_pytorch_users_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = [b for b in blocks if "DiscreteVAE(" in b]
+    result = run(block)
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_commands_name_settings_that_exist():
+    """Each command line of the README composes: its keys are known and its groups exist."""
+    commands = re.findall(r"^python (\w+)\.py (.*)$", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for command, arguments in commands:
+        overrides = [a.strip("'") for a in re.findall(r"'[^']*'|\S+", arguments)]
+        code = f"""
+import sys
+from hydra import compose, initialize_config_module
+import dalle_pytorch.commands.{command}
+with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+    compose("{command}", overrides={overrides!r})
+"""
+        result = run(code)
+        assert result.returncode == 0, (command, arguments, result.stderr[-600:])
