@@ -82,7 +82,7 @@ def test_dalle_and_clip_of_1_6_6(vae):
         attn_dropout=0.1,
         ff_dropout=0.1,
         attn_types=("full", "axial_row", "axial_col", "conv_like"),
-        loss_img_weight=7,
+        loss_img_weight=7.0,
         stable=True,
         sandwich_norm=True,
         shift_tokens=True,

@@ -14,7 +14,6 @@ def main(config: TrainDALLEConfig) -> None:
     """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
     run = Run("dalle", config)
     vae = load(config.vae, kind="vae")
-    run.check_vae(vae)
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed)
     tokenizer = make_tokenizer(config.text, data, run)
     config.model.text_vocab_size = tokenizer.vocab_size
@@ -22,6 +21,7 @@ def main(config: TrainDALLEConfig) -> None:
     net = DALLE(config.model, vae=vae)
     net.text_tokenizer = tokenizer
     run.check(net)
+    run.check_vae(vae)
     if config.data.token_crops:
         data.cache_image_tokens(vae, device=run.device)
     run.fit(LitDALLE(net, config), data)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
@@ -136,13 +136,13 @@ class CLIP(nn.Module):
         return (self.log_logit_scale - excess).exp()
 
     def encode_text(
-        self, text_tokens: Int[Tensor, "b t"], text_mask: Bool[Tensor, "b t"] | None = None
+        self, text_tokens: Int[Tensor, "b t"], text_mask: Shaped[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b e"]:
         """Unit features of texts.
 
         Args:
             text_tokens: ids in [0, text_vocab_size), 0 = padding, at most text_len of them.
-            text_mask: True = read; None = every id but the padding.
+            text_mask: [b, t], true or not zero = read; None = every id but the padding.
 
         Raises:
             ValueError: too many tokens, or an id outside the vocabulary; names the numbers.
@@ -187,7 +187,7 @@ class CLIP(nn.Module):
         self,
         text_tokens: Int[Tensor, "n t"],
         images: Float[Tensor, "m c H W"],
-        text_mask: Bool[Tensor, "n t"] | None = None,
+        text_mask: Shaped[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "n m"]:
         """Cosine of every text with every picture, in [-1, 1], without the logit scale."""
         return self.encode_text(text_tokens, text_mask) @ self.encode_image(images).T
@@ -196,7 +196,7 @@ class CLIP(nn.Module):
         self,
         text_tokens: Int[Tensor, "b t"],
         images: Float[Tensor, "b c H W"],
-        text_mask: Bool[Tensor, "b t"] | None = None,
+        text_mask: Shaped[Tensor, "..."] | None = None,
     ) -> CLIPLoss:
         """Contrastive loss of matching pairs against all other pairs of the batch."""
         return contrastive_loss(

@@ -9,7 +9,7 @@ Axes: b batch, c channels, H W pixels, n image tokens in raster order (n = grid_
 from abc import ABC, abstractmethod
 from typing import cast
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 CONTRACT = ("image_size", "grid_size", "codebook_size", "channels", "encode", "decode")
@@ -43,7 +43,7 @@ class ImageTokenizer(nn.Module, ABC):
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
         """Pictures in [0, 1] of tokens in raster order."""
 
-    def check_images(self, images: Float[Tensor, "b c H W"]) -> None:
+    def check_images(self, images: Shaped[Tensor, "..."]) -> None:
         """Refuse pictures of another shape.
 
         Raises:

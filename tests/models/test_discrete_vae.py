@@ -132,7 +132,7 @@ def test_misfits_are_named():
         make(reinmax=True)
     vae = make()
     with pytest.raises(ValueError, match="divide by 255"):
-        vae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        vae.check_images(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\(1, 16, 16\).*\(3, 16, 16\)"):
         vae.encode(torch.rand(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"15 image tokens.*4 x 4"):

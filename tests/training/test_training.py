@@ -84,7 +84,7 @@ def test_train_clip_with_a_dalles_text_tokenizer(shards, make_dalle, tmp_path, r
 
 def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, tmp_path, run_command):
     more = ["callbacks.keep=last", "data.jitter=2", "optim.schedule=constant", "gumbel_tau.shape=constant"]
-    more += ["kl_weight.shape=constant", "callbacks.checkpoint_every=1"]
+    more += ["kl_weight.shape=constant", "usage_weight.shape=constant", "callbacks.checkpoint_every=1"]
     whole = run_command(train_vae.main, *small(shards, tmp_path / "whole", 5, *more))
     out = tmp_path / "parts"
     run_command(train_vae.main, *small(shards, out, 2, *more))  # in the middle of an epoch of 3
@@ -131,6 +131,22 @@ def test_resuming_with_another_model_names_both_numbers(shards, vae_file, tmp_pa
     assert code == 1
     assert "vae.codebook_size was 32, is 48" in error
     assert "depth was 2, is 1" in error
+
+
+def test_resuming_with_another_vae_of_the_same_sizes_is_refused(shards, vae_file, tmp_path, run_command):
+    """Its tokens would mean something else, and nothing but the loss would tell."""
+    out = tmp_path / "run"
+    run_command(train_dalle.main, *small(shards, out, 2, f"vae={vae_file}"))
+    other = dalle_pytorch.load(vae_file)
+    with torch.no_grad():
+        other.codebook.weight.mul_(2)
+    dalle_pytorch.save(other, tmp_path / "other.safetensors")
+    code, error = run_command(
+        train_dalle.main, *small(shards, out, 4, f"vae={tmp_path}/other.safetensors", "resume=true")
+    )
+    assert code == 1
+    assert "another vae" in error
+    assert "codebook.weight" in error
 
 
 def test_a_vae_of_another_picture_size_names_both(shards, tmp_path, run_command):
