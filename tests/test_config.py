@@ -101,6 +101,15 @@ def test_wrong_settings_end_with_one_line_that_names_the_mend(monkeypatch, capsy
     assert not out.exists()
 
 
+def test_missing_and_unquoted_values_end_with_one_line_that_names_the_mend(monkeypatch, capsys):
+    code, error = call(monkeypatch, capsys, "generate", "prompt=x")
+    assert (code, error) == (2, "error: dalle= is missing: this command cannot do without it\n")
+    for prompt in ("prompt=a cat, sitting", "prompt=a cat's face"):
+        code, error = call(monkeypatch, capsys, "generate", "dalle=x", prompt)
+        assert code == 2
+        assert """'prompt="a cat, sitting"'""" in error
+
+
 def test_a_mistake_found_later_ends_with_code_1(monkeypatch, capsys, tmp_path):
     code, error = call(monkeypatch, capsys, "train_vae", f"data.path={tmp_path / 'nowhere'}")
     assert code == 1

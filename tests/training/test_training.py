@@ -1,6 +1,8 @@
 """The three trainings end to end through their commands."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,6 +96,21 @@ def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, tmp_path, run_comma
     assert checkpoint.read_header(resumed)["training"]["step"] == 5
 
 
+def test_a_resumed_dalle_ends_as_one_that_did_not_stop(shards, vae_file, tmp_path, run_command):
+    """With every source of randomness on: BPE, caption and token dropout, dropout, augmented pictures."""
+    more = [f"vae={vae_file}", "callbacks.keep=last", "optim.schedule=constant", "callbacks.checkpoint_every=1"]
+    more += ["text.bpe_dropout=0.3", "model.caption_dropout=0.3", "model.token_dropout=0.3", "model.ff_dropout=0.2"]
+    more += ["data.token_crops=0", "data.jitter=2"]
+    whole = run_command(train_dalle.main, *small(shards, tmp_path / "whole", 5, *more))
+    out = tmp_path / "parts"
+    run_command(train_dalle.main, *small(shards, out, 2, *more))
+    resumed = run_command(train_dalle.main, *small(shards, out, 5, *more, "resume=true"))
+    a, b = (dalle_pytorch.load(path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    moved = dalle_pytorch.load(out / "checkpoints/best.ckpt").state_dict()
+    assert not all(torch.equal(a[name], moved[name]) for name in a)
+
+
 def test_checkpoints_hold_the_averaged_weights_and_load_as_models(shards, tmp_path, run_command):
     arguments = small(shards, tmp_path, 2, "callbacks.ema_decay=0.5", "out=" + str(tmp_path / "run"))
     kept = dalle_pytorch.load(run_command(train_vae.main, *arguments)).state_dict()
@@ -181,3 +198,17 @@ def test_tiles_keep_every_picture():
     assert torch.equal(canvas[:, :4, 6:10], images[1])
     assert torch.equal(canvas[:, 6:10, :4], images[3])
     assert (canvas[:, 6:, 12:] == 1).all()
+
+
+def test_wandb_stays_offline_without_a_key(shards, tmp_path, run_command, monkeypatch):
+    """It needs no account and no network, and writes into the run's folder."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "dalle_pytorch.commands.train_vae"]
+        + [str(argument) for argument in small(shards, tmp_path / "run", 2, "logger=wandb")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
