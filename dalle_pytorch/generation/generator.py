@@ -15,6 +15,7 @@ from dalle_pytorch.generation.rerank import Ranking, rerank
 from dalle_pytorch.generation.sampling import candidate_uniforms, draw, guide
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.text import TextTokenizer
 
 
@@ -53,7 +54,6 @@ class Candidates(NamedTuple):
     """In [0, 1]."""
 
 
-@torch.no_grad()
 def generate_image_tokens(
     dalle: DALLE,
     text_tokens: Int[Tensor, "b t"],
@@ -79,9 +79,7 @@ def generate_image_tokens(
             f"uniforms of shape {tuple(uniforms.shape)} given, expected (captions, image tokens) = "
             f"({len(text_tokens)}, {dalle.num_image_tokens})"
         )
-    was_training = dalle.training
-    dalle.eval()
-    try:
+    with eval_mode(dalle):
         rows = len(text_tokens)
         guided = sampling.cfg_scale != 1
         if given_tokens is None:
@@ -110,8 +108,6 @@ def generate_image_tokens(
                 top_p=sampling.top_p,
             )
         return tokens
-    finally:
-        dalle.train(was_training)
 
 
 class Generator:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.models.clip import CLIP
+from dalle_pytorch.models.mode import eval_mode
 
 
 class Ranking(NamedTuple):
@@ -23,7 +24,6 @@ class Ranking(NamedTuple):
     """Scores of all candidates, in their order."""
 
 
-@torch.no_grad()
 def rerank(images: Float[Tensor, "m c H W"], prompt: str, clip: CLIP | None, num_keep: int) -> Ranking:
     """Keep the candidates that the CLIP finds closest to the prompt.
 
@@ -48,11 +48,7 @@ def rerank(images: Float[Tensor, "m c H W"], prompt: str, clip: CLIP | None, num
         raise ValueError("this clip carries no text tokenizer, so it cannot read prompts; set clip.text_tokenizer")
     device = clip.log_logit_scale.device
     text = clip.text_tokenizer.tokenize(prompt, clip.config.text_len, truncate=True).to(device)
-    was_training = clip.training
-    clip.eval()
-    try:
+    with eval_mode(clip):
         scores = torch.cat([clip.scores(text, part.to(device))[0].cpu() for part in images.split(256)])
-    finally:
-        clip.train(was_training)
     order = scores.argsort(descending=True, stable=True)[:num_keep]
     return Ranking(order, scores[order], scores)

@@ -171,9 +171,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside the target and move over it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(target) as temporary:
+        with atomic(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
 
 
