@@ -1,4 +1,4 @@
-"""Attention over one stream of text and image positions: the patterns, rotary positions and the key/value cache.
+"""Attention over one stream of text and image positions: the patterns, rotary positions and what a layer sees.
 
 A stream is ``text_length`` text positions (the <bos> included) and then the image tokens in raster order. Every image
 position sees the whole text; the text is causal; a pattern says which earlier image positions an image position sees.
@@ -7,11 +7,11 @@ Axes: b batch, s stream positions, q queries, k keys, h heads, e head_dim, d mod
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -74,7 +74,9 @@ def pattern_mask(
 
 
 def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "2 s e"]:
-    """Cosine and sine of every position's rotation: text index, token row, token column, a third of the pairs each.
+    """Cosine and signed sine of every position's rotation: text index, token row, token column, a third of the pairs each.
+
+    (x, y) turns to (x cos - y sin, y cos + x sin): the sines come negative for the first of a pair.
 
     Text positions are (index, 0, 0), image positions (text_length, row, column), so that attention between image
     tokens depends on their distance in rows and columns only. Base 10,000 for text, 100 for the short axes of the grid
@@ -95,44 +97,93 @@ def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tenso
         coordinate[:, None] * base ** (-torch.arange(count) / max(count, 1))
         for coordinate, base, count in zip(coordinates, (10_000.0, 100.0, 100.0), per_axis, strict=True)
     ]
-    turned = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
-    return torch.stack([turned.cos(), turned.sin()])  # not the angles: half precision would lose them
+    angle = torch.cat(angles, dim=-1)
+    cosine = angle.cos().repeat_interleave(2, dim=-1)
+    sine = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(-2)
+    return torch.stack([cosine, sine])  # not the angles: half precision would lose them
 
 
-def rotate(x: Float[Tensor, "b h q e"], turns: Float[Tensor, "2 q e"]) -> Float[Tensor, "b h q e"]:
-    """Rotate neighbouring pairs of the last axis by the angles of these cosines and sines."""
-    cosine, sine = turns.to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x * cosine + turned * sine
+def rotate(x: Float[Tensor, "b q *h e"], turns: Float[Tensor, "2 q e"]) -> Float[Tensor, "b q *h e"]:
+    """Rotate neighbouring pairs of the last axis by the angles of ``rotary_turns``."""
+    cosine, sine = turns.to(x.dtype).reshape(2, turns.shape[1], *(1,) * (x.ndim - 3), turns.shape[2])
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cosine, swapped, sine)
+
+
+class LayerView(Protocol):
+    """How one layer sees the positions it is given and those before them: all at once in training, a cache in sampling."""
+
+    def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
+        """Input of attention (0) or feed-forward (1), with channels of earlier positions where the model shifts."""
+        ...
+
+    def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
+        """Queries and keys, rotated where the model has rotary positions."""
+        ...
+
+    def attend(
+        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
+    ) -> Float[Tensor, "b h q e"]:
+        """Values weighted by attention to all that each query may see."""
+        ...
 
 
 @dataclass
-class LayerCache:
-    """Keys, values and shifted halves of one layer, preallocated for the whole stream."""
+class EncoderView:
+    """Everything sees everything, or what a mask lets through; no order."""
 
-    keys: Float[Tensor, "b h s e"] | None = None
-    values: Float[Tensor, "b h s e"] | None = None
-    shifted: dict[str, Float[Tensor, "b s half"]] = field(default_factory=dict)
+    mask: Bool[Tensor, "..."] | None = None
+    """Broadcasts to [b, h, q, q], True = visible."""
+
+    def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
+        """Unchanged."""
+        return x
+
+    def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
+        """Unchanged."""
+        return x
+
+    def attend(
+        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
+    ) -> Float[Tensor, "b h q e"]:
+        """Attention under the mask."""
+        return attention(q, k, v, self.mask, causal=False, stable=stable)
 
 
-class Cache:
-    """What the transformer remembers of the positions it has read.
+@dataclass
+class StreamView:
+    """The first q positions of a stream, all at once."""
 
-    Args:
-        depth: layers.
-        length: stream positions to make room for.
-    """
+    mask: Bool[Tensor, "s s"] | None
+    """``pattern_mask``; None = plainly causal."""
+    turns: Float[Tensor, "2 s e"] | None
+    """``rotary_turns``, or None."""
+    sources: tuple[Tensor, Tensor] | None
+    """``shift_sources``, or None."""
 
-    def __init__(self, depth: int, length: int) -> None:
-        self.layers = [LayerCache() for _ in range(depth)]
-        self.length = length
-        self.filled = 0
-        """Positions read so far."""
+    def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
+        """The first two channel quarters replaced by those of ``sources``."""
+        if self.sources is None:
+            return x
+        quarter, length = x.shape[-1] // 4, x.shape[1]
+        past = F.pad(x[..., : 2 * quarter], (0, 0, 0, 1))  # index -1 reads the zeros at the end
+        first, second = (source[:length] for source in self.sources)
+        return torch.cat([past[:, first, :quarter], past[:, second, quarter:], x[..., 2 * quarter :]], dim=-1)
+
+    def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
+        """Rotated by the angles of the positions."""
+        return x if self.turns is None else rotate(x, self.turns[:, : x.shape[1]])
+
+    def attend(
+        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
+    ) -> Float[Tensor, "b h q e"]:
+        """Attention under the pattern."""
+        mask = None if self.mask is None else self.mask[: q.shape[2], : q.shape[2]]
+        return attention(q, k, v, mask, causal=mask is None, stable=stable)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with an optional mask, rotary positions and cache.
+    """Multi-head attention.
 
     Args:
         dim: width of the input and output.
@@ -154,53 +205,30 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, dim)
         self.qk_norm = qk_norm
 
-    def forward(
-        self,
-        x: Float[Tensor, "b q d"],
-        *,
-        mask: Bool[Tensor, "..."] | None = None,
-        causal: bool = False,
-        turns: Float[Tensor, "2 q e"] | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
-        length: int = 0,
-    ) -> Float[Tensor, "b q d"]:
-        """Attend.
-
-        Args:
-            x: inputs at stream positions ``start`` to ``start + q``.
-            mask: broadcasts to [b, h, q, keys], True = visible; None = everything, or causal.
-            causal: lower-triangular mask, for ``mask=None``.
-            turns: cosines and sines of the rotary angles of the q positions.
-            cache: keys and values of the positions before ``start``; extended in place.
-            start: first stream position of ``x``.
-            length: room to allocate when ``cache`` is empty.
-        """
-        q, k, v = rearrange(self.to_qkv(x), "b q (three h e) -> three b h q e", three=3, h=self.heads)
+    def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
+        """Attend to what the view lets this layer see."""
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        qk = qkv[:, :, :2]
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        if turns is not None:
-            q, k = rotate(q, turns), rotate(k, turns)
-        if cache is not None:
-            k, v = self.remember(cache, k, v, start, length)
-        if self.stable:
-            out = stable_attention(q, k, v, mask, causal)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return F.dropout(self.to_out(rearrange(out, "b h q e -> b q (h e)")), self.dropout, self.training)
+            qk = F.rms_norm(qk, (self.head_dim,))
+        q, k = view.turn(qk).permute(2, 0, 3, 1, 4)  # [2, b, h, q, e]
+        out = view.attend(q, k, qkv[:, :, 2].transpose(1, 2), self.stable)
+        return F.dropout(self.to_out(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
-    @staticmethod
-    def remember(
-        cache: LayerCache, k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], start: int, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values into the cache; all up to now, as views."""
-        end = start + k.shape[2]
-        if cache.keys is None or cache.values is None:
-            cache.keys = k.new_empty(k.shape[0], k.shape[1], length, k.shape[3])
-            cache.values = torch.empty_like(cache.keys)
-        cache.keys[:, :, start:end] = k
-        cache.values[:, :, start:end] = v
-        return cache.keys[:, :, :end], cache.values[:, :, :end]
+
+def attention(
+    q: Float[Tensor, "b h q e"],
+    k: Float[Tensor, "b h k e"],
+    v: Float[Tensor, "b h k e"],
+    mask: Bool[Tensor, "..."] | None,
+    *,
+    causal: bool,
+    stable: bool,
+) -> Float[Tensor, "b h q e"]:
+    """Scaled dot-product attention, fused or in CogView's stable form."""
+    if stable:
+        return stable_attention(q, k, v, mask, causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def stable_attention(

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from dalle_pytorch.models.attention import EncoderView
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
 
@@ -162,7 +163,7 @@ class CLIP(nn.Module):
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         mask = mask | (first & ~mask.any(dim=1, keepdim=True))
         x = self.text_emb(text_tokens) + self.text_pos.weight[: text_tokens.shape[1]]
-        x = self.text_transformer(x, mask=mask[:, None, None, :])
+        x = self.text_transformer(x, [EncoderView(mask[:, None, None, :])] * config.text_enc_depth)
         pooled = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return F.normalize(self.to_text_latent(pooled).float(), dim=-1)
 
@@ -180,7 +181,8 @@ class CLIP(nn.Module):
             images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
         patch = config.patch_size
         patches = rearrange(images * 2 - 1, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=patch, p2=patch)
-        x = self.image_transformer(self.to_patches(patches) + self.image_pos.weight)
+        views = [EncoderView()] * config.visual_enc_depth
+        x = self.image_transformer(self.to_patches(patches) + self.image_pos.weight, views)
         return F.normalize(self.to_image_latent(x.mean(dim=1)).float(), dim=-1)
 
     def scores(

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.attention import Cache, pattern_mask, rotary_turns, shift_sources
+from dalle_pytorch.models.attention import LayerView, StreamView, pattern_mask, rotary_turns, shift_sources
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
-from dalle_pytorch.models.transformer import Stream, Transformer, TransformerConfig
+from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
 
 POSITIONS = ("rotary", "learned", "both")
@@ -137,15 +137,11 @@ class DALLE(nn.Module):
             self.text_head.weight, self.image_head.weight = self.text_emb.weight, self.image_emb.weight
 
         text_length = 1 + config.text_len
-        patterns = list(dict.fromkeys(config.attn_types))
+        self.patterns = list(dict.fromkeys(config.attn_types))
         masks = [
             pattern_mask(p, text_length, self.grid_size, semantics=config.attn_semantics, kernel=config.conv_kernel)
-            for p in patterns
+            for p in self.patterns
         ]
-        self.mask_of_layer = [
-            patterns.index(config.attn_types[i % len(config.attn_types)]) for i in range(config.depth)
-        ]
-        self.pattern_names = patterns
         self.register_buffer("masks", torch.stack(masks), persistent=False)
         self.register_buffer("rotary", rotary_turns(text_length, self.grid_size, config.head_dim), persistent=False)
         first, second = shift_sources(text_length, self.grid_size)
@@ -172,15 +168,21 @@ class DALLE(nn.Module):
         self.vae.eval()
         return self
 
-    def stream(self) -> Stream:
-        """Masks, rotary turns and shift of all positions."""
+    def views(self) -> list[LayerView]:
+        """What each layer sees when all positions are there."""
         config = self.config
-        return Stream(
-            masks=[None if self.pattern_names[i] == "full" else self.masks[i] for i in self.mask_of_layer],
-            turns=None if config.positions == "learned" else self.rotary,
-            shift=(self.shift_first, self.shift_second) if config.shift_tokens else None,
-            length=1 + config.text_len + self.num_image_tokens,
-        )
+        turns = None if config.positions == "learned" else self.rotary
+        sources = (self.shift_first, self.shift_second) if config.shift_tokens else None
+        return [StreamView(self.mask(layer), turns, sources) for layer in range(config.depth)]
+
+    def pattern(self, layer: int) -> str:
+        """Attention pattern of a layer."""
+        return self.config.attn_types[layer % len(self.config.attn_types)]
+
+    def mask(self, layer: int) -> Bool[Tensor, "s s"] | None:
+        """Pattern mask of a layer; None where it is plainly causal."""
+        pattern = self.pattern(layer)
+        return None if pattern == "full" else self.masks[self.patterns.index(pattern)]
 
     def pad_text(self, text_tokens: Int[Tensor, "b given"]) -> Int[Tensor, "b t"]:
         """Ids with every 0 replaced by the pad id of its position; shorter captions are filled up. Makes a copy.
@@ -243,7 +245,7 @@ class DALLE(nn.Module):
         self.check_image_tokens(image_tokens)
         padded = self.pad_text(text_tokens)
         inputs = self.embed(padded, image_tokens[:, : self.num_image_tokens - 1])
-        return padded, self.transformer(inputs, stream=self.stream())
+        return padded, self.transformer(inputs, self.views())
 
     def logits(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> DALLELogits:
         """Scores of every text and image token given those before it.
@@ -307,21 +309,3 @@ class DALLE(nn.Module):
             noise = torch.randint(self.codebook_size, image_tokens.shape, **source).to(image_tokens.device)
             image_tokens = torch.where(draw < config.token_dropout, noise, image_tokens)
         return text_tokens, image_tokens
-
-    def prefill(
-        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"], cache: Cache
-    ) -> Float[Tensor, "b k"]:
-        """Read the caption and the first m image tokens into an empty cache; scores of image token m."""
-        self.check_image_tokens(image_tokens)
-        inputs = self.embed(self.pad_text(text_tokens), image_tokens)
-        return self.image_head(self.transformer(inputs, stream=self.stream(), cache=cache)[:, -1])
-
-    def step(self, image_tokens: Int[Tensor, " b"], cache: Cache) -> Float[Tensor, "b k"]:
-        """Read one more image token into the cache; scores of the one after it."""
-        start = cache.filled - 1 - self.config.text_len
-        inputs = self.embed_image(image_tokens[:, None], start)
-        return self.image_head(self.transformer(inputs, stream=self.stream(), cache=cache)[:, -1])
-
-    def new_cache(self) -> Cache:
-        """An empty cache with room for the whole stream."""
-        return Cache(self.config.depth, 1 + self.config.text_len + self.num_image_tokens)

@@ -1,17 +1,17 @@
 """Transformer blocks: what dalle.py and clip.py share unchanged.
 
-Axes: b batch, s stream positions, q positions given in this call, d width, e head_dim.
+Axes: b batch, q positions given in this call, d width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_pytorch.models.attention import Attention, Cache, LayerCache
+from dalle_pytorch.models.attention import Attention, LayerView
 
 
 @dataclass(kw_only=True)
@@ -77,23 +77,6 @@ class FeedForward(nn.Module):
         return self.to_out(F.dropout(value * F.gelu(gate), self.dropout, self.training))
 
 
-@dataclass
-class Stream:
-    """What all blocks of a decoder know about their positions.
-
-    Attributes:
-        masks: per layer [s, s], or None where the layer is plainly causal.
-        turns: cosines and sines of the rotary angles [2, s, e], or None.
-        shift: two index vectors [s] (see ``attention.shift_sources``), or None.
-        length: s, the room that a cache needs.
-    """
-
-    masks: list[Bool[Tensor, "s s"] | None]
-    turns: Float[Tensor, "2 s e"] | None
-    shift: tuple[Tensor, Tensor] | None
-    length: int
-
-
 class Block(nn.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
@@ -105,50 +88,10 @@ class Block(nn.Module):
         self.ff_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
         self.attention, self.feed_forward = attention, feed_forward
 
-    def forward(
-        self,
-        x: Float[Tensor, "b q d"],
-        stream: Stream | None,
-        mask: Tensor | None,
-        cache: LayerCache | None,
-        start: int,
-    ) -> Float[Tensor, "b q d"]:
-        """One block; the arguments are the transformer's, for this layer."""
-        if stream is None:
-            x = x + self.attn_post(self.attention(self.attn_norm(x), mask=mask))
-            return x + self.ff_post(self.feed_forward(self.ff_norm(x)))
-        end = start + x.shape[1]
-        visible = mask[start:end, :end] if mask is not None else None
-        causal = mask is None and start == 0
-        if mask is None and start > 0 and x.shape[1] > 1:
-            visible = torch.ones(x.shape[1], end, dtype=torch.bool, device=x.device).tril(diagonal=start)
-        h = shift_tokens(self.attn_norm(x), stream, cache, "attention", start)
-        turns = stream.turns[:, start:end] if stream.turns is not None else None
-        h = self.attention(h, mask=visible, causal=causal, turns=turns, cache=cache, start=start, length=stream.length)
-        x = x + self.attn_post(h)
-        h = shift_tokens(self.ff_norm(x), stream, cache, "feed_forward", start)
-        return x + self.ff_post(self.feed_forward(h))
-
-
-def shift_tokens(
-    x: Float[Tensor, "b q d"], stream: Stream, cache: LayerCache | None, name: str, start: int
-) -> Float[Tensor, "b q d"]:
-    """Replace the first two channel quarters by those of earlier positions (``stream.shift``); None = unchanged."""
-    if stream.shift is None:
-        return x
-    quarter, end = x.shape[-1] // 4, start + x.shape[1]
-    half = x[..., : 2 * quarter]
-    if cache is not None:
-        if name not in cache.shifted:
-            cache.shifted[name] = x.new_zeros(x.shape[0], stream.length + 1, 2 * quarter)
-        past = cache.shifted[name]  # its last row stays zero, so that index -1 reads zeros
-        past[:, start:end] = half
-    else:
-        past = F.pad(half, (0, 0, 0, 1))
-    first, second = stream.shift
-    return torch.cat(
-        [past[:, first[start:end], :quarter], past[:, second[start:end], quarter:], x[..., 2 * quarter :]], dim=-1
-    )
+    def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
+        """One block over the positions that the view shows it."""
+        x = x + self.attn_post(self.attention(view.shift(self.attn_norm(x), 0), view))
+        return x + self.ff_post(self.feed_forward(view.shift(self.ff_norm(x), 1)))
 
 
 class Transformer(nn.Module):
@@ -182,32 +125,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b q d"],
-        *,
-        stream: Stream | None = None,
-        mask: Bool[Tensor, "..."] | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "b q d"]:
-        """Run the stack.
-
-        Args:
-            x: inputs; with a cache, those at positions ``cache.filled`` and on.
-            stream: positions of a decoder; None = an encoder without order of its own.
-            mask: for an encoder, broadcasts to [b, h, q, q], True = visible.
-            cache: earlier positions, extended in place; decoder only.
-        """
-        start = cache.filled if cache is not None else 0
-        for index, block in enumerate(self.blocks):
-            block_mask = stream.masks[index] if stream is not None else mask
-            layer_cache = cache.layers[index] if cache is not None else None
+    def forward(self, x: Float[Tensor, "b q d"], views: Sequence[LayerView]) -> Float[Tensor, "b q d"]:
+        """Run the stack; ``views`` says for each layer what it sees."""
+        for block, view in zip(self.blocks, views, strict=True):
             if self.config.checkpoint_activations and self.training:
-                x = checkpoint(block, x, stream, block_mask, layer_cache, start, use_reentrant=False)
+                x = checkpoint(block, x, view, use_reentrant=False)
             else:
-                x = block(x, stream, block_mask, layer_cache, start)
-        if cache is not None:
-            cache.filled = start + x.shape[1]
+                x = block(x, view)
         return self.norm(x)
 
 

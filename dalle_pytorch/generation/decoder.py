@@ -1,0 +1,96 @@
+"""A DALLE, one image token at a time: reads prompts once, then a token of every candidate a step.
+
+Axes: g groups (a prompt, or its null twin for guidance), c candidates of a group, r = g * c rows in that order, t text
+tokens, n image tokens, k codebook_size.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_pytorch.generation.cache import Plan, RecordingView, StepView, plan
+from dalle_pytorch.generation.linear import prepare
+from dalle_pytorch.models.dalle import DALLE
+
+
+class Decoder:
+    """A DALLE laid out for sampling. Its weights are copied: make another one after training on.
+
+    Args:
+        dalle: the model; not changed.
+        precision: arithmetic of the linear layers, "fp32", "bf16" or "int8" (see ``linear.prepare``). The head that scores
+            the codebook is kept in fp32 under int8.
+
+    Raises:
+        ValueError: a precision that is unknown or that this device does not have.
+    """
+
+    def __init__(self, dalle: DALLE, *, precision: str = "fp32") -> None:
+        self.dalle = dalle
+        self.transformer = prepare(dalle.transformer, precision)
+        self.head = prepare(dalle.image_head, "fp32" if precision == "int8" else precision)
+        self.device = dalle.bos.device
+        # CPUs multiply bf16 matrices fast but have no fast bf16 attention: the keys stay fp32 there
+        self.cache_dtype = torch.bfloat16 if precision == "bf16" and self.device.type != "cpu" else torch.float32
+        self.text_length = 1 + dalle.config.text_len
+        self.plans: dict[str, Plan] = {}
+        """Cache slots of each pattern."""
+        for pattern, mask in zip(dalle.patterns, dalle.masks.cpu(), strict=True):
+            self.plans[pattern] = plan(mask[self.text_length :, self.text_length :], pattern)
+
+    def bytes_per_candidate(self, *, guided: bool = False) -> int:
+        """What the caches of one candidate hold, prompts apart."""
+        config = self.dalle.config
+        slots = sum(self.plans[self.dalle.pattern(layer)].room for layer in range(config.depth))
+        keys = 2 * slots * config.heads * config.head_dim * self.cache_dtype.itemsize
+        shifted = config.depth * (self.dalle.grid_size + 1) * config.dim * 4 if config.shift_tokens else 0
+        return (keys + shifted) * (2 if guided else 1)
+
+    @torch.inference_mode()
+    def start(
+        self,
+        text_tokens: Int[Tensor, "g t"],
+        candidates: int = 1,
+        given_tokens: Int[Tensor, "g given"] | None = None,
+    ) -> tuple["State", Float[Tensor, "r k"]]:
+        """Read each prompt once, with the first image tokens where they are given.
+
+        Args:
+            text_tokens: prompts, 0 = padding.
+            candidates: c, drawn for each prompt.
+            given_tokens: first image tokens, the same for all candidates of a prompt; fewer than n.
+
+        Returns:
+            State, and scores of the next image token of every row.
+        """
+        dalle = self.dalle
+        if given_tokens is None:
+            given_tokens = text_tokens.new_empty(len(text_tokens), 0)
+        dalle.check_image_tokens(given_tokens)
+        recorded = [RecordingView(view.mask, view.turns, view.sources) for view in dalle.views()]
+        out = self.transformer(dalle.embed(dalle.pad_text(text_tokens), given_tokens), recorded)
+        steps = []
+        for layer, view in enumerate(recorded):
+            pattern = self.plans[dalle.pattern(layer)]
+            steps.append(StepView(view, pattern, self.text_length, candidates, dalle.grid_size, self.cache_dtype))
+        return State(steps), self.head(out[:, -1]).repeat_interleave(candidates, dim=0)
+
+    @torch.inference_mode()
+    def step(self, state: "State", image_tokens: Int[Tensor, " r"]) -> Float[Tensor, "r k"]:
+        """Read the next image token of every row; scores of the one after it."""
+        inputs = self.dalle.embed_image(image_tokens[:, None], state.views[0].position)
+        out = self.transformer(inputs, state.views)
+        for view in state.views:
+            view.position += 1
+        return self.head(out[:, 0])
+
+
+class State:
+    """What has been read: a view of each layer with its cache."""
+
+    def __init__(self, views: list[StepView]) -> None:
+        self.views = views
+
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(view.bytes() for view in self.views)
