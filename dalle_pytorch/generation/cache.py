@@ -8,20 +8,19 @@ Axes: g groups (a prompt, or its null twin for guidance), c candidates of a grou
 t text positions with <bos>, n image tokens, m slots of the image cache, d width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
-from dalle_pytorch.models.attention import StreamView, rotate
+from dalle_pytorch.models.attention import StreamView
 
 BLOCK = 32
-"""Image slots stored side by side where many candidates are drawn: what one step reads then lies in few long runs
-of memory. At 512 candidates attention took 1.5 times as long with all slots side by side (benchmarks/sampling.py)."""
-MANY = 32
-"""Rows from which blocks pay: for fewer, more calls cost more than the memory order saves."""
+"""Image slots that lie side by side for all rows: what one step reads is then a few long runs of memory. With all slots of a
+row side by side attention took 1.5 times as long at 256 candidates (benchmarks/sampling.py)."""
 
 
 class Plan(NamedTuple):
@@ -33,6 +32,8 @@ class Plan(NamedTuple):
     """Slots that each raster position sees, itself included."""
     room: int
     """Number of slots."""
+    runs: bool
+    """Every position sees the first so many slots."""
 
 
 def plan(visible: Bool[Tensor, "n n"], pattern: str) -> Plan:
@@ -52,40 +53,50 @@ def plan(visible: Bool[Tensor, "n n"], pattern: str) -> Plan:
     reads: list[slice | Tensor] = []
     for row in visible:
         read = slots[row].sort().values
-        run = int(read[-1] - read[0]) + 1 == len(read)
-        reads.append(slice(int(read[0]), int(read[-1]) + 1) if run else read)
-    return Plan(slots.tolist(), reads, room)
+        first, last = int(read[0]), int(read[-1])
+        reads.append(slice(first, last + 1) if last - first + 1 == len(read) else read)
+    runs = all(isinstance(read, slice) and read.start == 0 for read in reads)
+    return Plan(slots.tolist(), reads, room, runs)
 
 
 class LayerCache:
-    """Keys and values of one layer, and its view of the stream one position at a time.
+    """Keys and values of one layer.
 
     Args:
         plan: slots of its pattern.
         full: keys and values of the prompt and the given image tokens, ``[2, g, h, t + given, e]``.
         text_length: t.
         candidates: c.
+        dtype: of what is kept.
+        compiled: what takes the place of ``mix_blocks``. Without it a lone candidate's image keys follow its prompt's in one
+            run, for torch's fused attention.
     """
 
-    def __init__(self, plan: Plan, full: Float[Tensor, "2 g h s e"], text_length: int, candidates: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        full: Float[Tensor, "2 g h s e"],
+        text_length: int,
+        candidates: int,
+        *,
+        dtype: torch.dtype,
+        compiled: Callable[..., Tensor] | None = None,
+    ) -> None:
         _, groups, heads, length, head_dim = full.shape
-        self.plan, self.candidates, self.heads, self.text_length = plan, candidates, heads, text_length
-        self.shape = (groups, candidates, heads, head_dim)
-        runs = all(isinstance(read, slice) and read.start == 0 for read in plan.reads)
-        # a lone candidate of each prompt, its keys in one run: the prompt's lie in front of its own
-        self.alone = candidates == 1 and runs
-        self.offset = text_length if self.alone else 0
-        slots = self.offset + plan.room
-        jump = any(not isinstance(read, slice) for read in plan.reads)
-        rows = groups * candidates * heads
-        self.block = slots if jump or rows < MANY * heads else BLOCK
-        blocks = -(-slots // self.block)
-        self.blocks = [full.new_empty(2, rows, min(self.block, slots - i * self.block), head_dim) for i in range(blocks)]
+        full = full.to(dtype)
+        self.plan, self.shape, self.compiled = plan, (groups, candidates, heads, head_dim), compiled
+        self.text_length = text_length
+        self.in_front = candidates == 1 and plan.runs and compiled is None
+        self.offset = text_length if self.in_front else 0
+        slots, rows = self.offset + plan.room, groups * candidates * heads
+        self.block = BLOCK if plan.runs and not self.in_front else slots
+        self.blocks = full.new_zeros(-(-slots // self.block), 2, rows, self.block, head_dim)
         """Image keys and values, rows in the order (g, h, c)."""
+        self.halves = [tuple(block.unbind()) for block in self.blocks]
         self.prompt = full[:, :, :, :text_length].flatten(1, 2).contiguous()
         """Keys and values of the prompts, ``[2, g * h, t, e]``; empty where they lie in front."""
-        if self.alone:
-            self.blocks[0][:, :, :text_length] = self.prompt
+        if self.in_front:
+            self.blocks[0, :, :, :text_length] = self.prompt
             self.prompt = self.prompt[:, :, :0].clone()
         given = full[:, :, :, text_length:].flatten(1, 2).repeat_interleave(candidates, dim=1)
         for position in range(max(0, length - text_length - plan.room), length - text_length):
@@ -94,66 +105,105 @@ class LayerCache:
     def write(self, k: Float[Tensor, "rows e"], v: Float[Tensor, "rows e"], slot: int) -> None:
         """Store one position's keys and values."""
         block, at = divmod(self.offset + slot, self.block)
-        self.blocks[block][0, :, at] = k
-        self.blocks[block][1, :, at] = v
-
-    def read(self, slots: slice | Tensor) -> list[Float[Tensor, "2 rows some e"]]:
-        """Keys and values of some slots, as views of the blocks that hold them; picked ones as one copy."""
-        if not isinstance(slots, slice):
-            return [self.blocks[0].index_select(2, slots)]
-        start, stop = slots.start, self.offset + slots.stop
-        return [
-            block[:, :, max(start - first, 0) : stop - first]
-            for first, block in zip(range(0, stop, self.block), self.blocks, strict=False)
-            if first + self.block > start
-        ]
+        keys, values = self.halves[block]
+        keys.select(1, at).copy_(k)
+        values.select(1, at).copy_(v)
 
     def attend(
         self, q: Float[Tensor, "r h 1 e"], k: Float[Tensor, "r h 1 e"], v: Float[Tensor, "r h 1 e"], position: int
     ) -> Float[Tensor, "r h 1 e"]:
         """Store a position's keys and values; its attention to the prompt and the image keys it may see."""
+        self.write(self.by_head(k), self.by_head(v), self.plan.slots[position])
+        read = self.plan.reads[position]
+        if self.in_front and isinstance(read, slice):
+            (keys, values), shape = self.halves[0], (len(q), q.shape[1], -1, q.shape[3])
+            some = self.offset + read.stop
+            keys, values = keys.narrow(1, 0, some).view(shape), values.narrow(1, 0, some).view(shape)
+            return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values).to(q.dtype)
         groups, candidates, heads, head_dim = self.shape
-        self.write(by_head(k, self.shape), by_head(v, self.shape), self.plan.slots[position])
-        parts, q = self.read(self.plan.reads[position]), q.to(self.prompt.dtype)
-        if self.alone and len(parts) == 1:
-            keys, values = parts[0].unflatten(1, (-1, heads))
-            return F.scaled_dot_product_attention(q, keys, values)
-        together = (groups * heads, candidates, head_dim)  # candidates that share a prompt read it in one product
-        queries = (by_head(q, self.shape) * head_dim**-0.5).unsqueeze(1)
-        scores = [torch.bmm(queries, keys.transpose(1, 2)) for keys, _ in parts]
-        if self.prompt.shape[2]:
-            shared = torch.bmm(queries.view(together), self.prompt[0].transpose(1, 2))
-            scores.append(shared.view(len(queries), 1, -1))
-        weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([score.shape[-1] for score in scores], dim=-1)
-        if self.prompt.shape[2]:
-            out = torch.bmm(weights[-1].view(groups * heads, candidates, -1), self.prompt[1]).view(queries.shape)
-        else:
-            out = torch.zeros_like(queries)
-        for weight, (_, values) in zip(weights, parts, strict=False):
-            out.baddbmm_(weight, values)
-        return out.view(groups, heads, candidates, head_dim).transpose(1, 2).reshape(q.shape)
+        queries = self.by_head(q).to(self.blocks.dtype) * head_dim**-0.5
+        mix = mix_blocks if self.compiled is None or not self.plan.runs else self.compiled
+        out = mix(queries, self.prompt, *self.visible(read))
+        return out.view(groups, heads, candidates, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
+
+    def visible(self, read: slice | Tensor) -> tuple[Float[Tensor, "blocks 2 rows some e"], int]:
+        """Blocks that hold the slots to read, and how many slots they are."""
+        if not isinstance(read, slice):  # picked here and there: one copy
+            return self.blocks.index_select(3, read), len(read)
+        if self.plan.runs:
+            return self.blocks[: -(-read.stop // self.block)], read.stop
+        return self.blocks[:, :, :, read], read.stop - read.start
+
+    def by_head(self, x: Float[Tensor, "r h 1 e"]) -> Float[Tensor, "rows e"]:
+        """One position's queries, keys or values in the order (g, h, c)."""
+        groups, candidates, heads, head_dim = self.shape
+        if candidates == 1:
+            return x.reshape(-1, head_dim)
+        return x.view(groups, candidates, heads, head_dim).transpose(1, 2).reshape(-1, head_dim)
 
     def bytes(self) -> int:
         """Memory held."""
-        return sum(part.nbytes for part in (*self.blocks, self.prompt))
+        return self.blocks.nbytes + self.prompt.nbytes
 
 
-def by_head(x: Float[Tensor, "r h 1 e"], shape: tuple[int, int, int, int]) -> Float[Tensor, "rows e"]:
-    """One position's queries, keys or values in the cache's order (g, h, c)."""
-    groups, candidates, heads, head_dim = shape
-    return x.view(groups, candidates, heads, head_dim).transpose(1, 2).reshape(-1, head_dim)
+def mix_blocks(
+    queries: Float[Tensor, "rows e"],
+    prompt: Float[Tensor, "2 gh t e"],
+    blocks: Float[Tensor, "blocks 2 rows some e"],
+    seen: int,
+) -> Float[Tensor, "rows e"]:
+    """Attention of scaled queries to their prompt and to the first ``seen`` image slots.
+
+    Candidates that share a prompt read its keys in one product.
+    """
+    size, queries = blocks.shape[3], queries.unsqueeze(1)
+    parts = [block[:, :, : seen - first] for first, block in zip(range(0, seen, size), blocks.unbind(), strict=True)]
+    scores = [torch.bmm(queries, keys.transpose(1, 2)) for keys, _ in parts]
+    together = (prompt.shape[1], -1, prompt.shape[3])
+    scores.append(torch.bmm(queries.view(together), prompt[0].transpose(1, 2)).view(len(queries), 1, -1))
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([score.shape[-1] for score in scores], dim=-1)
+    out = torch.bmm(weights[-1].view(prompt.shape[1], -1, prompt.shape[2]), prompt[1]).view(queries.shape)
+    for weight, (_, values) in zip(weights, parts, strict=False):
+        out.baddbmm_(weight, values)
+    return out.squeeze(1)
+
+
+def mix_blocks_fused(
+    queries: Float[Tensor, "rows e"],
+    prompt: Float[Tensor, "2 gh t e"],
+    blocks: Float[Tensor, "blocks 2 rows some e"],
+    seen: int,
+) -> Float[Tensor, "rows e"]:
+    """As ``mix_blocks``, written for ``torch.compile``: every key and value is read once, whole blocks at a time."""
+    count, _, rows, size, head_dim = blocks.shape
+    keys, values = blocks[:, 0].float(), blocks[:, 1].float()
+    slot = torch.arange(count, device=blocks.device)[:, None, None] * size + torch.arange(size, device=blocks.device)
+    scores = (keys * queries[:, None].float()).sum(dim=-1).masked_fill(slot >= seen, -torch.inf)
+    together = (prompt.shape[1], -1, head_dim)
+    shared = torch.bmm(queries.view(together), prompt[0].transpose(1, 2)).float().view(rows, -1)
+    top = torch.maximum(scores.amax(dim=(0, 2)), shared.amax(dim=-1))
+    image_weights, prompt_weights = (scores - top[:, None]).exp(), (shared - top[:, None]).exp()
+    total = image_weights.sum(dim=(0, 2)) + prompt_weights.sum(dim=-1)
+    out = (image_weights[..., None] * values).sum(dim=2).sum(dim=0)  # twice as fast as over both at once
+    from_prompt = torch.bmm(prompt_weights.view(prompt.shape[1], -1, prompt.shape[2]).to(prompt.dtype), prompt[1])
+    return (out + from_prompt.float().view(rows, head_dim)) / total[:, None]
 
 
 class RecordingView(StreamView):
     """A view of the first positions that remembers what later ones will ask for."""
 
     full: Float[Tensor, "2 g h s e"]
-    shifted: dict[int, Float[Tensor, "g s half"]]
+    """Keys and values."""
+
+    def __init__(self, view: StreamView) -> None:
+        super().__init__(view.mask, view.turns, view.sources)
+        self.shifted: list[Float[Tensor, "g s half"]] = []
+        """Moving channels at the entry of attention and feed-forward; empty where the model does not shift."""
 
     def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
         """As in training; keeps the channels that move."""
         if self.sources is not None:
-            self.shifted = {**getattr(self, "shifted", {}), sublayer: x[..., : 2 * (x.shape[-1] // 4)]}
+            self.shifted.append(x[..., : 2 * (x.shape[-1] // 4)])
         return super().shift(x, sublayer)
 
     def attend(
@@ -169,60 +219,62 @@ class StepView:
 
     Args:
         recorded: the layer's view of what came before.
-        plan: slots of its pattern.
-        text_length: t.
+        cache: the layer's keys and values.
+        phases: rotations of all positions, ``[s, 1, e / 2]``, or None.
         candidates: c.
         grid_size: token rows = columns.
-        dtype: type of the cached keys and values.
     """
 
     def __init__(
         self,
         recorded: RecordingView,
-        plan: Plan,
-        text_length: int,
+        cache: LayerCache,
+        phases: Complex[Tensor, "s 1 half"] | None,
+        *,
         candidates: int,
         grid_size: int,
-        dtype: torch.dtype,
     ) -> None:
-        self.cache = LayerCache(plan, recorded.full.to(dtype), text_length, candidates)
-        self.turns, self.text_length, self.grid_size = recorded.turns, text_length, grid_size
-        self.position = recorded.full.shape[3] - text_length
+        self.cache, self.grid_size, self.text_length = cache, grid_size, cache.text_length
+        self.phases = phases
+        self.position = recorded.full.shape[3] - self.text_length
         """Raster position that is read next."""
-        self.above: dict[int, Tensor] = {}
-        """Moving channels of the last row of tokens, a ring ``[grid_size + 1, r, 1, half]``; its last entry stays zero."""
-        if recorded.sources is not None:
-            for sublayer, moved in recorded.shifted.items():
-                image = moved[:, text_length:].repeat_interleave(candidates, dim=0)
-                ring = image.new_zeros(grid_size + 1, len(image), 1, image.shape[-1])
-                for position in range(max(0, self.position - grid_size), self.position):
-                    ring[position % grid_size, :, 0] = image[:, position]
-                self.above[sublayer] = ring
+        self.above: list[list[Tensor]] = []
+        """For attention and feed-forward the first channel quarter of the last row of tokens, a ring by column."""
+        self.left: list[Tensor] = []
+        """The second quarter of the last token."""
+        for moved in recorded.shifted:
+            image = moved[:, self.text_length :].repeat_interleave(candidates, dim=0)
+            first, second = image.chunk(2, dim=-1)
+            self.zeros = first.new_zeros(len(image), 1, first.shape[-1])
+            ring = [self.zeros] * grid_size
+            for position in range(max(0, self.position - grid_size), self.position):
+                ring[position % grid_size] = first[:, position : position + 1]
+            self.above.append(ring)
+            self.left.append(second[:, -1:] if self.position else self.zeros)
 
     def shift(self, x: Float[Tensor, "r 1 d"], sublayer: int) -> Float[Tensor, "r 1 d"]:
         """The first quarter of the channels from the token above, the second from the left; zeros at the borders."""
         if not self.above:
             return x
-        ring, column = self.above[sublayer], self.position % self.grid_size
-        half = ring.shape[-1]
-        left = column - 1 if column else self.grid_size
-        shifted = torch.cat([ring[column, ..., : half // 2], ring[left, ..., half // 2 :], x[..., half:]], dim=-1)
-        ring[column] = x[..., :half]
+        ring, column, quarter = self.above[sublayer], self.position % self.grid_size, x.shape[-1] // 4
+        first, second, rest = x.split_with_sizes([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
+        shifted = torch.cat([ring[column], self.left[sublayer] if column else self.zeros, rest], dim=-1)
+        ring[column], self.left[sublayer] = first, second
         return shifted
 
     def turn(self, x: Float[Tensor, "r 1 two h e"]) -> Float[Tensor, "r 1 two h e"]:
-        """Rotated by the position's angles."""
-        if self.turns is None:
+        """Rotated by the position's angles: one product of complex numbers in place of five operations."""
+        if self.phases is None:
             return x
-        at = self.text_length + self.position
-        return rotate(x, self.turns[:, at : at + 1])
+        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.phases[self.text_length + self.position]).view(x.shape)
 
     def attend(
         self, q: Float[Tensor, "r h 1 e"], k: Float[Tensor, "r h 1 e"], v: Float[Tensor, "r h 1 e"], stable: bool
     ) -> Float[Tensor, "r h 1 e"]:
         """Attention over the cache. ``stable`` guards fp16 scores, which sampling does not use: the result is the same."""
-        return self.cache.attend(q, k, v, self.position).to(q.dtype)
+        return self.cache.attend(q, k, v, self.position)
 
     def bytes(self) -> int:
-        """Memory held."""
-        return self.cache.bytes() + sum(ring.nbytes for ring in self.above.values())
+        """Memory held; of token shift's tokens the whole width is."""
+        return self.cache.bytes() + sum(4 * part.nbytes for ring in self.above for part in ring)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.generation.cache import Plan, RecordingView, StepView, plan
+from dalle_pytorch.generation.cache import LayerCache, Plan, RecordingView, StepView, mix_blocks_fused, plan
 from dalle_pytorch.generation.linear import prepare
 from dalle_pytorch.models.dalle import DALLE
 
@@ -20,18 +20,24 @@ class Decoder:
         dalle: the model; not changed.
         precision: arithmetic of the linear layers, "fp32", "bf16" or "int8" (see ``linear.prepare``). The head that scores
             the codebook is kept in fp32 under int8.
+        compiled: translate attention to the cache with ``torch.compile``: some seconds once, then less time a step (needs a C++
+            compiler on a CPU).
 
     Raises:
         ValueError: a precision that is unknown or that this device does not have.
     """
 
-    def __init__(self, dalle: DALLE, *, precision: str = "fp32") -> None:
+    def __init__(self, dalle: DALLE, *, precision: str = "fp32", compiled: bool = False) -> None:
         self.dalle = dalle
         self.transformer = prepare(dalle.transformer, precision)
         self.head = prepare(dalle.image_head, "fp32" if precision == "int8" else precision)
         self.device = dalle.bos.device
-        # CPUs multiply bf16 matrices fast but have no fast bf16 attention: the keys stay fp32 there
-        self.cache_dtype = torch.bfloat16 if precision == "bf16" and self.device.type != "cpu" else torch.float32
+        self.mix = torch.compile(mix_blocks_fused, dynamic=True) if compiled else None
+        # CPUs multiply bf16 matrices fast but have no fast bf16 attention except a compiled one
+        half = precision != "fp32" and (compiled or self.device.type != "cpu")
+        self.cache_dtype = torch.bfloat16 if half else torch.float32
+        turns = dalle.rotary if dalle.config.positions != "learned" else None
+        self.phases = None if turns is None else torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
         self.text_length = 1 + dalle.config.text_len
         self.plans: dict[str, Plan] = {}
         """Cache slots of each pattern."""
@@ -67,12 +73,19 @@ class Decoder:
         if given_tokens is None:
             given_tokens = text_tokens.new_empty(len(text_tokens), 0)
         dalle.check_image_tokens(given_tokens)
-        recorded = [RecordingView(view.mask, view.turns, view.sources) for view in dalle.views()]
+        recorded = [RecordingView(view) for view in dalle.views()]
         out = self.transformer(dalle.embed(dalle.pad_text(text_tokens), given_tokens), recorded)
         steps = []
         for layer, view in enumerate(recorded):
-            pattern = self.plans[dalle.pattern(layer)]
-            steps.append(StepView(view, pattern, self.text_length, candidates, dalle.grid_size, self.cache_dtype))
+            cache = LayerCache(
+                self.plans[dalle.pattern(layer)],
+                view.full,
+                self.text_length,
+                candidates,
+                dtype=self.cache_dtype,
+                compiled=self.mix,
+            )
+            steps.append(StepView(view, cache, self.phases, candidates=candidates, grid_size=dalle.grid_size))
         return State(steps), self.head(out[:, -1]).repeat_interleave(candidates, dim=0)
 
     @torch.inference_mode()

@@ -55,11 +55,13 @@ class CastLinear(nn.Module):
     def __init__(self, linear: nn.Linear, precision: str) -> None:
         super().__init__()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.weight = linear.weight.detach().to(self.dtype)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
-        self.packed = self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        weight = linear.weight.detach().to(self.dtype)
+        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)  # laid out for 8 rows, fast at all
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # laid out for 8 rows, fast at all
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """``x @ weight.T + bias``."""
@@ -84,9 +86,11 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        self.weight = (weight / scale[:, None]).round().to(torch.int8).T
-        self.scale = scale / 127  # of weights and inputs together, but for a row's largest
-        self.bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
+        weight = (weight / scale[:, None]).round().to(torch.int8).T
+        bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale / 127, requires_grad=False)  # all of it but a row's largest input
+        self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """``x @ weight.T + bias``, approximately."""

@@ -207,7 +207,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
         """Attend to what the view lets this layer see."""
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        qkv = self.to_qkv(x)
+        qkv = qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim)
         qk = qkv[:, :, :2]
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.attention import LayerView, StreamView, pattern_mask, rotary_turns, shift_sources
+from dalle_pytorch.models.attention import StreamView, pattern_mask, rotary_turns, shift_sources
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
@@ -168,7 +168,7 @@ class DALLE(nn.Module):
         self.vae.eval()
         return self
 
-    def views(self) -> list[LayerView]:
+    def views(self) -> list[StreamView]:
         """What each layer sees when all positions are there."""
         config = self.config
         turns = None if config.positions == "learned" else self.rotary
