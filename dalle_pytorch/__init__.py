@@ -2,7 +2,9 @@
 
 from dalle_pytorch.checkpoint import load, save
 from dalle_pytorch.compat import CLIP, DALLE, DiscreteVAE
-from dalle_pytorch.generation.generator import Generator, SamplingConfig
+from dalle_pytorch.generation.captions import caption_picture, image_log_likelihood
+from dalle_pytorch.generation.generator import Generator
+from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
@@ -18,6 +20,8 @@ __all__ = [
     "Generator",
     "ImageTokenizer",
     "SamplingConfig",
+    "caption_picture",
+    "image_log_likelihood",
     "load",
     "save",
 ]

@@ -16,7 +16,7 @@ What differs by design:
 - patterns default to the paper's definitions (``attn_semantics="dalle_pytorch"`` brings the others back);
 - CLIP does not read id 0 unless ``text_mask`` says so, its scale starts at 1 / 0.07, its heads are dim / heads wide.
 
-Not here yet: ``generate_texts``, ``OpenAIDiscreteVAE`` and ``VQGanVAE``.
+Not here yet: ``OpenAIDiscreteVAE`` and ``VQGanVAE``.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.generation.generator import SamplingConfig, generate_image_tokens
-from dalle_pytorch.generation.sampling import top_k_of_filter_thres
+from dalle_pytorch.generation.captions import draw_texts
+from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.sampling import SamplingConfig, guide, top_k_of_filter_thres
 from dalle_pytorch.models import clip as _clip
 from dalle_pytorch.models import dalle as _dalle
 from dalle_pytorch.models import discrete_vae as _discrete_vae
@@ -34,6 +35,7 @@ from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig, DALLELogits
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.text import TextTokenizer
 
 
 class DiscreteVAE(_discrete_vae.DiscreteVAE):
@@ -392,6 +394,60 @@ class DALLE(_dalle.DALLE):
         with eval_mode(clip):
             features = clip.encode_text(text, mask), clip.encode_image(images)
         return images, clip.logit_scale * F.cosine_similarity(*features)
+
+    @torch.no_grad()
+    def forward_with_cond_scale(
+        self, text: Tensor, image: Tensor | None = None, *, cond_scale: float = 1.0
+    ) -> DALLELogits:
+        """Logits of captioned pictures under guidance.
+
+        Args:
+            text: text tokens [b, t].
+            image: pictures [b, c, H, W] or image tokens [b, n]; None = logits of the first image token.
+            cond_scale: guidance; 1 = off.
+        """
+        cond = self(text, image)
+        if cond_scale == 1:
+            return cond
+        uncond = self(torch.zeros_like(text), image)
+        return DALLELogits(*(guide(with_, without, cond_scale) for with_, without in zip(cond, uncond, strict=True)))
+
+    def generate_texts(
+        self,
+        tokenizer: TextTokenizer | None = None,
+        text: str | None = None,
+        *,
+        filter_thres: float = 0.5,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        """A caption that the model finds likely, from the start or as a prompt goes on.
+
+        Args:
+            tokenizer: turns text into tokens and back; None = the model's own.
+            text: how the caption begins.
+            filter_thres: share of the text vocabulary that is never drawn.
+            temperature: divides the logits.
+            generator: source of randomness; None = torch's global one.
+
+        Returns:
+            Text tokens [1, t], 0 = padding, and the caption in a list.
+
+        Raises:
+            ValueError: no tokenizer, or settings out of range.
+        """
+        tokenizer = tokenizer or self.text_tokenizer
+        if tokenizer is None:
+            raise ValueError("generate_texts needs a tokenizer: this dalle carries none")
+        device = self.bos.device
+        start = torch.tensor([tokenizer.encode(text or "")], dtype=torch.long, device=device).view(1, -1)
+        source = "cpu" if generator is None else generator.device
+        uniforms = torch.rand(1, self.config.text_len, generator=generator, device=source).to(device)
+        sampling = SamplingConfig(
+            temperature=temperature, top_k=top_k_of_filter_thres(filter_thres, self.config.text_vocab_size)
+        )
+        tokens = draw_texts(self, start, uniforms, sampling)
+        return tokens, [tokenizer.decode([token for token in tokens[0].tolist() if token])]
 
 
 def apply_mask(text: Tensor, mask: Tensor | None) -> Tensor:

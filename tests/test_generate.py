@@ -1,16 +1,21 @@
 """The generate command: files, metadata, repeatability, errors."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from dalle_pytorch import load, save
+from dalle_pytorch.commands import generate as generate_command
 from dalle_pytorch.commands.generate import file_stem, main
 from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.generation import generator as generator_module
 from dalle_pytorch.text import BPETokenizer
 
 PROMPTS = ["a red apple", "a blue car"]
@@ -100,6 +105,101 @@ def test_prompts_from_a_file_and_without_a_ranker(models, monkeypatch):
     assert report["prompts"][0]["all_scores"] is None
 
 
+def test_an_index_of_the_ranking_is_drawn_again(models, monkeypatch):
+    run(monkeypatch, *arguments(models, "all"))
+    run(monkeypatch, *arguments(models, "some"), "indices=[3,1]", "batch_size=1")
+    every, some = (json.loads((models / name / "ranking.json").read_text())["prompts"] for name in ("all", "some"))
+    for before, after in zip(every, some, strict=True):
+        assert after["indices"] == [3, 1]
+        assert after["all_scores"] == pytest.approx([before["all_scores"][3], before["all_scores"][1]], abs=2e-4)
+        tokens = {row["index"]: row["image_tokens"] for row in after["kept"]}
+        assert all(tokens.get(row["index"], row["image_tokens"]) == row["image_tokens"] for row in before["kept"])
+
+
+def test_scorers_vote(models, monkeypatch):
+    clip = load(models / "clip.safetensors")
+    torch.nn.init.normal_(clip.to_text_latent.weight)
+    save(clip, models / "other.safetensors")
+    both = f"'clip={models}/clip.safetensors|{models}/other.safetensors'".strip("'")
+    run(monkeypatch, *arguments(models, "out"), both, "num_keep=5")
+    for row in json.loads((models / "out" / "ranking.json").read_text())["prompts"]:
+        assert sum(kept["score"] for kept in row["kept"]) == pytest.approx(0, abs=1e-3)  # standard deviations
+        assert all(len(kept["cosines"]) == 2 for kept in row["kept"])
+        scores = [kept["score"] for kept in row["kept"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("how", ["rows", "mask"])
+def test_completes_a_picture(models, monkeypatch, how):
+    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    picture.save(models / "picture.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 16, 9) if how == "rows" else (5, 4, 16, 12))  # partly covered tokens are drawn anew
+    mask.save(models / "mask.png")
+    extra = "keep_rows=2" if how == "rows" else f"keep_mask={models}/mask.png"
+    run(monkeypatch, *arguments(models, "out"), f"image={models}/picture.png", extra)
+    dalle = load(models / "dalle.safetensors")
+    pixels = torch.tensor(list(picture.resize((16, 16), Image.Resampling.BICUBIC).tobytes())) / 255
+    expected = dalle.vae.encode(pixels.view(16, 16, 3).permute(2, 0, 1)[None])[0].view(4, 4)
+    for row in json.loads((models / "out" / "ranking.json").read_text())["prompts"]:
+        for kept in row["kept"]:
+            tokens = torch.tensor(kept["image_tokens"]).view(4, 4)
+            part = (slice(0, 2), slice(None)) if how == "rows" else (slice(1, 3), slice(2, 4))
+            assert torch.equal(tokens[part], expected[part])
+
+
+def test_an_animation_ends_with_the_best(models, monkeypatch):
+    run(monkeypatch, *arguments(models, "out"), "progressive=true")
+    for prompt in ("00_a-red-apple", "01_a-blue-car"):
+        with Image.open(models / "out" / f"{prompt}.gif") as film:
+            assert film.n_frames == 4  # after 1, 2 and 3 of 4 token rows, and the kept pictures
+            film.seek(0)
+            first = film.convert("RGB").getpixel((40, 18 + 6 + 100))
+            film.seek(3)
+            assert film.info["duration"] > 1000
+            assert abs(first[0] - 217) < 6  # what is not drawn yet is light grey
+            assert film.convert("RGB").getpixel((40, 18 + 6 + 100)) != first
+
+
+@pytest.mark.parametrize(("tokens", "finished"), [(20, [0, 1]), (5, None)])
+def test_cancelling_keeps_what_is_finished(models, monkeypatch, capsys, tokens, finished):
+    """Ctrl-C in the second micro-batch of the first prompt, and in the first."""
+    original, drawn = generator_module.draw_image_tokens, []
+
+    def interrupted(*given):
+        for event in original(*given):
+            if len(drawn) == tokens:
+                raise KeyboardInterrupt
+            drawn.append(event)
+            yield event
+
+    monkeypatch.setattr(generator_module, "draw_image_tokens", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        run(monkeypatch, *arguments(models, "out"), "batch_size=2")
+    assert exit_info.value.code == 130
+    assert "cancelled" in capsys.readouterr().err
+    if finished is None:
+        assert not (models / "out").exists()
+        return
+    (row,) = json.loads((models / "out" / "ranking.json").read_text())["prompts"]
+    assert row["indices"] == finished
+    assert len(row["kept"]) == 2
+
+
+def test_two_processes_draw_what_one_draws(models, monkeypatch):
+    run(monkeypatch, *arguments(models, "one"), "num_candidates=7", "num_keep=3")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(generate_command.__file__).parents[2] / "generate.py"
+    two = [*arguments(models, "two"), "num_candidates=7", "num_keep=3"]
+    subprocess.run([*command, str(script), *two], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    reports = [json.loads((models / name / "ranking.json").read_text())["prompts"] for name in ("one", "two")]
+    for alone, together in zip(*reports, strict=True):
+        assert together["indices"] == alone["indices"] == list(range(7))
+        assert together["all_scores"] == pytest.approx(alone["all_scores"], abs=2e-4)
+        assert [row["index"] for row in together["kept"]] == [row["index"] for row in alone["kept"]]
+        assert [row["image_tokens"] for row in together["kept"]] == [row["image_tokens"] for row in alone["kept"]]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -109,6 +209,14 @@ def test_prompts_from_a_file_and_without_a_ranker(models, monkeypatch):
         (["num_keep=9"], r"num_keep \(9\)"),
         (["sampling.top_p=0"], "top_p"),
         (["sampling.topk=3"], "sampling.top_k"),
+        (["keep_rows=2"], "image=FILE"),
+        (["image=nowhere.png"], "keep_rows=ROWS and keep_mask=FILE"),
+        (["image=nowhere.png", "keep_rows=2"], "nowhere.png does not exist"),
+        (["indices=[1,1]"], "indices must be different"),
+        (["precision=fp16"], "fp32, bf16, int8"),
+        (["memory_gb=0"], "memory_gb"),
+        (["min_distance=2"], "min_distance"),
+        (["sampling.cfg_schedule=[1,2]"], "cfg_schedule"),
         (['prompt="a red apple a red apple a red apple a red apple"'], "a red apple a red"),
     ],
 )

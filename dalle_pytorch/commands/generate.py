@@ -2,19 +2,33 @@
 
 import json
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.images import to_pil
-from dalle_pytorch.generation.generator import Candidates, Generator, SamplingConfig
-from dalle_pytorch.generation.grid import GridRow, picture_grid, save_png
-from dalle_pytorch.generation.rerank import Ranking
+from dalle_pytorch.generation.engine import Given
+from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join
+from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
+from dalle_pytorch.generation.processes import Processes
+from dalle_pytorch.generation.rerank import Ranking, rank
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.models.dalle import DALLE
+
+SHOWN = 8
+"""Pictures in the animated preview."""
+CANCELLED = 130
+"""Exit code after Ctrl-C, as of a shell."""
 
 
 @dataclass(kw_only=True)
@@ -28,17 +42,39 @@ class GenerateConfig:
     dalle: str = "???"
     """Checkpoint of a DALLE; it carries its image and text tokenizers."""
     clip: str | None = None
-    """Checkpoint of the CLIP that ranks; null = the candidates keep their order."""
+    """Checkpoint of the CLIP that ranks, or several with | between them, which vote; null = the candidates keep their
+    order."""
     num_candidates: int = 64
     """Pictures drawn for each prompt (the paper: 512)."""
     num_keep: int = 8
     """Pictures kept for each prompt."""
+    min_distance: float = 0.0
+    """Keep no two pictures nearer than this (root mean square of pixels in [0, 1]), if there are others; 0 = off."""
+    indices: list[int] | None = None
+    """Draw these candidates only, in place of the first num_candidates: an index of ranking.json draws that picture
+    again."""
     seed: int = 0
     """The same seed gives the same pictures."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Temperature, truncation and guidance."""
-    batch_size: int = 64
-    """Candidates sampled together: memory and speed, not the result."""
+    image: str | None = None
+    """Picture to complete, with keep_rows or keep_mask."""
+    keep_rows: int = 0
+    """Token rows of ``image`` that stay, from the top."""
+    keep_mask: str | None = None
+    """Black-and-white picture: where it is white, ``image`` stays (a token stays if all of it is white)."""
+    progressive: bool = False
+    """Also write an animation of each prompt's pictures as they appear."""
+    preview_rows: int = 1
+    """Token rows between two frames of the animation."""
+    batch_size: int | None = None
+    """Candidates sampled together: memory and speed, not the result; null = what memory_gb holds."""
+    memory_gb: float = 4.0
+    """Memory for the keys and values of candidates, in 10^9 bytes, for each process."""
+    precision: str = "fp32"
+    """Arithmetic of the DALLE: fp32, bf16 or int8 (CPU). Faster, and other pictures."""
+    compile: bool = False
+    """Translate attention with torch.compile: some seconds once, faster for many candidates."""
     truncate: bool = False
     """Cut prompts longer than the model's context instead of refusing them."""
     device: str = "auto"
@@ -54,8 +90,18 @@ class GenerateConfig:
         """
         if not 1 <= self.num_keep <= self.num_candidates:
             raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.preview_rows < 1:
+            raise ValueError(f"preview_rows must be at least 1, got {self.preview_rows}")
+        if self.indices is not None and (
+            len(set(self.indices)) < len(self.indices) or min(self.indices, default=-1) < 0
+        ):
+            raise ValueError(f"indices must be different numbers from 0 on, got {self.indices}")
+        if (self.image is None) == bool(self.keep_rows or self.keep_mask) or (self.keep_rows and self.keep_mask):
+            raise ValueError("completion needs image=FILE and one of keep_rows=ROWS and keep_mask=FILE")
+
+    def drawn(self) -> list[int]:
+        """Numbers of the candidates of each prompt."""
+        return list(range(self.num_candidates)) if self.indices is None else list(self.indices)
 
     def prompts(self) -> list[str]:
         """The prompts, from the setting or the file.
@@ -98,19 +144,19 @@ def new_folder(path: str) -> Path:
     return folder
 
 
-def describe(ranking: Ranking, candidates: Candidates, stem: str) -> list[dict[str, Any]]:
-    """A row of ``ranking.json`` for each kept candidate: rank, index, score, file name and image tokens."""
-    scores = [None] * len(ranking.indices) if ranking.scores is None else ranking.scores.tolist()
-    return [
-        {
-            "rank": rank,
-            "index": index,
-            "score": score if score is None else round(score, 4),
-            "file": f"{stem}_{rank:02d}.png",
-            "image_tokens": candidates.image_tokens[index].tolist(),
-        }
-        for rank, (index, score) in enumerate(zip(ranking.indices.tolist(), scores, strict=True))
-    ]
+def describe(ranking: Ranking, ranked: Ranked, stem: str) -> list[dict[str, Any]]:
+    """A row of ``ranking.json`` for each kept candidate."""
+    rows = []
+    for place, at in enumerate(ranking.indices.tolist()):
+        row: dict[str, Any] = {"rank": place, "index": ranked.candidates.indices[at], "score": None}
+        if ranking.scores is not None:
+            row["score"] = round(ranking.scores[place].item(), 4)
+        if len(ranked.scores) > 1:
+            row["cosines"] = [round(cosine, 4) for cosine in ranked.scores[:, at].tolist()]
+        row["file"] = f"{stem}_{place:02d}.png"
+        row["image_tokens"] = ranked.candidates.image_tokens[at].tolist()
+        rows.append(row)
+    return rows
 
 
 def label(row: dict[str, Any]) -> str:
@@ -118,45 +164,199 @@ def label(row: dict[str, Any]) -> str:
     return f"#{row['index']}" if row["score"] is None else f"#{row['index']}  {row['score']:.3f}"
 
 
-def draw(generator: Generator, prompt: str, config: GenerateConfig) -> tuple[Candidates, Ranking]:
-    """Sample and rank one prompt under a progress bar."""
-    with tqdm(total=config.num_candidates, desc=prompt[:40], unit="picture") as bar:
-        return generator.generate(
-            prompt,
-            num_candidates=config.num_candidates,
-            num_keep=config.num_keep,
-            seed=config.seed,
-            sampling=config.sampling,
-            truncate=config.truncate,
-            progress=bar.update,
-        )
+def read_picture(path: str, mode: str, size: int) -> Image.Image:
+    """A picture fitted to a square of ``size``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture that can be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with Image.open(path) as picture:
+            return picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+
+
+def to_complete(config: GenerateConfig, generator: Generator, dalle: DALLE) -> Given | None:
+    """The part of ``image`` that stays.
+
+    Raises:
+        ValueError: keep_rows leaves nothing to draw, or a file cannot be read; names it.
+    """
+    if config.image is None:
+        return None
+    grid, size = dalle.grid_size, dalle.vae.image_size
+    picture = torch.frombuffer(bytearray(read_picture(config.image, "RGB", size).tobytes()), dtype=torch.uint8)
+    picture = picture.view(size, size, 3).permute(2, 0, 1).float() / 255
+    if config.keep_mask is not None:
+        mask = torch.frombuffer(bytearray(read_picture(config.keep_mask, "L", size).tobytes()), dtype=torch.uint8)
+        keep = (mask.view(grid, size // grid, grid, size // grid).float().amin(dim=(1, 3)) > 127).flatten()
+    else:
+        if not 0 < config.keep_rows < grid:
+            raise ValueError(
+                f"keep_rows must lie in 1 to {grid - 1} (the picture has {grid} token rows), got {config.keep_rows}"
+            )
+        keep = torch.arange(grid**2) < config.keep_rows * grid
+    if keep.all():
+        raise ValueError(f"keep_mask={config.keep_mask} keeps every token: there is nothing to draw")
+    return generator.given(picture, keep)
+
+
+class Film:
+    """Frames of a prompt's pictures as they appear."""
+
+    def __init__(self, generator: Generator, prompt: str) -> None:
+        self.generator, self.prompt = generator, prompt
+        self.frames: list[Image.Image] = []
+
+    def show(self, preview: Preview) -> None:
+        """Add the first few pictures of a micro-batch, what is not drawn yet in grey; of the first micro-batch only."""
+        if self.frames and preview.indices != self.indices:
+            return
+        self.indices = preview.indices
+        grid = self.generator.dalle.grid_size
+        pictures = [
+            partial_picture(self.generator.decode, row, preview.done, grid) for row in preview.image_tokens[:SHOWN]
+        ]
+        self.frames.append(picture_grid([GridRow(self.prompt, pictures, [f"#{i}" for i in preview.indices[:SHOWN]])]))
+
+    def end(self, images: Sequence[Float[Tensor, "c H W"]], labels: Sequence[str]) -> list[Image.Image]:
+        """All frames, and as the last the best pictures."""
+        return [*self.frames, picture_grid([GridRow(self.prompt, images[:SHOWN], labels[:SHOWN])])]
+
+
+def draw(
+    generator: Generator, prompt: str, config: GenerateConfig, given: Given | None, processes: Processes
+) -> tuple[Ranked | None, Film, bool]:
+    """Sample and rank this process's share of one prompt under a progress bar.
+
+    Returns:
+        What was finished, None if nothing; the frames; whether Ctrl-C ended it early.
+    """
+    share, film, ranked = processes.share(config.drawn()), Film(generator, prompt), None
+    total = len(share) * generator.dalle.num_image_tokens
+    with tqdm(total=total, desc=prompt[:40], unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
+        try:
+            for event in generator.stream(
+                prompt,
+                share,
+                num_keep=config.num_keep,
+                min_distance=config.min_distance,
+                seed=config.seed,
+                sampling=config.sampling,
+                given=given,
+                truncate=config.truncate,
+                preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
+                progress=bar.update,
+            ):
+                if isinstance(event, Preview):
+                    film.show(event)
+                else:
+                    ranked = event
+        except KeyboardInterrupt:
+            if processes.count > 1:
+                raise
+            return ranked, film, True
+    return ranked, film, False
+
+
+def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | None:
+    """One ranking of what all processes drew, candidates in index order; None if nothing was finished."""
+    found = [share for share in shares if share is not None]
+    if not found:
+        return None
+    candidates, scores = (
+        join([share.candidates for share in found]),
+        torch.cat([share.scores for share in found], dim=1),
+    )
+    place = {index: at for at, index in enumerate(config.drawn())}
+    order = torch.tensor(sorted(range(len(candidates.indices)), key=lambda at: place[candidates.indices[at]]))
+    candidates = Candidates(
+        candidates.image_tokens[order], candidates.images[order], [candidates.indices[at] for at in order.tolist()]
+    )
+    kept = min(config.num_keep, len(order))
+    ranking = rank(scores[:, order], candidates.images, kept, min_distance=config.min_distance)
+    return Ranked(candidates, scores[:, order], ranking)
 
 
 @entry("generate", GenerateConfig)
 def main(config: GenerateConfig) -> None:
-    """Sample, rank, and write single PNGs, ``grid.png`` and ``ranking.json``."""
-    prompts = config.prompts()
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    dalle = load(config.dalle, kind="dalle").to(device)
-    clip = load(config.clip, kind="clip").to(device) if config.clip is not None else None
-    generator = Generator(dalle, clip, batch_size=config.batch_size)
-    generator.check(prompts, truncate=config.truncate)
-    folder, settings = new_folder(config.out), asdict(config)
-    rows, report = [], []
-    for number, prompt in enumerate(prompts):
-        candidates, ranking = draw(generator, prompt, config)
-        kept = describe(ranking, candidates, file_stem(number, prompt))
-        for row in kept:
-            save_png(
-                to_pil(candidates.images[row["index"]]), folder / row["file"], {**settings, "prompt": prompt, **row}
-            )
-        rows.append(GridRow(prompt, [candidates.images[row["index"]] for row in kept], [label(row) for row in kept]))
-        scores = None if ranking.all_scores is None else [round(score, 4) for score in ranking.all_scores.tolist()]
-        report.append({"prompt": prompt, "kept": kept, "all_scores": scores})
-    save_png(picture_grid(rows), folder / "grid.png", settings)
-    ranking_file = folder / "ranking.json"
-    ranking_file.write_text(json.dumps({"settings": settings, "prompts": report}, indent=1), encoding="utf-8")
-    print(f"best {config.num_keep} of {config.num_candidates} a prompt: {folder / 'grid.png'}, {ranking_file}")
+    """Sample, rank, and write single PNGs, ``grid.png`` and ``ranking.json``; Ctrl-C keeps what is finished."""
+    prompts, processes = config.prompts(), Processes()
+    try:
+        device = processes.device(config.device)
+        dalle = load(config.dalle, kind="dalle").to(device)
+        clips = [load(path, kind="clip").to(device) for path in (config.clip or "").split("|") if path]
+        generator = Generator(
+            dalle,
+            clips,
+            batch_size=config.batch_size,
+            memory_gb=config.memory_gb,
+            precision=config.precision,
+            compiled=config.compile,
+        )
+        generator.check(prompts, config.sampling, truncate=config.truncate)
+        given = to_complete(config, generator, dalle)
+        results = Results(config) if processes.rank == 0 else None
+        for number, prompt in enumerate(prompts):
+            share, film, cancelled = draw(generator, prompt, config, given, processes)
+            ranked = merge(processes.gather(share), config)
+            if results is not None and ranked is not None:
+                results.add(number, prompt, ranked, film)
+            if cancelled:
+                break
+        if results is not None:
+            results.finish(cancelled)
+    finally:
+        processes.close()
+
+
+class Results:
+    """The folder that generate.py writes."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config, self.settings = config, asdict(config)
+        self.folder = new_folder(config.out)
+        self.rows: list[GridRow] = []
+        self.report: list[dict[str, Any]] = []
+
+    def add(self, number: int, prompt: str, ranked: Ranked, film: Film) -> None:
+        """Write a prompt's pictures."""
+        stem, images = (
+            file_stem(number, prompt),
+            [ranked.candidates.images[at] for at in ranked.ranking.indices.tolist()],
+        )
+        kept = describe(ranked.ranking, ranked, stem)
+        labels = [label(row) for row in kept]
+        for row, image in zip(kept, images, strict=True):
+            save_png(to_pil(image), self.folder / row["file"], {**self.settings, "prompt": prompt, **row})
+        if self.config.progressive:
+            save_animation(film.end(images, labels), self.folder / f"{stem}.gif")
+        self.rows.append(GridRow(prompt, images, labels))
+        scores = ranked.ranking.all_scores
+        all_scores = None if scores is None else [round(value, 4) for value in scores.tolist()]
+        self.report.append(
+            {"prompt": prompt, "kept": kept, "indices": ranked.candidates.indices, "all_scores": all_scores}
+        )
+
+    def finish(self, cancelled: bool) -> None:
+        """Write the grid and ``ranking.json``, and say where they are."""
+        if not self.rows:
+            self.folder.rmdir()
+            print("cancelled: nothing was finished yet, so nothing is written", file=sys.stderr)
+            raise SystemExit(CANCELLED)
+        grid, ranking = self.folder / "grid.png", self.folder / "ranking.json"
+        save_png(picture_grid(self.rows), grid, self.settings)
+        ranking.write_text(json.dumps({"settings": self.settings, "prompts": self.report}, indent=1), encoding="utf-8")
+        counts = [len(row["indices"]) for row in self.report]
+        drawn = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        print(f"best {self.config.num_keep} of {drawn} a prompt: {grid}, {ranking}")
+        if cancelled:
+            print("cancelled: this is what was finished until then", file=sys.stderr)
+            raise SystemExit(CANCELLED)
 
 
 if __name__ == "__main__":

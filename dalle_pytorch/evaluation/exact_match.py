@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dalle_pytorch.generation.generator import SamplingConfig, generate_image_tokens
+from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.dalle import DALLE
 
 BATCH = 256  # captions decoded together; no number depends on it
@@ -26,8 +28,8 @@ def greedy_matches(
         text_tokens: captions, 0 = padding.
         image_tokens: what the tokenizer writes for their pictures.
     """
-    greedy, rows = SamplingConfig(temperature=0), []
+    decoder, greedy, rows = Decoder(dalle), SamplingConfig(temperature=0), []
     for text in text_tokens.split(BATCH):
         unused = torch.zeros(len(text), dalle.num_image_tokens)
-        rows.append(generate_image_tokens(dalle, text, unused, greedy))
+        rows.append(generate_image_tokens(decoder, text, unused, greedy))
     return torch.cat(rows) == image_tokens

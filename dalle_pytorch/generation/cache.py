@@ -1,8 +1,8 @@
 """What sampling remembers: each layer's keys and values, and the tokens that token shift looks back at.
 
-A prompt's keys are stored once and shared by all its candidates; a candidate keeps image keys only, and of those only as
-many as its layer's pattern can still see. Everything is allocated once. Which slot a position writes and which it reads is
-worked out from the pattern's mask beforehand, so a step builds no mask.
+A prompt's keys are stored once and shared by all its candidates; a candidate keeps image keys only, and of those only
+as many as its layer's pattern can still see. Everything is allocated once. Which slot a position writes and which it
+reads is worked out from the pattern's mask beforehand, so a step builds no mask.
 
 Axes: g groups (a prompt, or its null twin for guidance), c candidates of a group, r = g * c rows, h heads, e head_dim,
 t text positions with <bos>, n image tokens, m slots of the image cache, d width.
@@ -19,8 +19,8 @@ from torch import Tensor
 from dalle_pytorch.models.attention import StreamView
 
 BLOCK = 32
-"""Image slots that lie side by side for all rows: what one step reads is then a few long runs of memory. With all slots of a
-row side by side attention took 1.5 times as long at 256 candidates (benchmarks/sampling.py)."""
+"""Image slots that lie side by side for all rows: what one step reads is then a few long runs of memory. With all slots
+of a row side by side attention took 1.5 times as long at 256 candidates."""
 
 
 class Plan(NamedTuple):
@@ -68,8 +68,8 @@ class LayerCache:
         text_length: t.
         candidates: c.
         dtype: of what is kept.
-        compiled: what takes the place of ``mix_blocks``. Without it a lone candidate's image keys follow its prompt's in one
-            run, for torch's fused attention.
+        compiled: what takes the place of ``mix_blocks``. Without it a lone candidate's image keys follow its prompt's
+            in one run, for torch's fused attention.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class StepView:
     def attend(
         self, q: Float[Tensor, "r h 1 e"], k: Float[Tensor, "r h 1 e"], v: Float[Tensor, "r h 1 e"], stable: bool
     ) -> Float[Tensor, "r h 1 e"]:
-        """Attention over the cache. ``stable`` guards fp16 scores, which sampling does not use: the result is the same."""
+        """Attention over the cache. ``stable`` guards scores in fp16, which sampling does not use."""
         return self.cache.attend(q, k, v, self.position)
 
     def bytes(self) -> int:

@@ -18,10 +18,10 @@ class Decoder:
 
     Args:
         dalle: the model; not changed.
-        precision: arithmetic of the linear layers, "fp32", "bf16" or "int8" (see ``linear.prepare``). The head that scores
-            the codebook is kept in fp32 under int8.
-        compiled: translate attention to the cache with ``torch.compile``: some seconds once, then less time a step (needs a C++
-            compiler on a CPU).
+        precision: arithmetic of the linear layers, "fp32", "bf16" or "int8" (see ``linear.prepare``). The head that
+            scores the codebook is kept in fp32 under int8.
+        compiled: translate attention to the cache with ``torch.compile``: some seconds once, then less time a step
+            (needs a C++ compiler on a CPU).
 
     Raises:
         ValueError: a precision that is unknown or that this device does not have.

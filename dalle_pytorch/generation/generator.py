@@ -1,145 +1,186 @@
 """From a prompt to ranked pictures: sample candidates, decode, score, keep the best.
 
-Axes: b candidates of a micro-batch, n image tokens, t text tokens, m candidates of a prompt, c channels, H W pixels.
+Axes: b candidates of a micro-batch, n image tokens, t text tokens, m candidates of a prompt, s scorers, c channels, H W
+pixels.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dalle_pytorch.generation.rerank import Ranking, rerank
-from dalle_pytorch.generation.sampling import candidate_uniforms, draw, guide
+from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.engine import Given, draw_image_tokens
+from dalle_pytorch.generation.rerank import Ranking, rank, score
+from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
-from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.text import TextTokenizer
 
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """How tokens are drawn."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 = greedy, which tends to blank pictures."""
-    top_k: int = 0
-    """Draw among so many most likely tokens; 0 = all."""
-    top_p: float = 1.0
-    """Draw among the fewest tokens with so much probability; 1 = all."""
-    cfg_scale: float = 1.0
-    """Guidance, uncond + cfg_scale * (cond - uncond); 1 = off. Needs a model trained with caption_dropout."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            ValueError: a field is out of range; names it.
-        """
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1] (1 = off), got {self.top_p}")
+MOST = 256
+"""Candidates drawn together at most, guidance's twins included: on a CPU more of them take as long each."""
+DECODED_TOGETHER = 32
+"""Pictures in one call of the image tokenizer: its activations are far larger than its output."""
 
 
 class Candidates(NamedTuple):
-    """All samples of one prompt, in index order."""
+    """Samples of one prompt."""
 
     image_tokens: Int[Tensor, "m n"]
     images: Float[Tensor, "m c H W"]
     """In [0, 1]."""
+    indices: list[int]
+    """Their numbers: each is a function of (prompt, seed, index)."""
 
 
-def generate_image_tokens(
-    dalle: DALLE,
-    text_tokens: Int[Tensor, "b t"],
-    uniforms: Float[Tensor, "b n"],
-    sampling: SamplingConfig,
-    *,
-    given_tokens: Int[Tensor, "b given"] | None = None,
-) -> Int[Tensor, "b n"]:
-    """Sample the picture tokens of captions; the inputs and the train flag are left as they were.
+class Preview(NamedTuple):
+    """A micro-batch on its way."""
 
-    Args:
-        dalle: the model.
-        text_tokens: captions, 0 = padding.
-        uniforms: a number in [0, 1) for every row and position; position i decides image token i.
-        sampling: temperature, truncation and guidance.
-        given_tokens: the first tokens of every picture, kept as they are (completion).
+    image_tokens: Int[Tensor, "b n"]
+    """Drawn up to ``done``; a copy."""
+    done: int
+    """Image tokens drawn of each candidate."""
+    indices: list[int]
+    """Which candidates these are."""
 
-    Raises:
-        ValueError: shapes that do not fit; names them.
-    """
-    if tuple(uniforms.shape) != (len(text_tokens), dalle.num_image_tokens):
-        raise ValueError(
-            f"uniforms of shape {tuple(uniforms.shape)} given, expected (captions, image tokens) = "
-            f"({len(text_tokens)}, {dalle.num_image_tokens})"
-        )
-    with eval_mode(dalle):
-        rows = len(text_tokens)
-        guided = sampling.cfg_scale != 1
-        if given_tokens is None:
-            given_tokens = text_tokens.new_empty(rows, 0)
-        text, given = text_tokens, given_tokens
-        if guided:  # the lower half of the batch reads the empty caption
-            text, given = torch.cat([text, torch.zeros_like(text)]), torch.cat([given, given])
-        tokens = torch.empty(rows, dalle.num_image_tokens, dtype=torch.long, device=text.device)
-        tokens[:, : given.shape[1]] = given_tokens
-        if given.shape[1] == dalle.num_image_tokens:
-            return tokens
-        cache = dalle.new_cache()
-        logits = dalle.prefill(text, given, cache)
-        for position in range(given.shape[1], dalle.num_image_tokens):
-            if position > given.shape[1]:
-                last = tokens[:, position - 1]
-                logits = dalle.step(torch.cat([last, last]) if guided else last, cache)
-            if guided:
-                cond, uncond = logits.chunk(2)
-                logits = guide(cond, uncond, sampling.cfg_scale)
-            tokens[:, position] = draw(
-                logits,
-                uniforms[:, position].to(logits.device),
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-            )
-        return tokens
+
+class Ranked(NamedTuple):
+    """All that is finished, ranked anew after every micro-batch."""
+
+    candidates: Candidates
+    scores: Float[Tensor, "s m"]
+    """Cosine of the prompt with each candidate, a row a scorer."""
+    ranking: Ranking
 
 
 class Generator:
-    """A DALLE with its text tokenizer and, for ranking, a CLIP.
+    """A DALLE with its text tokenizer and, for ranking, one CLIP or several.
 
     Args:
-        dalle: a model whose ``text_tokenizer`` is set, as training and ``load`` leave it.
-        clip: ranks the candidates; None = they keep their order and have no score.
-        batch_size: candidates sampled together; changes memory and speed, not the pictures.
+        dalle: a model whose ``text_tokenizer`` is set, as training and ``load`` leave it. Its weights are laid out for
+            sampling here: make another Generator after training on.
+        clip: ranks the candidates; several vote; None = they keep their order and have no score.
+        batch_size: candidates sampled together; None = as many as ``memory_gb`` holds. Memory and speed, not
+            the pictures.
+        memory_gb: memory for the keys and values of candidates, in 10^9 bytes.
+        precision: arithmetic of the DALLE's linear layers, "fp32", "bf16" or "int8" (CPU). Faster, and other pictures.
+        compiled: translate attention with torch.compile, which takes some seconds once.
 
     Raises:
-        ValueError: a model without a text tokenizer, or a batch_size below 1.
+        ValueError: a model without a text tokenizer, or settings out of range.
     """
 
-    def __init__(self, dalle: DALLE, clip: CLIP | None = None, *, batch_size: int = 64) -> None:
-        self.dalle, self.clip, self.batch_size = dalle, clip, batch_size
+    def __init__(
+        self,
+        dalle: DALLE,
+        clip: CLIP | Sequence[CLIP] | None = None,
+        *,
+        batch_size: int | None = None,
+        memory_gb: float = 4.0,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> None:
+        self.dalle, self.batch_size, self.memory_gb = dalle, batch_size, memory_gb
+        self.clips = [] if clip is None else [clip] if isinstance(clip, CLIP) else list(clip)
         self.tokenizer = text_tokenizer_of(dalle, "dalle")
-        if clip is not None:
-            text_tokenizer_of(clip, "clip")
-        if batch_size < 1:
+        for scorer in self.clips:
+            text_tokenizer_of(scorer, "clip")
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if memory_gb <= 0:
+            raise ValueError(f"memory_gb must be positive, got {memory_gb}")
+        self.decoder = Decoder(dalle, precision=precision, compiled=compiled)
 
-    def check(self, prompts: Sequence[str], *, truncate: bool = False) -> None:
-        """Refuse prompts that cannot be read, before time is spent on the first.
+    def check(self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, truncate: bool = False) -> None:
+        """Refuse what cannot be drawn, before time is spent on the first prompt.
 
         Raises:
-            ValueError: one is longer than the model's context; shows it.
+            ValueError: a prompt is longer than the model's context (shows it), or guidance of a model that never saw an
+                empty caption.
         """
         for prompt in prompts:
             self.tokenizer.tokenize(prompt, self.dalle.config.text_len, truncate=truncate)
+        if sampling is not None and sampling.guided() and not self.dalle.config.caption_dropout:
+            raise ValueError(
+                f"guidance (cfg_scale={sampling.cfg_scale}, cfg_schedule={sampling.cfg_schedule}) needs a model that "
+                "has seen empty captions; this one was trained with caption_dropout=0: use cfg_scale=1"
+            )
 
-    @torch.no_grad()
+    def micro_batch(self, sampling: SamplingConfig) -> int:
+        """Candidates drawn together: ``batch_size``, or what the memory holds, at least one."""
+        if self.batch_size is not None:
+            return self.batch_size
+        guided = sampling.guided()
+        affordable = int(self.memory_gb * 1e9) // self.decoder.bytes_per_candidate(guided=guided)
+        return max(min(affordable, MOST // 2 if guided else MOST), 1)
+
+    def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
+        """Pictures of image tokens, on the CPU."""
+        with torch.no_grad():
+            parts = image_tokens.to(self.decoder.device).split(DECODED_TOGETHER)
+            return torch.cat([self.dalle.vae.decode(part).float().cpu() for part in parts])
+
+    def given(self, image: Float[Tensor, "c H W"], keep: Bool[Tensor, " n"]) -> Given:
+        """A picture's image tokens, of which some stay.
+
+        Args:
+            image: RGB in [0, 1], of the model's size.
+            keep: True = the token stays, in raster order.
+        """
+        with torch.no_grad():
+            return Given(self.dalle.vae.encode(image[None].to(self.decoder.device)).cpu(), keep)
+
+    def sample(
+        self,
+        prompt: str,
+        indices: Sequence[int],
+        *,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        given: Given | None = None,
+        truncate: bool = False,
+        preview_rows: int = 0,
+        progress: Callable[[int], object] = lambda drawn: None,
+    ) -> Iterator[Preview | Candidates]:
+        """Sample candidates of a prompt, a micro-batch after the other; each is a function of (prompt, seed, index).
+
+        Closing the iterator frees what the unfinished micro-batch holds.
+
+        Args:
+            prompt: what to draw.
+            indices: which candidates, for instance ``range(64)``.
+            seed: another seed gives other candidates.
+            sampling: temperature, truncation and guidance.
+            given: image tokens that stay as they are.
+            truncate: cut a prompt longer than the context instead of raising.
+            preview_rows: give a Preview after so many token rows each; 0 = none.
+            progress: called with the number of image tokens that have just been drawn.
+
+        Raises:
+            ValueError: the prompt is longer than the context, or guidance of a model that never saw an empty one.
+        """
+        sampling, dalle = sampling or SamplingConfig(), self.dalle
+        self.check([prompt], sampling, truncate=truncate)
+        if sampling.temperature == 0 and len(indices) > 1:
+            warnings.warn(
+                f"temperature=0 makes all {len(indices)} candidates of a prompt equal; use a positive one", stacklevel=2
+            )
+        text = self.tokenizer.tokenize(prompt, dalle.config.text_len, truncate=truncate).to(self.decoder.device)
+        size = self.micro_batch(sampling)
+        for first in range(0, len(indices), size):
+            part = list(indices[first : first + size])
+            uniforms = torch.stack([candidate_uniforms(prompt, seed, index, dalle.num_image_tokens) for index in part])
+            done, tokens = 0, torch.empty(0)
+            for now, tokens in draw_image_tokens(self.decoder, text, uniforms.to(text.device), sampling, given):
+                progress((now - done) * len(part))
+                done = now
+                if preview_rows and done % (preview_rows * dalle.grid_size) == 0 and done < dalle.num_image_tokens:
+                    yield Preview(tokens.cpu().clone(), done, part)
+            yield Candidates(tokens.cpu(), self.decode(tokens), part)
+
     def candidates(
         self,
         prompt: str,
@@ -147,54 +188,68 @@ class Generator:
         *,
         seed: int = 0,
         sampling: SamplingConfig | None = None,
+        given: Given | None = None,
         truncate: bool = False,
-        progress: Callable[[int], object] = lambda done: None,
+        progress: Callable[[int], object] = lambda drawn: None,
     ) -> Candidates:
-        """Sample candidates of a prompt; each is a function of (prompt, seed, index).
+        """All of ``sample`` at once."""
+        parts = self.sample(
+            prompt, indices, seed=seed, sampling=sampling, given=given, truncate=truncate, progress=progress
+        )
+        return join([part for part in parts if isinstance(part, Candidates)])
 
-        Args:
-            prompt: what to draw.
-            indices: which candidates, for instance ``range(64)``.
-            seed: another seed gives other candidates.
-            sampling: temperature, truncation and guidance.
-            truncate: cut a prompt longer than the context instead of raising.
-            progress: called with the number of candidates that have just been finished.
+    def stream(
+        self,
+        prompt: str,
+        indices: Sequence[int],
+        *,
+        num_keep: int,
+        min_distance: float = 0.0,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        given: Given | None = None,
+        truncate: bool = False,
+        preview_rows: int = 0,
+        progress: Callable[[int], object] = lambda drawn: None,
+    ) -> Iterator[Preview | Ranked]:
+        """Sample and rank; after every micro-batch the ranking of all candidates so far.
 
-        Raises:
-            ValueError: the prompt is longer than the context, or guidance of a model that never saw an empty one.
+        Whoever stops early keeps the last Ranked. Arguments as in ``sample`` and ``rerank.rank``; while fewer than
+        ``num_keep`` are finished, all of them are kept.
         """
-        sampling = sampling or SamplingConfig()
-        if sampling.cfg_scale != 1 and not self.dalle.config.caption_dropout:
-            raise ValueError(
-                f"cfg_scale={sampling.cfg_scale} needs a model that has seen empty captions; this one was trained with "
-                "caption_dropout=0: use cfg_scale=1"
-            )
-        device = next(self.dalle.parameters()).device
-        text_len = self.dalle.config.text_len
-        text = self.tokenizer.tokenize(prompt, text_len, truncate=truncate).to(device)
-        tokens, images = [], []
-        for first in range(0, len(indices), self.batch_size):
-            part = indices[first : first + self.batch_size]
-            uniforms = torch.stack(
-                [candidate_uniforms(prompt, seed, index, self.dalle.num_image_tokens) for index in part]
-            )
-            drawn = generate_image_tokens(self.dalle, text.expand(len(part), -1), uniforms, sampling)
-            tokens.append(drawn.cpu())
-            images.append(self.dalle.vae.decode(drawn).cpu())
-            progress(len(part))
-        return Candidates(torch.cat(tokens), torch.cat(images))
+        parts: list[Candidates] = []
+        scores: list[Tensor] = []
+        for event in self.sample(
+            prompt,
+            indices,
+            seed=seed,
+            sampling=sampling,
+            given=given,
+            truncate=truncate,
+            preview_rows=preview_rows,
+            progress=progress,
+        ):
+            if isinstance(event, Preview):
+                yield event
+                continue
+            parts.append(event)
+            scores.append(score(event.images, prompt, self.clips))
+            so_far, all_scores = join(parts), torch.cat(scores, dim=1)
+            kept = min(num_keep, len(so_far.images))
+            yield Ranked(so_far, all_scores, rank(all_scores, so_far.images, kept, min_distance=min_distance))
 
-    @torch.no_grad()
     def generate(
         self,
         prompt: str,
         *,
         num_candidates: int,
         num_keep: int,
+        min_distance: float = 0.0,
         seed: int = 0,
         sampling: SamplingConfig | None = None,
+        given: Given | None = None,
         truncate: bool = False,
-        progress: Callable[[int], object] = lambda done: None,
+        progress: Callable[[int], object] = lambda drawn: None,
     ) -> tuple[Candidates, Ranking]:
         """Sample, rank and keep.
 
@@ -207,9 +262,25 @@ class Generator:
         if not 1 <= num_keep <= num_candidates:
             raise ValueError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")
         candidates = self.candidates(
-            prompt, range(num_candidates), seed=seed, sampling=sampling, truncate=truncate, progress=progress
+            prompt,
+            range(num_candidates),
+            seed=seed,
+            sampling=sampling,
+            given=given,
+            truncate=truncate,
+            progress=progress,
         )
-        return candidates, rerank(candidates.images, prompt, self.clip, num_keep)
+        scores = score(candidates.images, prompt, self.clips)
+        return candidates, rank(scores, candidates.images, num_keep, min_distance=min_distance)
+
+
+def join(parts: Sequence[Candidates]) -> Candidates:
+    """Candidates of several micro-batches or processes as one."""
+    return Candidates(
+        torch.cat([part.image_tokens for part in parts]),
+        torch.cat([part.images for part in parts]),
+        [index for part in parts for index in part.indices],
+    )
 
 
 def text_tokenizer_of(model: DALLE | CLIP, kind: str) -> TextTokenizer:

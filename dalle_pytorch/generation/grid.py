@@ -4,11 +4,11 @@ Axes: c channels, H W pixels.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -73,3 +73,36 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     info.add_text("dalle_pytorch", json.dumps(settings, ensure_ascii=True))
     with path.open("xb") as file:
         image.save(file, format="PNG", pnginfo=info)
+
+
+def partial_picture(
+    decode: Callable[[Int[Tensor, "b n"]], Float[Tensor, "b c H W"]],
+    image_tokens: Int[Tensor, " n"],
+    done: int,
+    grid: int,
+) -> Float[Tensor, "c H W"]:
+    """The drawn part of a picture, the rest light grey.
+
+    Args:
+        decode: image tokens to pictures in [0, 1].
+        image_tokens: a whole grid, of which the first ``done`` are drawn.
+        done: how many; at least a row.
+        grid: token rows = columns.
+    """
+    tokens = image_tokens.clone().view(grid, grid)
+    rows = done // grid
+    tokens[rows:] = tokens[rows - 1]  # the decoder looks past the edge of what is drawn: let it see more of the same
+    picture = decode(tokens.view(1, -1))[0]
+    picture[:, rows * picture.shape[1] // grid :] = 0.85
+    return picture
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
+    """Write frames as an endless GIF that rests on the last.
+
+    Raises:
+        FileExistsError: the file is there already.
+    """
+    with path.open("xb") as file:
+        durations = [120] * (len(frames) - 1) + [3000]  # milliseconds
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -19,8 +19,8 @@ def prepare(module: nn.Module, precision: str) -> nn.Module:
 
     Args:
         module: the network; not changed.
-        precision: "fp32", "bf16" (weights and inputs of linear layers rounded to 8 bits of mantissa) or "int8" (rounded to
-            integers; CPU only).
+        precision: "fp32", "bf16" (weights and inputs of linear layers rounded to 8 bits of mantissa) or "int8" (rounded
+            to integers; CPU only).
 
     Raises:
         ValueError: unknown precision, or int8 elsewhere than on a CPU.

@@ -4,13 +4,83 @@ Axes: b rows (candidates), k codebook_size.
 """
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def guide(cond: Float[Tensor, "b k"], uncond: Float[Tensor, "b k"], cfg_scale: float) -> Float[Tensor, "b k"]:
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 = greedy, which tends to blank pictures."""
+    top_k: int = 0
+    """Draw among so many most likely tokens; 0 = all."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens with so much probability; 1 = all."""
+    min_p: float = 0.0
+    """Draw among tokens at least so likely relative to the likeliest; 0 = all."""
+    cfg_scale: float = 1.0
+    """Guidance, uncond + cfg_scale * (cond - uncond); 1 = off. Needs a model trained with caption_dropout."""
+    cfg_schedule: list[float] | None = None
+    """Guidance over the picture, in place of cfg_scale: values at even distances from the first token to the last, with
+    straight lines between; [1, 4] grows from none to 4."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1] (1 = off), got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1] (0 = off), got {self.min_p}")
+        if self.cfg_schedule is not None:
+            if not self.cfg_schedule:
+                raise ValueError("cfg_schedule is an empty list; leave it null for a constant cfg_scale")
+            if self.cfg_scale != 1:
+                raise ValueError(
+                    f"cfg_scale={self.cfg_scale} and cfg_schedule={self.cfg_schedule} are both set; choose one"
+                )
+
+    def scales(self, count: int) -> list[float]:
+        """Guidance scale of each of ``count`` tokens."""
+        points = [self.cfg_scale] if self.cfg_schedule is None else list(self.cfg_schedule)
+        if len(points) == 1:
+            return points * count
+        scales = []
+        for index in range(count):
+            at = index / max(count - 1, 1) * (len(points) - 1)
+            left = min(int(at), len(points) - 2)
+            scales.append(points[left] + (at - left) * (points[left + 1] - points[left]))
+        return scales
+
+    def guided(self) -> bool:
+        """Whether any token needs the null twin of its prompt."""
+        return any(scale != 1 for scale in self.cfg_schedule or [self.cfg_scale])
+
+    def pick(self, logits: Float[Tensor, "b k"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """One token a row under these settings."""
+        return draw(
+            logits,
+            uniform.to(logits.device),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
+
+
+def guide(cond: Float[Tensor, "*b k"], uncond: Float[Tensor, "*b k"], cfg_scale: float) -> Float[Tensor, "*b k"]:
     """Classifier-free guidance: ``uncond + cfg_scale * (cond - uncond)``; 1 = the conditional logits.
 
     Source:
@@ -52,6 +122,22 @@ def keep_top_p(logits: Float[Tensor, "b k"], top_p: float) -> Float[Tensor, "b k
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(before >= top_p, -torch.inf))
 
 
+def keep_min_p(logits: Float[Tensor, "b k"], min_p: float) -> Float[Tensor, "b k"]:
+    """Tokens at least ``min_p`` times as likely as the likeliest; the rest set to -inf. 0 = off.
+
+    Raises:
+        ValueError: min_p is not in [0, 1].
+
+    Source:
+        Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
+    """
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie in [0, 1] (0 = off), got {min_p}")
+    if min_p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -torch.inf)
+
+
 def draw(
     logits: Float[Tensor, "b k"],
     uniform: Float[Tensor, " b"],
@@ -59,6 +145,7 @@ def draw(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Int[Tensor, " b"]:
     """One token a row, by inverting the cumulative distribution at ``uniform``.
 
@@ -69,16 +156,17 @@ def draw(
         uniform: one number in [0, 1) a row.
         temperature: divides the logits; 0 = the most likely token.
         top_k: keep so many tokens; 0 = all.
-        top_p: keep the fewest tokens with so much probability; 1 = all.
+        top_p: of those, keep the fewest with so much probability; 1 = all.
+        min_p: of those, keep the ones at least so likely relative to the likeliest; 0 = all.
 
     Raises:
-        ValueError: temperature is negative, or top_k or top_p out of range.
+        ValueError: temperature is negative, or top_k, top_p or min_p out of range.
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative (0 = greedy), got {temperature}")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    kept = keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)
+    kept = keep_min_p(keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p), min_p)
     precise = torch.float32 if kept.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
     cumulative = kept.to(precise).softmax(dim=-1).cumsum(dim=-1)
     target = uniform.to(precise)[:, None] * cumulative[:, -1:]

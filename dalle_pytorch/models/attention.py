@@ -8,7 +8,7 @@ Axes: b batch, s stream positions, q queries, k keys, h heads, e head_dim, d mod
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def pattern_mask(
 
 
 def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "2 s e"]:
-    """Cosine and signed sine of every position's rotation: text index, token row, token column, a third of the pairs each.
+    """Cosine and signed sine of every position's rotation: text index, token row and column, a third of the pairs each.
 
     (x, y) turns to (x cos - y sin, y cos + x sin): the sines come negative for the first of a pair.
 
@@ -110,8 +110,9 @@ def rotate(x: Float[Tensor, "b q *h e"], turns: Float[Tensor, "2 q e"]) -> Float
     return torch.addcmul(x * cosine, swapped, sine)
 
 
+@runtime_checkable
 class LayerView(Protocol):
-    """How one layer sees the positions it is given and those before them: all at once in training, a cache in sampling."""
+    """How a layer sees its positions and those before them: all at once in training, through a cache in sampling."""
 
     def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
         """Input of attention (0) or feed-forward (1), with channels of earlier positions where the model shifts."""

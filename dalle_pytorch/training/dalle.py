@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.data.datamodule import Batch
-from dalle_pytorch.generation.generator import SamplingConfig, generate_image_tokens
-from dalle_pytorch.generation.sampling import candidate_uniforms
+from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile

@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from dalle_pytorch import Generator, SamplingConfig
-from dalle_pytorch.generation.generator import generate_image_tokens
+from dalle_pytorch.generation.engine import Given
+from dalle_pytorch.generation.generator import Candidates, Preview, Ranked
+from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.rerank import rerank
 from dalle_pytorch.text import BPETokenizer
 
@@ -38,29 +40,70 @@ def test_a_candidate_does_not_depend_on_the_others(prompted, batch_size):
     assert not torch.equal(other.image_tokens, shuffled.image_tokens)
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_sampling_with_a_cache_is_sampling_without(make_dalle, cfg_scale):
-    """Token for token what drawing from the full forward pass gives."""
-    dalle = make_dalle(attn_types=["axial_row", "conv_like"], conv_kernel=3)
-    text, uniforms = torch.tensor([[3, 1, 0], [2, 0, 0]]), torch.rand(2, 16)
-    tokens = generate_image_tokens(dalle, text, uniforms, SamplingConfig(cfg_scale=cfg_scale))
-    expected = torch.empty(2, 0, dtype=torch.long)
-    for position in range(16):
-        cond = dalle.logits(text, expected).image[:, -1]
-        uncond = dalle.logits(torch.zeros_like(text), expected).image[:, -1]
-        probabilities = (uncond + cfg_scale * (cond - uncond)).double().softmax(-1).cumsum(-1)
-        picked = (probabilities > uniforms[:, position, None]).int().argmax(dim=1)
-        expected = torch.cat([expected, picked[:, None]], dim=1)
-    assert torch.equal(tokens, expected)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_batch_size_changes_no_candidate_of_any_precision(prompted, precision):
+    drawn = [
+        Generator(prompted, batch_size=size, precision=precision).candidates("a red apple", range(8), sampling=SAMPLING)
+        for size in (1, 3, 8)
+    ]
+    assert torch.equal(drawn[0].image_tokens, drawn[1].image_tokens)
+    assert torch.equal(drawn[0].image_tokens, drawn[2].image_tokens)
 
 
-def test_given_tokens_are_kept(make_dalle):
-    dalle = make_dalle()
-    given = torch.randint(12, (2, 7))
-    tokens = generate_image_tokens(
-        dalle, torch.ones(2, 3, dtype=torch.long), torch.rand(2, 16), SamplingConfig(cfg_scale=2.0), given_tokens=given
+def test_memory_bounds_the_micro_batch(prompted):
+    each = Generator(prompted).decoder.bytes_per_candidate(guided=True)
+    assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SAMPLING) == 5
+    assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SamplingConfig()) == 11
+    assert Generator(prompted, memory_gb=each / 1e10).micro_batch(SAMPLING) == 1
+    assert Generator(prompted, memory_gb=1e3).micro_batch(SAMPLING) == 128
+    assert Generator(prompted, batch_size=7).micro_batch(SAMPLING) == 7
+
+
+def test_greedy_candidates_are_warned_against(prompted):
+    with pytest.warns(UserWarning, match="all 3 candidates of a prompt equal"):
+        drawn = Generator(prompted).candidates("a red apple", range(3), sampling=SamplingConfig(temperature=0.0))
+    assert len(drawn.image_tokens.unique(dim=0)) == 1
+
+
+def test_a_stream_previews_and_ranks_as_it_goes(prompted):
+    """Tokens never change once shown, every micro-batch adds its candidates, the last ranking is generate's."""
+    counted, generator = [], Generator(prompted, batch_size=2)
+    events = list(
+        generator.stream(
+            "a red apple", range(5), num_keep=3, sampling=SAMPLING, preview_rows=2, progress=counted.append
+        )
     )
-    assert torch.equal(tokens[:, :7], given)
+    assert [type(event) for event in events] == [Preview, Ranked] * 3
+    assert sum(counted) == 5 * 16
+    assert [event.done for event in events[::2]] == [8, 8, 8]
+    final = events[-1]
+    for preview in events[::2]:
+        rows = [final.candidates.indices.index(index) for index in preview.indices]
+        assert torch.equal(preview.image_tokens[:, :8], final.candidates.image_tokens[rows, :8])
+    assert [event.candidates.indices for event in events[1::2]] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert [len(event.ranking.indices) for event in events[1::2]] == [2, 3, 3]
+    candidates, ranking = generator.generate("a red apple", num_candidates=5, num_keep=3, sampling=SAMPLING)
+    assert torch.equal(candidates.image_tokens, final.candidates.image_tokens)
+    assert torch.equal(ranking.indices, final.ranking.indices)
+
+
+def test_a_stream_that_is_left_keeps_what_is_done(prompted):
+    stream = Generator(prompted, batch_size=2).stream("a red apple", range(6), num_keep=4, sampling=SAMPLING)
+    ranked = next(stream)
+    stream.close()
+    whole = Generator(prompted).candidates("a red apple", range(6), sampling=SAMPLING)
+    assert torch.equal(ranked.candidates.image_tokens, whole.image_tokens[:2])
+
+
+def test_completion_keeps_the_pictures_tokens(prompted):
+    generator, image = Generator(prompted, batch_size=2), torch.rand(3, 16, 16)
+    keep = torch.arange(16) % 4 < 2
+    given = generator.given(image, keep)
+    drawn = generator.candidates("a red apple", range(3), given=given, sampling=SAMPLING)
+    assert torch.equal(drawn.image_tokens[:, keep], prompted.vae.encode(image[None])[:, keep].expand(3, -1))
+    assert isinstance(given, Given)
+    assert isinstance(drawn, Candidates)
+    assert len(drawn.image_tokens.unique(dim=0)) == 3
 
 
 def test_guidance_keeps_a_copied_prompt(make_dalle):
@@ -89,14 +132,14 @@ def test_ranking_keeps_the_highest_cosines(tiny_clip, tokenizer):
     tiny_clip.text_tokenizer = tokenizer
     tiny_clip.text_emb = torch.nn.Embedding(tokenizer.vocab_size, 16)
     tiny_clip.config.text_vocab_size = tokenizer.vocab_size
-    ranking = rerank(images, "red", tiny_clip, 4)
+    ranking = rerank(images, "red", [tiny_clip], 4)
     expected = tiny_clip.scores(tokenizer.tokenize("red", 5), images)[0]
     torch.testing.assert_close(ranking.all_scores, expected)
     assert torch.equal(ranking.indices, expected.argsort(descending=True)[:4])
     assert torch.equal(ranking.scores, expected[ranking.indices])
-    ties = rerank(images[:1].expand(4, -1, -1, -1), "red", tiny_clip, 3)
+    ties = rerank(images[:1].expand(4, -1, -1, -1), "red", [tiny_clip], 3)
     assert ties.indices.tolist() == [0, 1, 2]
-    unranked = rerank(images, "red", None, 2)
+    unranked = rerank(images, "red", [], 2)
     assert unranked.indices.tolist() == [0, 1]
     assert unranked.scores is None
 
@@ -114,5 +157,9 @@ def test_misfits_are_named(prompted, make_dalle, tiny_clip):
         generator.candidates("a red apple", range(1), sampling=SAMPLING)
     with pytest.raises(ValueError, match=r"num_keep \(3\).*num_candidates \(2\)"):
         generator.generate("a red apple", num_candidates=2, num_keep=3)
-    with pytest.raises(ValueError, match=r"\(1, 15\).*\(1, 16\)"):
+    with pytest.raises(ValueError, match="memory_gb"):
+        Generator(prompted, memory_gb=0.0)
+    with pytest.raises(ValueError, match="batch_size"):
+        Generator(prompted, batch_size=0)
+    with pytest.raises(ValueError, match=r"\(1, 15\).*16\)"):
         generate_image_tokens(prompted, torch.ones(1, 2, dtype=torch.long), torch.rand(1, 15), SamplingConfig())

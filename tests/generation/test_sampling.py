@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from dalle_pytorch.generation.sampling import (
+    SamplingConfig,
     candidate_uniforms,
     draw,
     guide,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     top_k_of_filter_thres,
@@ -34,6 +36,23 @@ def test_top_p_keeps_the_fewest_that_reach_p(p):
     assert (share - smallest_kept < p).all()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p_keeps_what_is_likely_enough(p):
+    probabilities = LOGITS.softmax(-1)
+    kept = keep_min_p(LOGITS, p).isfinite()
+    assert torch.equal(kept, probabilities >= p * probabilities.amax(dim=1, keepdim=True) * (1 - 1e-6))
+    assert kept.any(dim=1).all()
+
+
+def test_a_schedule_is_straight_between_its_points():
+    assert SamplingConfig(cfg_scale=2.0).scales(3) == [2.0, 2.0, 2.0]
+    assert SamplingConfig(cfg_schedule=[1.0, 4.0]).scales(4) == [1.0, 2.0, 3.0, 4.0]
+    assert SamplingConfig(cfg_schedule=[1.0, 3.0, 1.0]).scales(5) == [1.0, 2.0, 3.0, 2.0, 1.0]
+    assert SamplingConfig(cfg_schedule=[2.0, 5.0]).scales(1) == [2.0]
+    assert SamplingConfig(cfg_schedule=[1.0, 1.5]).guided()
+    assert not SamplingConfig(cfg_schedule=[1.0, 1.0]).guided()
+
+
 def test_draws_follow_the_softmax():
     count = 20_000
     uniforms = (torch.arange(count) + 0.5) / count
@@ -42,11 +61,13 @@ def test_draws_follow_the_softmax():
     torch.testing.assert_close(shares, (LOGITS[0] / 0.7).softmax(-1), atol=2 / count, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.6}])
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.5}])
 def test_truncated_tokens_are_never_drawn(settings):
     edges = torch.tensor([0.0, 0.5, 1 - 2**-24])  # the ends of what torch.rand gives
     tokens = draw(LOGITS[:1].expand(3, -1), edges, **settings)
-    kept = keep_top_k(LOGITS[:1], 2) if "top_k" in settings else keep_top_p(LOGITS[:1], 0.6)
+    keep = {"top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
+    ((name, value),) = settings.items()
+    kept = keep[name](LOGITS[:1], value)
     assert kept.isfinite()[0][tokens].all()
 
 
@@ -86,8 +107,15 @@ def test_settings_out_of_range_are_named():
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
     ):
         with pytest.raises(ValueError, match=message):
             draw(LOGITS[:1], one, **settings)
+        with pytest.raises(ValueError, match=message):
+            SamplingConfig(**settings)
+    with pytest.raises(ValueError, match="cfg_scale=2.0 and cfg_schedule"):
+        SamplingConfig(cfg_scale=2.0, cfg_schedule=[1.0, 2.0])
+    with pytest.raises(ValueError, match="empty list"):
+        SamplingConfig(cfg_schedule=[])
     with pytest.raises(ValueError, match="filter_thres"):
         top_k_of_filter_thres(1.2, 8)

@@ -1,0 +1,68 @@
+"""Linear layers laid out for sampling."""
+
+import pytest
+import torch
+from torch import nn
+
+from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.linear import CastLinear, Int8Linear, prepare
+
+TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp32_is_the_layer_itself(rows, bias):
+    linear, x = nn.Linear(48, 20, bias=bias), torch.randn(rows, 2, 48)
+    torch.testing.assert_close(CastLinear(linear, "fp32")(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.01), ("int8", 0.03)])
+def test_less_precision_is_near(precision, error):
+    linear, x = nn.Linear(256, 64), torch.randn(50, 256)
+    exact, near = linear(x), prepare(linear, precision)(x)
+    assert near.dtype == torch.float32
+    assert 0 < (near - exact).norm() / exact.norm() < error
+
+
+@pytest.mark.parametrize("make", [Int8Linear, lambda linear: CastLinear(linear, "fp32")])
+def test_a_row_does_not_depend_on_the_others(make):
+    """To the last bit, also beside a row a thousand times as large."""
+    layer, x = make(nn.Linear(256, 64)), torch.randn(8, 256)
+    alone = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(layer(x), alone)
+    x[0] *= 1000
+    assert torch.equal(layer(x)[1:], alone[1:])
+
+
+def test_zeros_stay_finite():
+    assert torch.equal(Int8Linear(nn.Linear(16, 4, bias=False))(torch.zeros(2, 16)), torch.zeros(2, 4))
+
+
+def test_shared_layers_stay_shared_and_the_model_untouched(make_dalle):
+    dalle = make_dalle(shared_attn_ids=[0], shared_ff_ids=[0, 1, 0]).train()
+    before = {name: value.clone() for name, value in dalle.state_dict().items()}
+    decoder = Decoder(dalle, precision="int8")
+    blocks = decoder.transformer.blocks
+    assert blocks[0].attention is blocks[2].attention
+    assert blocks[0].feed_forward is blocks[2].feed_forward is not blocks[1].feed_forward
+    assert not any(module.training for module in decoder.transformer.modules())
+    assert dalle.training
+    assert all(module.training for module in dalle.transformer.modules())
+    assert isinstance(dalle.transformer.blocks[0].attention.to_qkv, nn.Linear)
+    decoder.start(TEXT)
+    for name, value in dalle.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.1)])
+def test_logits_of_each_precision_are_near(make_dalle, precision, error):
+    dalle = make_dalle(dim=64)
+    expected = dalle.logits(TEXT, torch.zeros(2, 0, dtype=torch.long)).image[:, 0]
+    logits = Decoder(dalle, precision=precision).start(TEXT)[1]
+    assert (logits - expected).norm() / expected.norm() < error
+
+
+def test_unknown_precision_is_named(make_dalle):
+    with pytest.raises(ValueError, match=r"fp32, bf16, int8, got 'fp16'"):
+        Decoder(make_dalle(), precision="fp16")
