@@ -8,7 +8,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -59,9 +59,8 @@ class CastLinear(nn.Module):
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # laid out for 8 rows, fast at all
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
+        # plain attributes: a parameter's look-up takes longer than some of the products
+        self.weight, self.bias = weight, None if linear.bias is None else linear.bias.detach().to(self.dtype)
 
     def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """``x @ weight.T + bias``."""
@@ -86,16 +85,13 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        weight = (weight / scale[:, None]).round().to(torch.int8).T
-        bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale / 127, requires_grad=False)  # all of it but a row's largest input
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.weight = (weight / scale[:, None]).round().to(torch.int8).T
+        self.bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
+        self.scale = scale / 127  # all of it but a row's largest input
 
-    def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
+    def forward(self, x: Float32[Tensor, "*q i"]) -> Float32[Tensor, "*q o"]:
         """``x @ weight.T + bias``, approximately."""
-        rows = x.flatten(0, -2).float()
+        rows = x.reshape(-1, x.shape[-1])
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-20)
-        products = torch._int_mm((rows * (127 / largest)).round_().to(torch.int8), self.weight)
-        out = torch.addcmul(self.bias, products * largest, self.scale)
-        return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+        products = torch._int_mm((rows / largest).mul_(127).round_().to(torch.int8), self.weight)
+        return torch.addcmul(self.bias, products * largest, self.scale).view(*x.shape[:-1], -1)

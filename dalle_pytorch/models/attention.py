@@ -215,7 +215,8 @@ class Attention(nn.Module):
             qk = F.rms_norm(qk, (self.head_dim,))
         q, k = view.turn(qk).permute(2, 0, 3, 1, 4)  # [2, b, h, q, e]
         out = view.attend(q, k, qkv[:, :, 2].transpose(1, 2), self.stable)
-        return F.dropout(self.to_out(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        out = self.to_out(out.transpose(1, 2).flatten(2))
+        return F.dropout(out, self.dropout) if self.training else out
 
 
 def attention(

@@ -74,7 +74,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:
         """Same shape in and out."""
         value, gate = self.to_hidden(x).chunk(2, dim=-1)
-        return self.to_out(F.dropout(value * F.gelu(gate), self.dropout, self.training))
+        hidden = value * F.gelu(gate)
+        return self.to_out(F.dropout(hidden, self.dropout) if self.training else hidden)
 
 
 class Block(nn.Module):

@@ -81,7 +81,7 @@ def test_sampling_with_a_cache_is_sampling_without(make_dalle, settings, given, 
 
 
 def test_a_prompt_is_stored_once(make_dalle):
-    """Sixteen candidates of a prompt hold its keys once: what is added for each does not depend on the text's length."""
+    """Sixteen candidates hold their prompt's keys once: what each adds does not depend on the text's length."""
     held = {}
     for text_len in (5, 50):
         decoder = Decoder(make_dalle(text_len=text_len, depth=2))

@@ -92,9 +92,10 @@ def test_misfits_are_named(make_dalle):
     decoder = Decoder(make_dalle())
     with pytest.raises(ValueError, match=r"\(3, 16\).*multiple of 2"):
         next(draw_image_tokens(decoder, TEXT, torch.rand(3, 16), SamplingConfig()))
-    with pytest.raises(ValueError, match=r"\(1, 16\).*2 prompts"):
-        given = Given(torch.zeros(1, 16, dtype=torch.long), MASKS["rows"])
-        next(draw_image_tokens(decoder, TEXT, torch.rand(2, 16), SamplingConfig(), given))
-    with pytest.raises(ValueError, match=r"\[0, 12\].*0 to 11"):
-        given = Given(torch.full((2, 16), 12), MASKS["rows"])
-        next(draw_image_tokens(decoder, TEXT, torch.rand(2, 16), SamplingConfig(), given))
+    for tokens, message in (
+        (torch.zeros(1, 16), r"\(1, 16\).*2 prompts"),
+        (torch.full((2, 16), 12), r"\[0, 12\].*0 to 11"),
+    ):
+        given = Given(tokens.long(), MASKS["rows"])
+        with pytest.raises(ValueError, match=message):
+            next(draw_image_tokens(decoder, TEXT, torch.rand(2, 16), SamplingConfig(), given))

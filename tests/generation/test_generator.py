@@ -5,9 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from dalle_pytorch import Generator, SamplingConfig
-from dalle_pytorch.generation.engine import Given
+from dalle_pytorch.generation.engine import Given, generate_image_tokens
 from dalle_pytorch.generation.generator import Candidates, Preview, Ranked
-from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.rerank import rerank
 from dalle_pytorch.text import BPETokenizer
 

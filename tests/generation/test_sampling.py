@@ -113,7 +113,7 @@ def test_settings_out_of_range_are_named():
             draw(LOGITS[:1], one, **settings)
         with pytest.raises(ValueError, match=message):
             SamplingConfig(**settings)
-    with pytest.raises(ValueError, match="cfg_scale=2.0 and cfg_schedule"):
+    with pytest.raises(ValueError, match=r"cfg_scale=2\.0 and cfg_schedule"):
         SamplingConfig(cfg_scale=2.0, cfg_schedule=[1.0, 2.0])
     with pytest.raises(ValueError, match="empty list"):
         SamplingConfig(cfg_schedule=[])
