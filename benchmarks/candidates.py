@@ -82,11 +82,10 @@ def where_time_goes(dalle: DALLE, clip: CLIP, prompt: str, count: int, sampling:
         drawing = total - sum(parts.values())
         same = (candidates.image_tokens == exact).all(dim=1).float().mean()
         best = ranking.scores.mean() if ranking.scores is not None else 0.0
-        print(
-            f"| {precision}{', compiled' if compiled else ''} | {total:.1f} | {parts['prefill']:.2f} | {parts['steps']:.1f} | "
-            f"{drawing:.2f} | {parts['decode']:.2f} | {parts['rank']:.2f} | {scores.mean():.4f} | {best:.4f} | {same:.0%} |",
-            flush=True,
-        )
+        name = precision + (", compiled" if compiled else "")
+        each = [parts["prefill"], parts["steps"], drawing, parts["decode"], parts["rank"]]
+        seconds = " | ".join(f"{value:.2f}" for value in each)
+        print(f"| {name} | {total:.1f} | {seconds} | {scores.mean():.4f} | {best:.4f} | {same:.0%} |", flush=True)
 
 
 def agreement(dalle: DALLE, prompt: str, sampling: SamplingConfig) -> None:
@@ -95,9 +94,7 @@ def agreement(dalle: DALLE, prompt: str, sampling: SamplingConfig) -> None:
     tokenizer = dalle.text_tokenizer
     assert tokenizer is not None
     text = tokenizer.tokenize(prompt, dalle.config.text_len)
-    print(
-        "\n| mode | KL from fp32, nats/token | same likeliest token | logits off by, of their spread |\n|---|---|---|---|"
-    )
+    print("\n| mode | KL from fp32, nats/token | same likeliest token | error of logits |\n|---|---|---|---|")
     exact = None
     for precision, compiled in MODES:
         decoder = Decoder(dalle, precision=precision, compiled=compiled)

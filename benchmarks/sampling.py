@@ -168,9 +168,8 @@ def growth(path: Path) -> None:
             positions = [grid * grid // 8, grid * grid // 2, grid * grid - 2]
             times = step_times(decoder, 8, positions)
             print(f"| {name} | {grid * grid} | {times[0]:.2f}, {times[1]:.2f}, {times[2]:.2f} |", flush=True)
-            axes[0].plot(
-                positions, times, "o-", label=f"{name}, {grid * grid}", linestyle="-" if name == "full" else "--"
-            )
+            style = "-" if name == "full" else "--"
+            axes[0].plot(positions, times, marker="o", label=f"{name}, {grid * grid}", linestyle=style)
             axes[2].plot(grid * grid, times[2], "o" if name == "full" else "x", color="C0" if name == "full" else "C1")
     print("\n| pattern | candidates | ms a step for each, at position 128 of 256 |\n|---|---|---|")
     for name, mixed in patterns.items():

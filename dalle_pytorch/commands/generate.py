@@ -74,7 +74,7 @@ class GenerateConfig:
     precision: str = "fp32"
     """Arithmetic of the DALLE: fp32, bf16 or int8 (CPU). Faster, and other pictures."""
     compile: bool = False
-    """Translate attention with torch.compile: some seconds once, faster for many candidates."""
+    """Translate a step with torch.compile: half a minute the first time; pays with precision=int8."""
     truncate: bool = False
     """Cut prompts longer than the model's context instead of refusing them."""
     device: str = "auto"

@@ -8,7 +8,6 @@ Axes: g groups (a prompt, or its null twin for guidance), c candidates of a grou
 t text positions with <bos>, n image tokens, m slots of the image cache, d width.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +33,8 @@ class Plan(NamedTuple):
     """Number of slots."""
     runs: bool
     """Every position sees the first so many slots."""
+    most: int
+    """Slots that a position sees at most."""
 
 
 def plan(visible: Bool[Tensor, "n n"], pattern: str) -> Plan:
@@ -56,7 +57,7 @@ def plan(visible: Bool[Tensor, "n n"], pattern: str) -> Plan:
         first, last = int(read[0]), int(read[-1])
         reads.append(slice(first, last + 1) if last - first + 1 == len(read) else read)
     runs = all(isinstance(read, slice) and read.start == 0 for read in reads)
-    return Plan(slots.tolist(), reads, room, runs)
+    return Plan(slots.tolist(), reads, room, runs, int(visible.sum(dim=1).max()))
 
 
 class LayerCache:
@@ -68,8 +69,7 @@ class LayerCache:
         text_length: t.
         candidates: c.
         dtype: of what is kept.
-        compiled: what takes the place of ``mix_blocks``. Without it a lone candidate's image keys follow its prompt's
-            in one run, for torch's fused attention.
+        in_front: let a lone candidate's image keys follow its prompt's in one run, for torch's fused attention.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class LayerCache:
         candidates: int,
         *,
         dtype: torch.dtype,
-        compiled: Callable[..., Tensor] | None = None,
+        in_front: bool = True,
     ) -> None:
         _, groups, heads, length, head_dim = full.shape
         full = full.to(dtype)
-        self.plan, self.shape, self.compiled = plan, (groups, candidates, heads, head_dim), compiled
+        self.plan, self.shape = plan, (groups, candidates, heads, head_dim)
         self.text_length = text_length
-        self.in_front = candidates == 1 and plan.runs and compiled is None
+        self.in_front = in_front and candidates == 1 and plan.runs
         self.offset = text_length if self.in_front else 0
         slots, rows = self.offset + plan.room, groups * candidates * heads
         self.block = BLOCK if plan.runs and not self.in_front else slots
@@ -122,8 +122,7 @@ class LayerCache:
             return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values).to(q.dtype)
         groups, candidates, heads, head_dim = self.shape
         queries = self.by_head(q).to(self.blocks.dtype) * head_dim**-0.5
-        mix = mix_blocks if self.compiled is None or not self.plan.runs else self.compiled
-        out = mix(queries, self.prompt, *self.visible(read))
+        out = mix_blocks(queries, self.prompt, *self.visible(read))
         return out.view(groups, heads, candidates, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
     def visible(self, read: slice | Tensor) -> tuple[Float[Tensor, "blocks 2 rows some e"], int]:
@@ -166,27 +165,6 @@ def mix_blocks(
     for weight, (_, values) in zip(weights, parts, strict=False):
         out.baddbmm_(weight, values)
     return out.squeeze(1)
-
-
-def mix_blocks_fused(
-    queries: Float[Tensor, "rows e"],
-    prompt: Float[Tensor, "2 gh t e"],
-    blocks: Float[Tensor, "blocks 2 rows some e"],
-    seen: int,
-) -> Float[Tensor, "rows e"]:
-    """As ``mix_blocks``, written for ``torch.compile``: every key and value is read once, whole blocks at a time."""
-    count, _, rows, size, head_dim = blocks.shape
-    keys, values = blocks[:, 0].float(), blocks[:, 1].float()
-    slot = torch.arange(count, device=blocks.device)[:, None, None] * size + torch.arange(size, device=blocks.device)
-    scores = (keys * queries[:, None].float()).sum(dim=-1).masked_fill(slot >= seen, -torch.inf)
-    together = (prompt.shape[1], -1, head_dim)
-    shared = torch.bmm(queries.view(together), prompt[0].transpose(1, 2)).float().view(rows, -1)
-    top = torch.maximum(scores.amax(dim=(0, 2)), shared.amax(dim=-1))
-    image_weights, prompt_weights = (scores - top[:, None]).exp(), (shared - top[:, None]).exp()
-    total = image_weights.sum(dim=(0, 2)) + prompt_weights.sum(dim=-1)
-    out = (image_weights[..., None] * values).sum(dim=2).sum(dim=0)  # twice as fast as over both at once
-    from_prompt = torch.bmm(prompt_weights.view(prompt.shape[1], -1, prompt.shape[2]).to(prompt.dtype), prompt[1])
-    return (out + from_prompt.float().view(rows, head_dim)) / total[:, None]
 
 
 class RecordingView(StreamView):
@@ -242,15 +220,17 @@ class StepView:
         """For attention and feed-forward the first channel quarter of the last row of tokens, a ring by column."""
         self.left: list[Tensor] = []
         """The second quarter of the last token."""
+        self.zeros: list[Tensor] = []
+        """What stands on the left of the first column."""
         for moved in recorded.shifted:
             image = moved[:, self.text_length :].repeat_interleave(candidates, dim=0)
             first, second = image.chunk(2, dim=-1)
-            self.zeros = first.new_zeros(len(image), 1, first.shape[-1])
-            ring = [self.zeros] * grid_size
+            zeros, *ring = (first.new_zeros(len(image), 1, first.shape[-1]) for _ in range(1 + grid_size))
             for position in range(max(0, self.position - grid_size), self.position):
                 ring[position % grid_size] = first[:, position : position + 1]
-            self.above.append(ring)
-            self.left.append(second[:, -1:] if self.position else self.zeros)
+            self.above.append([as_part(part) for part in ring])
+            self.left.append(as_part(second[:, -1:] if self.position else zeros))
+            self.zeros.append(as_part(zeros))
 
     def shift(self, x: Float[Tensor, "r 1 d"], sublayer: int) -> Float[Tensor, "r 1 d"]:
         """The first quarter of the channels from the token above, the second from the left; zeros at the borders."""
@@ -258,7 +238,7 @@ class StepView:
             return x
         ring, column, quarter = self.above[sublayer], self.position % self.grid_size, x.shape[-1] // 4
         first, second, rest = x.split_with_sizes([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
-        shifted = torch.cat([ring[column], self.left[sublayer] if column else self.zeros, rest], dim=-1)
+        shifted = torch.cat([ring[column], self.left[sublayer] if column else self.zeros[sublayer], rest], dim=-1)
         ring[column], self.left[sublayer] = first, second
         return shifted
 
@@ -278,3 +258,8 @@ class StepView:
     def bytes(self) -> int:
         """Memory held; of token shift's tokens the whole width is."""
         return self.cache.bytes() + sum(4 * part.nbytes for ring in self.above for part in ring)
+
+
+def as_part(quarter: Float[Tensor, "r 1 quarter"]) -> Float[Tensor, "r 1 quarter"]:
+    """A copy with the strides of a token's channels: to a compiled program other strides are another input."""
+    return torch.cat([quarter] * 4, dim=-1)[..., : quarter.shape[-1]]

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.generation.cache import LayerCache, Plan, RecordingView, StepView, mix_blocks_fused, plan
+from dalle_pytorch.generation.cache import LayerCache, Plan, RecordingView, StepView, plan
+from dalle_pytorch.generation.fused import FusedStep
 from dalle_pytorch.generation.linear import prepare
 from dalle_pytorch.models.dalle import DALLE
 
@@ -20,8 +21,8 @@ class Decoder:
         dalle: the model; not changed.
         precision: arithmetic of the linear layers, "fp32", "bf16" or "int8" (see ``linear.prepare``). The head that
             scores the codebook is kept in fp32 under int8.
-        compiled: translate attention to the cache with ``torch.compile``: some seconds once, then less time a step
-            (needs a C++ compiler on a CPU).
+        compiled: translate a step with ``torch.compile``: half a minute once for each number of candidates, then less
+            time a step (needs a C++ compiler on a CPU).
 
     Raises:
         ValueError: a precision that is unknown or that this device does not have.
@@ -29,14 +30,14 @@ class Decoder:
 
     def __init__(self, dalle: DALLE, *, precision: str = "fp32", compiled: bool = False) -> None:
         self.dalle = dalle
-        self.transformer = prepare(dalle.transformer, precision)
-        self.head = prepare(dalle.image_head, "fp32" if precision == "int8" else precision)
+        self.transformer = prepare(dalle.transformer, precision, packed=not compiled)
+        self.head = prepare(dalle.image_head, "fp32" if precision == "int8" else precision, packed=not compiled)
+        self.fused = FusedStep(self.transformer, self.head) if compiled else None
         self.device = dalle.bos.device
-        self.mix = torch.compile(mix_blocks_fused, dynamic=True) if compiled else None
         # CPUs multiply bf16 matrices fast but have no fast bf16 attention except a compiled one
         half = precision != "fp32" and (compiled or self.device.type != "cpu")
         self.cache_dtype = torch.bfloat16 if half else torch.float32
-        turns = dalle.rotary if dalle.config.positions != "learned" else None
+        self.turns = turns = dalle.rotary if dalle.config.positions != "learned" else None
         self.phases = None if turns is None else torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
         self.text_length = 1 + dalle.config.text_len
         self.plans: dict[str, Plan] = {}
@@ -83,7 +84,7 @@ class Decoder:
                 self.text_length,
                 candidates,
                 dtype=self.cache_dtype,
-                compiled=self.mix,
+                in_front=self.fused is None,
             )
             steps.append(StepView(view, cache, self.phases, candidates=candidates, grid_size=dalle.grid_size))
         return State(steps), self.head(out[:, -1]).repeat_interleave(candidates, dim=0)
@@ -92,10 +93,13 @@ class Decoder:
     def step(self, state: "State", image_tokens: Int[Tensor, " r"]) -> Float[Tensor, "r k"]:
         """Read the next image token of every row; scores of the one after it."""
         inputs = self.dalle.embed_image(image_tokens[:, None], state.views[0].position)
-        out = self.transformer(inputs, state.views)
+        if self.fused is not None:
+            scores = self.fused(inputs, state.views, self.turns)
+        else:
+            scores = self.head(self.transformer(inputs, state.views)[:, 0])
         for view in state.views:
             view.position += 1
-        return self.head(out[:, 0])
+        return scores
 
 
 class State:

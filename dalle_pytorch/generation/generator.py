@@ -67,7 +67,7 @@ class Generator:
             the pictures.
         memory_gb: memory for the keys and values of candidates, in 10^9 bytes.
         precision: arithmetic of the DALLE's linear layers, "fp32", "bf16" or "int8" (CPU). Faster, and other pictures.
-        compiled: translate attention with torch.compile, which takes some seconds once.
+        compiled: translate a step with torch.compile, which takes half a minute the first time; pays with int8.
 
     Raises:
         ValueError: a model without a text tokenizer, or settings out of range.
@@ -173,12 +173,15 @@ class Generator:
         for first in range(0, len(indices), size):
             part = list(indices[first : first + size])
             uniforms = torch.stack([candidate_uniforms(prompt, seed, index, dalle.num_image_tokens) for index in part])
+            if first and self.decoder.fused is not None:  # fill up: another size would be another program to translate
+                uniforms = torch.cat([uniforms, uniforms[:1].expand(size - len(part), -1)])
             done, tokens = 0, torch.empty(0)
             for now, tokens in draw_image_tokens(self.decoder, text, uniforms.to(text.device), sampling, given):
                 progress((now - done) * len(part))
                 done = now
                 if preview_rows and done % (preview_rows * dalle.grid_size) == 0 and done < dalle.num_image_tokens:
-                    yield Preview(tokens.cpu().clone(), done, part)
+                    yield Preview(tokens[: len(part)].cpu().clone(), done, part)
+            tokens = tokens[: len(part)]
             yield Candidates(tokens.cpu(), self.decode(tokens), part)
 
     def candidates(

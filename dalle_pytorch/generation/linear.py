@@ -14,13 +14,14 @@ from torch import Tensor, nn
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def prepare(module: nn.Module, precision: str) -> nn.Module:
+def prepare(module: nn.Module, precision: str, *, packed: bool = True) -> nn.Module:
     """A copy of a network for sampling: its linear layers replaced, all else shared with the original, in eval mode.
 
     Args:
         module: the network; not changed.
         precision: "fp32", "bf16" (weights and inputs of linear layers rounded to 8 bits of mantissa) or "int8" (rounded
             to integers; CPU only).
+        packed: lay weights out for oneDNN on a CPU; what ``torch.compile`` reads must not be.
 
     Raises:
         ValueError: unknown precision, or int8 elsewhere than on a CPU.
@@ -35,7 +36,7 @@ def prepare(module: nn.Module, precision: str) -> nn.Module:
     def convert(part: nn.Module) -> nn.Module:
         if part not in done:
             if isinstance(part, nn.Linear):
-                done[part] = Int8Linear(part) if precision == "int8" else CastLinear(part, precision)
+                done[part] = Int8Linear(part) if precision == "int8" else CastLinear(part, precision, packed=packed)
             else:
                 done[part] = copy.copy(part)
                 done[part]._modules = {name: convert(child) for name, child in part.named_children()}
@@ -52,11 +53,11 @@ class CastLinear(nn.Module):
     ``F.linear`` calls (benchmarks/sampling.py), and a row's result does not depend on how many rows there are.
     """
 
-    def __init__(self, linear: nn.Linear, precision: str) -> None:
+    def __init__(self, linear: nn.Linear, precision: str, *, packed: bool = True) -> None:
         super().__init__()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         weight = linear.weight.detach().to(self.dtype)
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.packed = packed and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # laid out for 8 rows, fast at all
         # plain attributes: a parameter's look-up takes longer than some of the products

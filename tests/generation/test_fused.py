@@ -1,0 +1,68 @@
+"""The compiled step: the program is right for every pattern, and torch can compile it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dalle_pytorch import save
+from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.models.attention import PATTERNS, SEMANTICS
+
+TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("patterns", [["full"], list(PATTERNS)])
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_the_program_equals_uncached(make_dalle, patterns, shift, positions, semantics):
+    """Run as it is written, not compiled."""
+    dalle = make_dalle(
+        attn_types=patterns,
+        attn_semantics=semantics,
+        shift_tokens=shift,
+        positions=positions,
+        conv_kernel=3,
+        depth=max(len(patterns), 2),
+    )
+    decoder = Decoder(dalle, compiled=True)
+    decoder.fused.compiled = decoder.fused.program
+    for candidates, given in ((1, 0), (1, 6), (3, 9)):
+        tokens = torch.randint(12, (2 * candidates, 16))
+        start = torch.randint(12, (2, given))
+        tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
+        expected = dalle.logits(TEXT.repeat_interleave(candidates, dim=0), tokens).image[:, given:]
+        state, logits = decoder.start(TEXT, candidates, start)
+        steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
+        torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+PROGRAM = """
+import json, sys, torch
+from dalle_pytorch import load
+from dalle_pytorch.generation.decoder import Decoder
+
+dalle, text = load(sys.argv[1]), torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
+tokens = torch.arange(96).reshape(6, 16) * 5 % 12
+rows = {}
+for compiled in (False, True):
+    decoder = Decoder(dalle, precision="int8", compiled=compiled)
+    state, logits = decoder.start(text, 3)
+    found = [logits, *(decoder.step(state, tokens[:, i]) for i in range(15))]
+    rows[compiled] = torch.stack(found)
+programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+print(json.dumps([(rows[True] - rows[False]).norm().item() / rows[False].norm().item(), programs]))
+"""
+
+
+def test_compiled_once_it_serves_every_position(make_dalle, tmp_path):
+    """In a process of its own, since the shape checks of these tests cannot be compiled. Keys are bf16 in it."""
+    save(make_dalle(attn_types=["full", "axial_col"], depth=2), tmp_path / "dalle.safetensors")
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "dalle.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    error, programs = json.loads(done.stdout.splitlines()[-1])
+    assert error < 0.02
+    assert programs == 1
