@@ -18,7 +18,7 @@ from dalle_pytorch.generation.rerank import rank, score
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
 
-MODES = [("fp32", False), ("bf16", False), ("int8", False), ("bf16", True), ("int8", True)]
+MODES = [("fp32", False), ("bf16", False), ("int8", False), ("int8", True)]
 KEPT = 8
 
 

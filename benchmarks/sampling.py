@@ -33,7 +33,7 @@ SIZES = {
     "codebook": 1024,
 }
 LARGE = {**SIZES, "dim": 1024, "heads": 16, "head_dim": 64}
-MODES = [("fp32", False), ("bf16", False), ("int8", False), ("bf16", True)]
+MODES = [("fp32", False), ("bf16", False), ("int8", False), ("int8", True)]
 SAMPLING = SamplingConfig(top_k=102)  # the peer's filter_thres=0.9 of 1,024 codes
 
 
@@ -88,7 +88,9 @@ def ours(sizes: dict[str, int], limits: dict[str, float], peer: dict[str, float]
     dalle = model(sizes)
     weights, tokens = read_weights(dalle), sizes["grid"] ** 2
     print(f"\n{weights / 1e6:.1f} M weights a token, {tokens} image tokens, {sizes['text']} text tokens\n")
-    print("| mode | prompts x candidates | tokens/s | x peer | weights, of ceiling | products, of ceiling | cache MB |")
+    print(
+        "| mode | prompts x candidates | tokens/s | x peer | reads / ceiling | products / ceiling | cache, prompt MB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for precision, compiled in MODES:
         decoder = Decoder(dalle, precision=precision, compiled=compiled)
@@ -101,7 +103,10 @@ def ours(sizes: dict[str, int], limits: dict[str, float], peer: dict[str, float]
                     generate_image_tokens(decoder, text, torch.rand(len(text) * together, tokens), SAMPLING)
 
             speed = prompts * candidates * tokens / best(draw, 3 if candidates == 1 else 1)
-            held = decoder.start(text, together)[0].bytes() / 1e6
+            state = decoder.start(text, together)[0]
+            prompt = sum(view.cache.prompt.nbytes for view in state.views) / 1e6
+            held = f"{state.bytes() / 1e6:.0f}, {prompt:.1f}" if prompt else f"{state.bytes() / 1e6:.0f}, in it"
+            del state
             rows = prompts * together
             read = weights * width * speed / rows / 1e9 / limits["read"]
             products = 2 * weights * speed / 1e9 / limits["bf16" if precision == "bf16" else "fp32"]
@@ -109,7 +114,7 @@ def ours(sizes: dict[str, int], limits: dict[str, float], peer: dict[str, float]
             share = "-" if precision == "int8" else f"{products:.0%}"
             name = precision + (", compiled" if compiled else "")
             print(
-                f"| {name} | {prompts} x {candidates} | {speed:,.0f} | {ratio} | {read:.0%} | {share} | {held:.0f} |",
+                f"| {name} | {prompts} x {candidates} | {speed:,.0f} | {ratio} | {read:.0%} | {share} | {held} |",
                 flush=True,
             )
 
