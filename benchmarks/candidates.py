@@ -61,7 +61,8 @@ def where_time_goes(dalle: DALLE, clip: CLIP, prompt: str, count: int, sampling:
     exact = None
     for precision, compiled in MODES:
         generator = Generator(dalle, clip, precision=precision, compiled=compiled)
-        generator.candidates(prompt, range(64), seed=1, sampling=sampling)  # warm up, translate
+        warm = range(min(count, generator.micro_batch(sampling)))
+        generator.candidates(prompt, warm, seed=1, sampling=sampling)  # and translate: a micro-batch's size counts
         clock = Clock()
         timed_decoder(generator.decoder, clock)
         inner = generator.decode
