@@ -37,12 +37,13 @@ class Plan(NamedTuple):
     """Slots that a position sees at most."""
 
 
-def plan(visible: Bool[Tensor, "n n"], pattern: str) -> Plan:
+def plan(visible: Bool[Tensor, "n n"], pattern: str, device: torch.device | str = "cpu") -> Plan:
     """Slots of a pattern: a ring as long as it looks back, and for columns one run for each column.
 
     Args:
         visible: image part of ``pattern_mask``.
         pattern: its name.
+        device: where the cache will be.
     """
     n = len(visible)
     grid_size, position = round(n**0.5), torch.arange(n)
@@ -55,7 +56,7 @@ def plan(visible: Bool[Tensor, "n n"], pattern: str) -> Plan:
     for row in visible:
         read = slots[row].sort().values
         first, last = int(read[0]), int(read[-1])
-        reads.append(slice(first, last + 1) if last - first + 1 == len(read) else read)
+        reads.append(slice(first, last + 1) if last - first + 1 == len(read) else read.to(device))
     runs = all(isinstance(read, slice) and read.start == 0 for read in reads)
     return Plan(slots.tolist(), reads, room, runs, int(visible.sum(dim=1).max()))
 
@@ -246,8 +247,8 @@ class StepView:
         """Rotated by the position's angles: one product of complex numbers in place of five operations."""
         if self.phases is None:
             return x
-        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * self.phases[self.text_length + self.position]).view(x.shape)
+        pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.phases[self.text_length + self.position]).view(x.shape).to(x.dtype)
 
     def attend(
         self, q: Float[Tensor, "r h 1 e"], k: Float[Tensor, "r h 1 e"], v: Float[Tensor, "r h 1 e"], stable: bool

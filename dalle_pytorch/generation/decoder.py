@@ -37,13 +37,13 @@ class Decoder:
         # CPUs multiply bf16 matrices fast but have no fast bf16 attention except a compiled one
         half = precision != "fp32" and (compiled or self.device.type != "cpu")
         self.cache_dtype = torch.bfloat16 if half else torch.float32
-        self.turns = turns = dalle.rotary if dalle.config.positions != "learned" else None
+        self.turns = turns = dalle.rotary.float() if dalle.config.positions != "learned" else None
         self.phases = None if turns is None else torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
         self.text_length = 1 + dalle.config.text_len
         self.plans: dict[str, Plan] = {}
         """Cache slots of each pattern."""
         for pattern, mask in zip(dalle.patterns, dalle.masks.cpu(), strict=True):
-            self.plans[pattern] = plan(mask[self.text_length :, self.text_length :], pattern)
+            self.plans[pattern] = plan(mask[self.text_length :, self.text_length :], pattern, self.device)
 
     def bytes_per_candidate(self, *, guided: bool = False) -> int:
         """What the caches of one candidate hold, prompts apart."""

@@ -121,21 +121,21 @@ class FusedStep:
 def layer_inputs(view: StepView) -> LayerInputs:
     """The part of a layer's cache that its next position sees."""
     cache, plan = view.cache, view.cache.plan
-    slot, read = plan.slots[view.position], plan.reads[view.position]
+    slot, read, device = plan.slots[view.position], plan.reads[view.position], cache.blocks.device
     if plan.runs and isinstance(read, slice):
         # two blocks at least: their number is a variable of the program, and one would be a constant
         count = min(max(-(-read.stop // cache.block), 2), len(cache.blocks))
-        blocks, index = cache.blocks[:count], torch.arange(count * cache.block).view(count, 1, -1)
+        blocks, index = cache.blocks[:count], torch.arange(count * cache.block, device=device).view(count, 1, -1)
         hidden = (index >= read.stop) | (index == slot)
         if count > 1:
             torch._dynamo.mark_dynamic(blocks, 0)
             torch._dynamo.mark_dynamic(hidden, 0)
     else:
-        read = torch.arange(read.start, read.stop) if isinstance(read, slice) else read
+        read = torch.arange(read.start, read.stop, device=device) if isinstance(read, slice) else read
         padded = F.pad(read, (0, plan.most - len(read)))
-        blocks = cache.blocks.index_select(3, padded.to(cache.blocks.device))
-        hidden = ((torch.arange(plan.most) >= len(read)) | (padded == slot)).view(1, 1, -1)
+        blocks = cache.blocks.index_select(3, padded)
+        hidden = ((torch.arange(plan.most, device=device) >= len(read)) | (padded == slot)).view(1, 1, -1)
     column = view.position % view.grid_size
     above = [ring[column] for ring in view.above]
     left = view.left if column else view.zeros
-    return LayerInputs(blocks, hidden.to(blocks.device), cache.prompt, above, left)
+    return LayerInputs(blocks, hidden, cache.prompt, above, left)

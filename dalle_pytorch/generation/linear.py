@@ -8,7 +8,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor, nn
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -90,9 +90,9 @@ class Int8Linear(nn.Module):
         self.bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
         self.scale = scale / 127  # all of it but a row's largest input
 
-    def forward(self, x: Float32[Tensor, "*q i"]) -> Float32[Tensor, "*q o"]:
+    def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """``x @ weight.T + bias``, approximately."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).float()
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-20)
         products = torch._int_mm((rows / largest).mul_(127).round_().to(torch.int8), self.weight)
-        return torch.addcmul(self.bias, products * largest, self.scale).view(*x.shape[:-1], -1)
+        return torch.addcmul(self.bias, products * largest, self.scale).view(*x.shape[:-1], -1).to(x.dtype)

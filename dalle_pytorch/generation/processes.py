@@ -41,5 +41,4 @@ class Processes:
     def close(self) -> None:
         """Leave the group."""
         if self.count > 1:
-            distributed.barrier()
             distributed.destroy_process_group()
