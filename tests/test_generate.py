@@ -16,6 +16,7 @@ from dalle_pytorch.commands import generate as generate_command
 from dalle_pytorch.commands.generate import file_stem, main
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.generation import generator as generator_module
+from dalle_pytorch.generation.grid import save_animation
 from dalle_pytorch.text import BPETokenizer
 
 PROMPTS = ["a red apple", "a blue car"]
@@ -131,7 +132,7 @@ def test_scorers_vote(models, monkeypatch):
 
 @pytest.mark.parametrize("how", ["rows", "mask"])
 def test_completes_a_picture(models, monkeypatch, how):
-    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
     picture.save(models / "picture.png")
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 16, 9) if how == "rows" else (5, 4, 16, 12))  # partly covered tokens are drawn anew
@@ -139,7 +140,7 @@ def test_completes_a_picture(models, monkeypatch, how):
     extra = "keep_rows=2" if how == "rows" else f"keep_mask={models}/mask.png"
     run(monkeypatch, *arguments(models, "out"), f"image={models}/picture.png", extra)
     dalle = load(models / "dalle.safetensors")
-    pixels = torch.tensor(list(picture.resize((16, 16), Image.Resampling.BICUBIC).tobytes())) / 255
+    pixels = torch.tensor(list(picture.tobytes())) / 255
     expected = dalle.vae.encode(pixels.view(16, 16, 3).permute(2, 0, 1)[None])[0].view(4, 4)
     for row in json.loads((models / "out" / "ranking.json").read_text())["prompts"]:
         for kept in row["kept"]:
@@ -159,6 +160,31 @@ def test_an_animation_ends_with_the_best(models, monkeypatch):
             assert film.info["duration"] > 1000
             assert abs(first[0] - 217) < 6  # what is not drawn yet is light grey
             assert film.convert("RGB").getpixel((40, 18 + 6 + 100)) != first
+
+
+def test_frames_of_an_animation_have_one_size(tmp_path):
+    frames = [Image.new("RGB", (40, 20), "black"), Image.new("RGB", (20, 20), "red")]
+    save_animation(frames, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as film:
+        film.seek(1)
+        last = film.convert("RGB")
+    assert last.getpixel((10, 10)) == (254, 0, 0) or last.getpixel((10, 10)) == (255, 0, 0)
+    assert last.getpixel((30, 10)) == (255, 255, 255)
+
+
+def test_a_mask_that_keeps_nothing_is_refused(models, monkeypatch, capsys):
+    for name, shade in (("black", 0), ("white", 255)):
+        Image.new("L", (16, 16), shade).save(models / f"{name}.png")
+    for name, message in (("black", "keeps no token"), ("white", "keeps every token")):
+        with pytest.raises(SystemExit):
+            run(
+                monkeypatch,
+                *arguments(models, "out"),
+                f"image={models}/white.png",
+                f"keep_mask={models}/{name}.png",
+            )
+        assert message in capsys.readouterr().err
+        assert not (models / "out").exists()
 
 
 @pytest.mark.parametrize(("tokens", "finished"), [(20, [0, 1]), (5, None)])

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
-from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.data.images import decode_image, to_pil
 from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join
 from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
@@ -90,6 +90,8 @@ class GenerateConfig:
         """
         if not 1 <= self.num_keep <= self.num_candidates:
             raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
+        if not 0 <= self.min_distance <= 1:
+            raise ValueError(f"min_distance must lie in [0, 1] (0 = off), got {self.min_distance}")
         if self.preview_rows < 1:
             raise ValueError(f"preview_rows must be at least 1, got {self.preview_rows}")
         if self.indices is not None and (
@@ -164,20 +166,16 @@ def label(row: dict[str, Any]) -> str:
     return f"#{row['index']}" if row["score"] is None else f"#{row['index']}  {row['score']:.3f}"
 
 
-def read_picture(path: str, mode: str, size: int) -> Image.Image:
-    """A picture fitted to a square of ``size``.
+def read_picture(path: str, size: int) -> Float[Tensor, "3 H W"]:
+    """A picture as training reads it: upright, on white, its middle square.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a picture that can be read.
+        ValueError: not a picture that can be read; names it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with Image.open(path) as picture:
-            return picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+    return decode_image(Path(path).read_bytes(), image_size=size, name=path)
 
 
 def to_complete(config: GenerateConfig, generator: Generator, dalle: DALLE) -> Given | None:
@@ -189,11 +187,12 @@ def to_complete(config: GenerateConfig, generator: Generator, dalle: DALLE) -> G
     if config.image is None:
         return None
     grid, size = dalle.grid_size, dalle.vae.image_size
-    picture = torch.frombuffer(bytearray(read_picture(config.image, "RGB", size).tobytes()), dtype=torch.uint8)
-    picture = picture.view(size, size, 3).permute(2, 0, 1).float() / 255
+    picture = read_picture(config.image, size)
     if config.keep_mask is not None:
-        mask = torch.frombuffer(bytearray(read_picture(config.keep_mask, "L", size).tobytes()), dtype=torch.uint8)
-        keep = (mask.view(grid, size // grid, grid, size // grid).float().amin(dim=(1, 3)) > 127).flatten()
+        mask = read_picture(config.keep_mask, size).mean(dim=0)
+        keep = (mask.view(grid, size // grid, grid, size // grid).amin(dim=(1, 3)) > 0.5).flatten()
+        if not keep.any():
+            raise ValueError(f"keep_mask={config.keep_mask} keeps no token: a token stays only if all of it is white")
     else:
         if not 0 < config.keep_rows < grid:
             raise ValueError(
@@ -240,17 +239,21 @@ def draw(
     total = len(share) * generator.dalle.num_image_tokens
     with tqdm(total=total, desc=prompt[:40], unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         try:
-            for event in generator.stream(
-                prompt,
-                share,
-                num_keep=config.num_keep,
-                min_distance=config.min_distance,
-                seed=config.seed,
-                sampling=config.sampling,
-                given=given,
-                truncate=config.truncate,
-                preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
-                progress=bar.update,
+            for event in (
+                []
+                if not share
+                else generator.stream(
+                    prompt,
+                    share,
+                    num_keep=config.num_keep,
+                    min_distance=config.min_distance,
+                    seed=config.seed,
+                    sampling=config.sampling,
+                    given=given,
+                    truncate=config.truncate,
+                    preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
+                    progress=bar.update,
+                )
             ):
                 if isinstance(event, Preview):
                     film.show(event)
@@ -284,7 +287,7 @@ def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | N
 
 @entry("generate", GenerateConfig)
 def main(config: GenerateConfig) -> None:
-    """Sample, rank, and write single PNGs, ``grid.png`` and ``ranking.json``; Ctrl-C keeps what is finished."""
+    """Sample, rank, write PNGs, ``grid.png`` and ``ranking.json``; Ctrl-C of a lone process keeps what is finished."""
     prompts, processes = config.prompts(), Processes()
     try:
         device = processes.device(config.device)
@@ -353,7 +356,8 @@ class Results:
         ranking.write_text(json.dumps({"settings": self.settings, "prompts": self.report}, indent=1), encoding="utf-8")
         counts = [len(row["indices"]) for row in self.report]
         drawn = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-        print(f"best {self.config.num_keep} of {drawn} a prompt: {grid}, {ranking}")
+        kept = max(len(row["kept"]) for row in self.report)
+        print(f"best {kept} of {drawn} a prompt: {grid}, {ranking}")
         if cancelled:
             print("cancelled: this is what was finished until then", file=sys.stderr)
             raise SystemExit(CANCELLED)

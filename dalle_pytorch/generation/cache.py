@@ -36,6 +36,10 @@ class Plan(NamedTuple):
     most: int
     """Slots that a position sees at most."""
 
+    def allocated(self) -> int:
+        """Slots allocated for each of many candidates: runs come in whole blocks."""
+        return -(-self.room // BLOCK) * BLOCK if self.runs else self.room
+
 
 def plan(visible: Bool[Tensor, "n n"], pattern: str, device: torch.device | str = "cpu") -> Plan:
     """Slots of a pattern: a ring as long as it looks back, and for columns one run for each column.

@@ -66,9 +66,8 @@ def draw_texts(
             inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + 1]
             scores = dalle.text_head(dalle.transformer(inputs, dalle.views())[:, -1])
             # a caption goes on with a token, or ends with the pad of this position: id 0 and other pads are never next
-            words = scores[:, : config.text_vocab_size].index_fill(1, tokens.new_zeros(1), -torch.inf)
-            pad = scores[:, config.text_vocab_size + position, None]
-            drawn = sampling.pick(torch.cat([pad, words[:, 1:]], dim=1), uniforms[:, position])
+            words, pad = scores[:, 1 : config.text_vocab_size], scores[:, config.text_vocab_size + position, None]
+            drawn = sampling.pick(torch.cat([pad, words], dim=1), uniforms[:, position])
             tokens[:, position] = torch.where(ended, 0, drawn)
             ended |= drawn == 0
             if ended.all():

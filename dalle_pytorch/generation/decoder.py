@@ -15,7 +15,7 @@ from dalle_pytorch.models.dalle import DALLE
 
 
 class Decoder:
-    """A DALLE laid out for sampling. Its weights are copied: make another one after training on.
+    """A DALLE laid out for sampling. Some weights are copied: make another one after training on.
 
     Args:
         dalle: the model; not changed.
@@ -48,7 +48,7 @@ class Decoder:
     def bytes_per_candidate(self, *, guided: bool = False) -> int:
         """What the caches of one candidate hold, prompts apart."""
         config = self.dalle.config
-        slots = sum(self.plans[self.dalle.pattern(layer)].room for layer in range(config.depth))
+        slots = sum(self.plans[self.dalle.pattern(layer)].allocated() for layer in range(config.depth))
         keys = 2 * slots * config.heads * config.head_dim * self.cache_dtype.itemsize
         shifted = config.depth * (self.dalle.grid_size + 1) * config.dim * 4 if config.shift_tokens else 0
         return (keys + shifted) * (2 if guided else 1)

@@ -6,7 +6,8 @@ then stored. (A program that writes into its inputs is compiled into one that co
 Axes: as in cache.py.
 """
 
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +86,14 @@ class FusedStep:
 
     def __init__(self, transformer: nn.Module, head: nn.Module) -> None:
         self.transformer, self.head = transformer, head
-        # nothing replaces the layers of this private copy, so that they are not checked anew at every step
-        unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self.compiled = torch.compile(self.program, options=unguarded)
+        # nothing replaces the layers of this private copy, so they are not checked anew at every step; a code object of
+        # its own keeps its programs apart from those of other models, since torch finds programs by code object
+        made = FusedStep.program
+        own = types.FunctionType(
+            made.__code__.replace(), made.__globals__, made.__name__, made.__defaults__, made.__closure__
+        )
+        unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self.compiled = torch.compile(types.MethodType(own, self), options=unguarded)
 
     def program(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.engine import Given, draw_image_tokens
-from dalle_pytorch.generation.rerank import Ranking, rank, score
+from dalle_pytorch.generation.rerank import Ranking, rank, rerank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
@@ -164,6 +164,8 @@ class Generator:
         """
         sampling, dalle = sampling or SamplingConfig(), self.dalle
         self.check([prompt], sampling, truncate=truncate)
+        if len(indices) == 0:
+            raise ValueError("indices is empty: there is nothing to draw")
         if sampling.temperature == 0 and len(indices) > 1:
             warnings.warn(
                 f"temperature=0 makes all {len(indices)} candidates of a prompt equal; use a positive one", stacklevel=2
@@ -273,8 +275,7 @@ class Generator:
             truncate=truncate,
             progress=progress,
         )
-        scores = score(candidates.images, prompt, self.clips)
-        return candidates, rank(scores, candidates.images, num_keep, min_distance=min_distance)
+        return candidates, rerank(candidates.images, prompt, self.clips, num_keep, min_distance=min_distance)
 
 
 def join(parts: Sequence[Candidates]) -> Candidates:

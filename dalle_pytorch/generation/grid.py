@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -103,6 +103,10 @@ def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
     Raises:
         FileExistsError: the file is there already.
     """
+    size = max(frame.width for frame in frames), max(frame.height for frame in frames)
+    frames = [
+        ImageOps.pad(frame, size, color="white", centering=(0, 0)) if frame.size != size else frame for frame in frames
+    ]
     with path.open("xb") as file:
         durations = [120] * (len(frames) - 1) + [3000]  # milliseconds
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

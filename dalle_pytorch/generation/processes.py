@@ -24,7 +24,9 @@ class Processes:
         """A device by name; "auto" = this process's GPU where there is one, else the CPU."""
         if wanted != "auto":
             return wanted
-        return f"cuda:{self.local_rank}" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
     def share(self, indices: Sequence[int]) -> Sequence[int]:
         """Every ``count``-th index, beginning at this process's rank."""
