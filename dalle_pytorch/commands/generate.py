@@ -18,10 +18,9 @@ from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.images import decode_image, to_pil
 from dalle_pytorch.generation.engine import Given
-from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join
+from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
 from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
 from dalle_pytorch.generation.processes import Processes
-from dalle_pytorch.generation.rerank import Ranking, rank
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.dalle import DALLE
 
@@ -146,17 +145,17 @@ def new_folder(path: str) -> Path:
     return folder
 
 
-def describe(ranking: Ranking, ranked: Ranked, stem: str) -> list[dict[str, Any]]:
+def describe(result: Ranked, stem: str) -> list[dict[str, Any]]:
     """A row of ``ranking.json`` for each kept candidate."""
-    rows = []
+    candidates, ranking, rows = result.candidates, result.ranking, []
     for place, at in enumerate(ranking.indices.tolist()):
-        row: dict[str, Any] = {"rank": place, "index": ranked.candidates.indices[at], "score": None}
+        row: dict[str, Any] = {"rank": place, "index": candidates.indices[at], "score": None}
         if ranking.scores is not None:
             row["score"] = round(ranking.scores[place].item(), 4)
-        if len(ranked.scores) > 1:
-            row["cosines"] = [round(cosine, 4) for cosine in ranked.scores[:, at].tolist()]
+        if len(result.scores) > 1:
+            row["cosines"] = [round(cosine, 4) for cosine in result.scores[:, at].tolist()]
         row["file"] = f"{stem}_{place:02d}.png"
-        row["image_tokens"] = ranked.candidates.image_tokens[at].tolist()
+        row["image_tokens"] = candidates.image_tokens[at].tolist()
         rows.append(row)
     return rows
 
@@ -210,12 +209,14 @@ class Film:
     def __init__(self, generator: Generator, prompt: str) -> None:
         self.generator, self.prompt = generator, prompt
         self.frames: list[Image.Image] = []
+        self.indices: list[int] = []
+        """Candidates of the first micro-batch, which are shown."""
 
     def show(self, preview: Preview) -> None:
         """Add the first few pictures of a micro-batch, what is not drawn yet in grey; of the first micro-batch only."""
-        if self.frames and preview.indices != self.indices:
+        self.indices = self.indices or preview.indices
+        if preview.indices != self.indices:
             return
-        self.indices = preview.indices
         grid = self.generator.dalle.grid_size
         pictures = [
             partial_picture(self.generator.decode, row, preview.done, grid) for row in preview.image_tokens[:SHOWN]
@@ -235,35 +236,31 @@ def draw(
     Returns:
         What was finished, None if nothing; the frames; whether Ctrl-C ended it early.
     """
-    share, film, ranked = processes.share(config.drawn()), Film(generator, prompt), None
+    share, film, finished = processes.share(config.drawn()), Film(generator, prompt), None
     total = len(share) * generator.dalle.num_image_tokens
     with tqdm(total=total, desc=prompt[:40], unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         try:
-            for event in (
-                []
-                if not share
-                else generator.stream(
-                    prompt,
-                    share,
-                    num_keep=config.num_keep,
-                    min_distance=config.min_distance,
-                    seed=config.seed,
-                    sampling=config.sampling,
-                    given=given,
-                    truncate=config.truncate,
-                    preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
-                    progress=bar.update,
-                )
+            for event in generator.stream(
+                prompt,
+                share,
+                num_keep=config.num_keep,
+                min_distance=config.min_distance,
+                seed=config.seed,
+                sampling=config.sampling,
+                given=given,
+                truncate=config.truncate,
+                preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
+                progress=bar.update,
             ):
                 if isinstance(event, Preview):
                     film.show(event)
                 else:
-                    ranked = event
+                    finished = event
         except KeyboardInterrupt:
             if processes.count > 1:
                 raise
-            return ranked, film, True
-    return ranked, film, False
+            return finished, film, True
+    return finished, film, False
 
 
 def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | None:
@@ -271,18 +268,14 @@ def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | N
     found = [share for share in shares if share is not None]
     if not found:
         return None
-    candidates, scores = (
-        join([share.candidates for share in found]),
-        torch.cat([share.scores for share in found], dim=1),
-    )
+    candidates = join([share.candidates for share in found])
+    scores = torch.cat([share.scores for share in found], dim=1)
     place = {index: at for at, index in enumerate(config.drawn())}
     order = torch.tensor(sorted(range(len(candidates.indices)), key=lambda at: place[candidates.indices[at]]))
     candidates = Candidates(
         candidates.image_tokens[order], candidates.images[order], [candidates.indices[at] for at in order.tolist()]
     )
-    kept = min(config.num_keep, len(order))
-    ranking = rank(scores[:, order], candidates.images, kept, min_distance=config.min_distance)
-    return Ranked(candidates, scores[:, order], ranking)
+    return ranked(candidates, scores[:, order], config.num_keep, config.min_distance)
 
 
 @entry("generate", GenerateConfig)
@@ -292,7 +285,7 @@ def main(config: GenerateConfig) -> None:
     try:
         device = processes.device(config.device)
         dalle = load(config.dalle, kind="dalle").to(device)
-        clips = [load(path, kind="clip").to(device) for path in (config.clip or "").split("|") if path]
+        clips = [load(path.strip(), kind="clip").to(device) for path in (config.clip or "").split("|") if path.strip()]
         generator = Generator(
             dalle,
             clips,
@@ -306,9 +299,9 @@ def main(config: GenerateConfig) -> None:
         results = Results(config) if processes.rank == 0 else None
         for number, prompt in enumerate(prompts):
             share, film, cancelled = draw(generator, prompt, config, given, processes)
-            ranked = merge(processes.gather(share), config)
-            if results is not None and ranked is not None:
-                results.add(number, prompt, ranked, film)
+            result = merge(processes.gather(share), config)
+            if results is not None and result is not None:
+                results.add(number, prompt, result, film)
             if cancelled:
                 break
         if results is not None:
@@ -326,23 +319,21 @@ class Results:
         self.rows: list[GridRow] = []
         self.report: list[dict[str, Any]] = []
 
-    def add(self, number: int, prompt: str, ranked: Ranked, film: Film) -> None:
+    def add(self, number: int, prompt: str, result: Ranked, film: Film) -> None:
         """Write a prompt's pictures."""
-        stem, images = (
-            file_stem(number, prompt),
-            [ranked.candidates.images[at] for at in ranked.ranking.indices.tolist()],
-        )
-        kept = describe(ranked.ranking, ranked, stem)
+        stem = file_stem(number, prompt)
+        images = [result.candidates.images[at] for at in result.ranking.indices.tolist()]
+        kept = describe(result, stem)
         labels = [label(row) for row in kept]
         for row, image in zip(kept, images, strict=True):
             save_png(to_pil(image), self.folder / row["file"], {**self.settings, "prompt": prompt, **row})
         if self.config.progressive:
             save_animation(film.end(images, labels), self.folder / f"{stem}.gif")
         self.rows.append(GridRow(prompt, images, labels))
-        scores = ranked.ranking.all_scores
+        scores = result.ranking.all_scores
         all_scores = None if scores is None else [round(value, 4) for value in scores.tolist()]
         self.report.append(
-            {"prompt": prompt, "kept": kept, "indices": ranked.candidates.indices, "all_scores": all_scores}
+            {"prompt": prompt, "kept": kept, "indices": result.candidates.indices, "all_scores": all_scores}
         )
 
     def finish(self, cancelled: bool) -> None:

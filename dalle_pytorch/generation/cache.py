@@ -19,7 +19,7 @@ from dalle_pytorch.models.attention import StreamView
 
 BLOCK = 32
 """Image slots that lie side by side for all rows: what one step reads is then a few long runs of memory. With all slots
-of a row side by side attention took 1.5 times as long at 256 candidates."""
+of a row side by side a step's attention took 1.6 times as long at 256 candidates (benchmarks/sampling.py)."""
 
 
 class Plan(NamedTuple):
@@ -261,7 +261,7 @@ class StepView:
         return self.cache.attend(q, k, v, self.position)
 
     def bytes(self) -> int:
-        """Memory held; of token shift's tokens the whole width is."""
+        """Memory held; a kept quarter of a token keeps the whole token."""
         return self.cache.bytes() + sum(4 * part.nbytes for ring in self.above for part in ring)
 
 

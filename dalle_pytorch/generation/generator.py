@@ -6,7 +6,7 @@ pixels.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.engine import Given, draw_image_tokens
-from dalle_pytorch.generation.rerank import Ranking, rank, rerank, score
+from dalle_pytorch.generation.rerank import Ranking, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
@@ -54,6 +54,23 @@ class Ranked(NamedTuple):
     scores: Float[Tensor, "s m"]
     """Cosine of the prompt with each candidate, a row a scorer."""
     ranking: Ranking
+
+
+class SampleOptions(TypedDict, total=False):
+    """How candidates are drawn; every method that draws takes these."""
+
+    seed: int
+    """Another seed gives other candidates; 0."""
+    sampling: SamplingConfig | None
+    """Temperature, truncation and guidance; None = as the model is."""
+    given: Given | None
+    """Image tokens that stay as they are; None = none."""
+    truncate: bool
+    """Cut a prompt longer than the context instead of raising; False."""
+    preview_rows: int
+    """Give a Preview after so many token rows each; 0 = none."""
+    progress: Callable[[int], object]
+    """Called with the number of image tokens that have just been drawn."""
 
 
 class Generator:
@@ -151,21 +168,14 @@ class Generator:
 
         Args:
             prompt: what to draw.
-            indices: which candidates, for instance ``range(64)``.
-            seed: another seed gives other candidates.
-            sampling: temperature, truncation and guidance.
-            given: image tokens that stay as they are.
-            truncate: cut a prompt longer than the context instead of raising.
-            preview_rows: give a Preview after so many token rows each; 0 = none.
-            progress: called with the number of image tokens that have just been drawn.
+            indices: which candidates, for instance ``range(64)``; none of them gives nothing.
+            seed: this and the others: see SampleOptions.
 
         Raises:
             ValueError: the prompt is longer than the context, or guidance of a model that never saw an empty one.
         """
         sampling, dalle = sampling or SamplingConfig(), self.dalle
         self.check([prompt], sampling, truncate=truncate)
-        if len(indices) == 0:
-            raise ValueError("indices is empty: there is nothing to draw")
         if sampling.temperature == 0 and len(indices) > 1:
             warnings.warn(
                 f"temperature=0 makes all {len(indices)} candidates of a prompt equal; use a positive one", stacklevel=2
@@ -186,22 +196,15 @@ class Generator:
             tokens = tokens[: len(part)]
             yield Candidates(tokens.cpu(), self.decode(tokens), part)
 
-    def candidates(
-        self,
-        prompt: str,
-        indices: Sequence[int],
-        *,
-        seed: int = 0,
-        sampling: SamplingConfig | None = None,
-        given: Given | None = None,
-        truncate: bool = False,
-        progress: Callable[[int], object] = lambda drawn: None,
-    ) -> Candidates:
-        """All of ``sample`` at once."""
-        parts = self.sample(
-            prompt, indices, seed=seed, sampling=sampling, given=given, truncate=truncate, progress=progress
-        )
-        return join([part for part in parts if isinstance(part, Candidates)])
+    def candidates(self, prompt: str, indices: Sequence[int], **options: Unpack[SampleOptions]) -> Candidates:
+        """All of ``sample`` at once.
+
+        Raises:
+            ValueError: no indices; and as ``sample``.
+        """
+        if not indices:
+            raise ValueError("indices is empty: there is nothing to draw")
+        return join([part for part in self.sample(prompt, indices, **options) if isinstance(part, Candidates)])
 
     def stream(
         self,
@@ -210,38 +213,22 @@ class Generator:
         *,
         num_keep: int,
         min_distance: float = 0.0,
-        seed: int = 0,
-        sampling: SamplingConfig | None = None,
-        given: Given | None = None,
-        truncate: bool = False,
-        preview_rows: int = 0,
-        progress: Callable[[int], object] = lambda drawn: None,
+        **options: Unpack[SampleOptions],
     ) -> Iterator[Preview | Ranked]:
         """Sample and rank; after every micro-batch the ranking of all candidates so far.
 
-        Whoever stops early keeps the last Ranked. Arguments as in ``sample`` and ``rerank.rank``; while fewer than
-        ``num_keep`` are finished, all of them are kept.
+        Whoever stops early keeps the last Ranked. While fewer than ``num_keep`` are finished, all of them are kept.
+        ``min_distance`` as in ``rerank.rank``.
         """
         parts: list[Candidates] = []
         scores: list[Tensor] = []
-        for event in self.sample(
-            prompt,
-            indices,
-            seed=seed,
-            sampling=sampling,
-            given=given,
-            truncate=truncate,
-            preview_rows=preview_rows,
-            progress=progress,
-        ):
+        for event in self.sample(prompt, indices, **options):
             if isinstance(event, Preview):
                 yield event
                 continue
             parts.append(event)
             scores.append(score(event.images, prompt, self.clips))
-            so_far, all_scores = join(parts), torch.cat(scores, dim=1)
-            kept = min(num_keep, len(so_far.images))
-            yield Ranked(so_far, all_scores, rank(all_scores, so_far.images, kept, min_distance=min_distance))
+            yield ranked(join(parts), torch.cat(scores, dim=1), num_keep, min_distance)
 
     def generate(
         self,
@@ -250,11 +237,7 @@ class Generator:
         num_candidates: int,
         num_keep: int,
         min_distance: float = 0.0,
-        seed: int = 0,
-        sampling: SamplingConfig | None = None,
-        given: Given | None = None,
-        truncate: bool = False,
-        progress: Callable[[int], object] = lambda drawn: None,
+        **options: Unpack[SampleOptions],
     ) -> tuple[Candidates, Ranking]:
         """Sample, rank and keep.
 
@@ -266,16 +249,16 @@ class Generator:
         """
         if not 1 <= num_keep <= num_candidates:
             raise ValueError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")
-        candidates = self.candidates(
-            prompt,
-            range(num_candidates),
-            seed=seed,
-            sampling=sampling,
-            given=given,
-            truncate=truncate,
-            progress=progress,
-        )
-        return candidates, rerank(candidates.images, prompt, self.clips, num_keep, min_distance=min_distance)
+        indices = range(num_candidates)
+        *_, last = self.stream(prompt, indices, num_keep=num_keep, min_distance=min_distance, **options)
+        assert isinstance(last, Ranked)  # a Preview is never the last
+        return last.candidates, last.ranking
+
+
+def ranked(candidates: Candidates, scores: Float[Tensor, "s m"], num_keep: int, min_distance: float) -> Ranked:
+    """Candidates with their ranking; all of them are kept where there are fewer than ``num_keep``."""
+    kept = min(num_keep, len(candidates.images))
+    return Ranked(candidates, scores, rank(scores, candidates.images, kept, min_distance=min_distance))
 
 
 def join(parts: Sequence[Candidates]) -> Candidates:

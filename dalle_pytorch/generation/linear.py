@@ -57,9 +57,9 @@ class CastLinear(nn.Module):
         super().__init__()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         weight = linear.weight.detach().to(self.dtype)
-        self.packed = packed and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if self.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            self.packed = False
+        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        half = self.dtype == torch.bfloat16
+        self.packed = packed and on_cpu and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # laid out for 8 rows, fast at all
         # plain attributes: a parameter's look-up takes longer than some of the products

@@ -103,15 +103,3 @@ def apart(
             kept.append(index)
     rest = [index for index in order.tolist() if index not in set(kept)]
     return torch.tensor(kept + rest)
-
-
-def rerank(
-    images: Float[Tensor, "m c H W"],
-    prompt: str,
-    clips: Sequence[CLIP],
-    num_keep: int,
-    *,
-    min_distance: float = 0.0,
-) -> Ranking:
-    """Score and keep: ``rank`` of what ``score`` gives."""
-    return rank(score(images, prompt, clips), images, num_keep, min_distance=min_distance)

@@ -5,39 +5,22 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from dalle_pytorch import save
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.models.attention import PATTERNS, SEMANTICS
-
-TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("patterns", [["full"], list(PATTERNS)])
 @pytest.mark.parametrize("semantics", SEMANTICS)
-def test_the_program_equals_uncached(make_dalle, patterns, shift, positions, semantics):
+def test_the_program_equals_uncached(make_mixed, assert_exact, patterns, shift, positions, semantics):
     """Run as it is written, not compiled."""
-    dalle = make_dalle(
-        attn_types=patterns,
-        attn_semantics=semantics,
-        shift_tokens=shift,
-        positions=positions,
-        conv_kernel=3,
-        depth=max(len(patterns), 2),
-    )
+    dalle = make_mixed(patterns, attn_semantics=semantics, shift_tokens=shift, positions=positions)
     decoder = Decoder(dalle, compiled=True)
     decoder.fused.compiled = decoder.fused.program
-    for candidates, given in ((1, 0), (1, 6), (3, 9)):
-        tokens = torch.randint(12, (2 * candidates, 16))
-        start = torch.randint(12, (2, given))
-        tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
-        expected = dalle.logits(TEXT.repeat_interleave(candidates, dim=0), tokens).image[:, given:]
-        state, logits = decoder.start(TEXT, candidates, start)
-        steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
-        torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+    assert_exact(decoder, (1, 0), (1, 6), (3, 9))
 
 
 PROGRAM = """

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from dalle_pytorch import Generator, SamplingConfig
 from dalle_pytorch.generation.engine import Given, generate_image_tokens
 from dalle_pytorch.generation.generator import Candidates, Preview, Ranked
-from dalle_pytorch.generation.rerank import rerank
+from dalle_pytorch.generation.rerank import rank, score
 from dalle_pytorch.text import BPETokenizer
 
 
@@ -131,14 +131,15 @@ def test_ranking_keeps_the_highest_cosines(tiny_clip, tokenizer):
     tiny_clip.text_tokenizer = tokenizer
     tiny_clip.text_emb = torch.nn.Embedding(tokenizer.vocab_size, 16)
     tiny_clip.config.text_vocab_size = tokenizer.vocab_size
-    ranking = rerank(images, "red", [tiny_clip], 4)
+    ranking = rank(score(images, "red", [tiny_clip]), images, 4)
     expected = tiny_clip.scores(tokenizer.tokenize("red", 5), images)[0]
     torch.testing.assert_close(ranking.all_scores, expected)
     assert torch.equal(ranking.indices, expected.argsort(descending=True)[:4])
     assert torch.equal(ranking.scores, expected[ranking.indices])
-    ties = rerank(images[:1].expand(4, -1, -1, -1), "red", [tiny_clip], 3)
+    same = images[:1].expand(4, -1, -1, -1)
+    ties = rank(score(same, "red", [tiny_clip]), same, 3)
     assert ties.indices.tolist() == [0, 1, 2]
-    unranked = rerank(images, "red", [], 2)
+    unranked = rank(score(images, "red", []), images, 2)
     assert unranked.indices.tolist() == [0, 1]
     assert unranked.scores is None
 
@@ -156,6 +157,9 @@ def test_misfits_are_named(prompted, make_dalle, tiny_clip):
         generator.candidates("a red apple", range(1), sampling=SAMPLING)
     with pytest.raises(ValueError, match=r"num_keep \(3\).*num_candidates \(2\)"):
         generator.generate("a red apple", num_candidates=2, num_keep=3)
+    with pytest.raises(ValueError, match="indices is empty"):
+        generator.candidates("a red apple", [])
+    assert list(generator.stream("a red apple", [], num_keep=1)) == []
     with pytest.raises(ValueError, match="memory_gb"):
         Generator(prompted, memory_gb=0.0)
     with pytest.raises(ValueError, match="batch_size"):

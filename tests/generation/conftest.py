@@ -1,0 +1,34 @@
+"""What the tests of eager and compiled sampling share."""
+
+import pytest
+import torch
+
+from dalle_pytorch.generation.decoder import Decoder
+
+
+@pytest.fixture
+def assert_exact():
+    """Check a decoder's logits against the uncached pass, for (candidates, given tokens) of two prompts."""
+    text = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
+
+    def check(decoder: Decoder, *cases: tuple[int, int]) -> None:
+        for candidates, given in cases:
+            tokens = torch.randint(12, (2 * candidates, 16))
+            start = torch.randint(12, (2, given))
+            tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
+            expected = decoder.dalle.logits(text.repeat_interleave(candidates, dim=0), tokens).image[:, given:]
+            state, logits = decoder.start(text, candidates, start)
+            steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
+            torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+    return check
+
+
+@pytest.fixture
+def make_mixed(make_dalle):
+    """A DALLE with a layer of each of some patterns, two at least."""
+
+    def make(patterns: list[str], **settings):
+        return make_dalle(attn_types=patterns, conv_kernel=3, depth=max(len(patterns), 2), **settings)
+
+    return make
