@@ -1,7 +1,7 @@
 """How fast image tokens are drawn: against DALLE-pytorch 1.6.6, against this machine's ceilings, and as sizes grow.
 
     python benchmarks/sampling.py --peer peer/bin/python     # peer_sampling.py says how to install it
-    python benchmarks/sampling.py --parts ours large growth  # without it
+    python benchmarks/sampling.py --parts ours large kernels growth  # without it
 
 Ratios matter, not times. Everything is measured in one run, the best of a few repeats, on ``--threads`` threads. Our
 figures start from the prompt's tokens and include prefill and drawing, as the peer's do. Prints Markdown.
@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 from dalle_pytorch import DALLE, DALLEConfig, DiscreteVAE, DiscreteVAEConfig, SamplingConfig
+from dalle_pytorch.generation.cache import BLOCK, mix_blocks
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.linear import CastLinear
 
 # what a 10.8 M-parameter DALLE-pytorch is: issue-sized, not chosen to flatter
 SIZES = {
@@ -34,6 +36,7 @@ SIZES = {
 }
 LARGE = {**SIZES, "dim": 1024, "heads": 16, "head_dim": 64}
 MODES = [("fp32", False), ("bf16", False), ("int8", False), ("int8", True)]
+PARTS = ["ours", "large", "kernels", "growth"]
 SAMPLING = SamplingConfig(top_k=102)  # the peer's filter_thres=0.9 of 1,024 codes
 
 
@@ -136,6 +139,38 @@ def large(limits: dict[str, float]) -> None:
         )
 
 
+def kernels() -> None:
+    """The two choices that cache.py and linear.py rest on: packed weights, and keys in blocks."""
+    shapes = [(768, 256), (256, 256), (2048, 256), (256, 1024)] * 8  # the layers of SIZES
+    print("\n| rows | fp32: F.linear, packed ms | ratio | bf16: F.linear, packed ms | ratio |\n|---|---|---|---|---|")
+    for rows in (1, 8, 64, 512):
+        cells = []
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            plain = [torch.nn.Linear(i, o, bias=False).to(dtype) for o, i in shapes]
+            packed = [CastLinear(layer, precision) for layer in plain]
+            inputs = {width: torch.randn(rows, width).to(dtype) for width in (256, 1024)}
+            times = []
+            for layers in (plain, packed):
+                with torch.inference_mode():
+                    run = lambda layers=layers: [f(inputs[i]) for f, (_, i) in zip(layers, shapes, strict=True)]  # noqa: E731, B023
+                    times.append(best(run, 20) * 1e3)
+            cells.append(f"{times[0]:.2f}, {times[1]:.2f} | {times[0] / times[1]:.1f}")
+        print(f"| {rows} | {' | '.join(cells)} |", flush=True)
+
+    rows, slots, width = 256 * SIZES["heads"], SIZES["grid"] ** 2, SIZES["head_dim"]
+    queries, prompt = torch.randn(rows, width), torch.randn(2, SIZES["heads"], 65, width)
+    layouts = {size: [torch.randn(slots // size, 2, rows, size, width) for _ in range(8)] for size in (slots, BLOCK)}
+    print(f"\n| keys seen | attention of 256 candidates, ms: side by side, blocks of {BLOCK} | ratio |\n|---|---|---|")
+    for seen in (32, 64, 128, 192, 256):
+        times = []
+        for size, layers in layouts.items():
+            with torch.inference_mode():
+                used = -(-seen // size)
+                run = lambda: [mix_blocks(queries, prompt, blocks[:used], seen) for blocks in layers]  # noqa: E731, B023
+                times.append(best(run, 5) * 1e3)
+        print(f"| {seen} | {times[0]:.1f}, {times[1]:.1f} | {times[0] / times[1]:.1f} |", flush=True)
+
+
 def step_times(decoder: Decoder, candidates: int, positions: list[int]) -> list[float]:
     """Milliseconds of a step at some positions."""
     dalle = decoder.dalle
@@ -206,7 +241,7 @@ def main() -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter with dalle-pytorch==1.6.6")
-    parser.add_argument("--parts", nargs="+", default=["ours", "large", "growth"], choices=["ours", "large", "growth"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--plot", type=Path, default=Path("sampling_growth.png"))
     settings = parser.parse_args()
@@ -230,6 +265,8 @@ def main() -> None:
         ours(SIZES, limits, peer)
     if "large" in settings.parts:
         large(limits)
+    if "kernels" in settings.parts:
+        kernels()
     if "growth" in settings.parts:
         growth(settings.plot)
 

@@ -100,9 +100,11 @@ def test_readme_code_for_dalle_pytorch_users_runs():
 
 
 def test_readme_commands_name_settings_that_exist():
-    """Each command line of the README composes: its keys are known and its groups exist."""
+    """Each command line of the README composes, and each line of settings: their keys are known, their groups exist."""
     commands = re.findall(r"^python (\w+)\.py (.*)$", README, re.MULTILINE)
-    assert len(commands) >= 5
+    settings = re.search(r"```bash\n('prompt=.*?)```", README, re.DOTALL).group(1).splitlines()
+    commands += [("generate", line.split(" #")[0].strip()) for line in settings]
+    assert len(commands) >= 15
     for command, arguments in commands:
         overrides = [a.strip("'") for a in re.findall(r"'[^']*'|\S+", arguments)]
         code = f"""

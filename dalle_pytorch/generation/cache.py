@@ -19,7 +19,8 @@ from dalle_pytorch.models.attention import StreamView
 
 BLOCK = 32
 """Image slots that lie side by side for all rows: what one step reads is then a few long runs of memory. With all slots
-of a row side by side a step's attention took 1.6 times as long at 256 candidates (benchmarks/sampling.py)."""
+of a row side by side attention of 256 candidates took twice as long until the picture's last quarter, and as long at
+its end (benchmarks/sampling.py)."""
 
 
 class Plan(NamedTuple):
