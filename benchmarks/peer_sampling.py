@@ -1,32 +1,16 @@
 """Sampling speed of DALLE-pytorch 1.6.6, run by ``sampling.py`` with an interpreter that has it; prints one JSON line.
 
-    python -m venv peer
-    peer/bin/pip install "torch>=2.11,<2.14" einops ftfy regex tokenizers transformers webdataset pillow requests
-    peer/bin/pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch DALL-E
-
-Its other requirements cannot be installed beside a current torch (youtokentome, taming-transformers, pkg_resources) or
-are not needed here (torchvision, omegaconf), so empty modules stand in for them.
+``peer_stubs.py`` says how to make such an interpreter.
 """
 
 import json
 import sys
 import time
-import types
 
-STUBS = (
-    "omegaconf taming taming.models taming.models.vqgan youtokentome pkg_resources torchvision torchvision.transforms "
-    "torchvision.transforms.functional"
-)
-for name in STUBS.split():
-    sys.modules[name] = types.ModuleType(name)
-sys.modules["omegaconf"].OmegaConf = object
-sys.modules["taming.models.vqgan"].VQModel = sys.modules["taming.models.vqgan"].GumbelVQ = object
-sys.modules["pkg_resources"].get_distribution = lambda name: types.SimpleNamespace(version="1.6.6")
-sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
+import peer_stubs  # noqa: F401
+import torch
 
-import torch  # noqa: E402, I001
-from dalle_pytorch import DALLE, DiscreteVAE  # noqa: E402
+from dalle_pytorch import DALLE, DiscreteVAE
 
 sizes = json.loads(sys.argv[1])
 torch.manual_seed(0)

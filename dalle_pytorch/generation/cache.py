@@ -180,13 +180,13 @@ class RecordingView(StreamView):
     """Keys and values."""
 
     def __init__(self, view: StreamView) -> None:
-        super().__init__(view.mask, view.turns, view.sources)
+        super().__init__(view.mask, view.layout, view.turns, view.shifts)
         self.shifted: list[Float[Tensor, "g s half"]] = []
         """Moving channels at the entry of attention and feed-forward; empty where the model does not shift."""
 
     def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
         """As in training; keeps the channels that move."""
-        if self.sources is not None:
+        if self.shifts is not None:
             self.shifted.append(x[..., : 2 * (x.shape[-1] // 4)])
         return super().shift(x, sublayer)
 

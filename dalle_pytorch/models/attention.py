@@ -1,7 +1,6 @@
-"""Attention over one stream of text and image positions: the patterns, rotary positions and what a layer sees.
+"""Attention over one stream of text and image positions: rotary positions, token shift and what a layer sees.
 
-A stream is ``text_length`` text positions (the <bos> included) and then the image tokens in raster order. Every image
-position sees the whole text; the text is causal; a pattern says which earlier image positions an image position sees.
+``patterns.py`` has the stream and its patterns, ``block_sparse.py`` the computation that follows them.
 
 Axes: b batch, s stream positions, q queries, k keys, h heads, e head_dim, d model width.
 """
@@ -12,65 +11,11 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
-SEMANTICS = ("paper", "dalle_pytorch")
-
-
-def pattern_mask(
-    pattern: str, text_length: int, grid_size: int, *, semantics: str = "paper", kernel: int = 11
-) -> Bool[Tensor, "s s"]:
-    """Which key each query may read, True = visible; never the future.
-
-    Args:
-        pattern: "full" (all that came before), "axial_row", "axial_col" or "conv_like".
-        text_length: text positions in front of the image, the <bos> included.
-        grid_size: token rows = columns, w below.
-        semantics: "paper": row = itself and the previous w tokens in raster order, across row borders; convolution =
-            the causal half of a centred kernel, wrapping around row borders. "dalle_pytorch": row = earlier tokens of
-            the same row; convolution = the kernel x kernel tokens up and to the left, without wrap. Columns are alike.
-        kernel: side of the convolution's kernel, odd for "paper".
-
-    Returns:
-        ``[s, s]`` with s = text_length + grid_size ** 2.
-
-    Raises:
-        ValueError: unknown pattern or semantics, or an even kernel under "paper".
-
-    Source:
-        Ramesh et al. 2021, appendix B.1 (rows, columns, 11 x 11 convolution); DALLE-pytorch 1.6.6, attention.py.
-    """
-    if pattern not in PATTERNS:
-        raise ValueError(f"attention pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
-    if semantics not in SEMANTICS:
-        raise ValueError(f"attn_semantics must be one of {', '.join(SEMANTICS)}, got {semantics!r}")
-    if semantics == "paper" and kernel % 2 == 0:
-        raise ValueError(f"conv_kernel must be odd to have a centre, got {kernel}")
-    length = text_length + grid_size**2
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    if pattern == "full":
-        return causal
-
-    position = torch.arange(grid_size**2)
-    row, col = position // grid_size, position % grid_size
-    behind = position[:, None] - position[None, :]  # how far the key lies behind the query in raster order
-    if pattern == "axial_col":
-        visible = col[:, None] == col[None, :]
-    elif pattern == "axial_row":
-        visible = behind <= grid_size if semantics == "paper" else row[:, None] == row[None, :]
-    elif semantics == "paper":
-        half = kernel // 2
-        # offset = up * w + left with up in 0..half, left in -half..half: raster arithmetic wraps at the borders
-        offsets = {up * grid_size + left for up in range(half + 1) for left in range(-half, half + 1)}
-        visible = torch.isin(behind, torch.tensor(sorted(offsets)))
-    else:
-        up, left = row[:, None] - row[None, :], col[:, None] - col[None, :]
-        visible = (up >= 0) & (up < kernel) & (left >= 0) & (left < kernel)
-    mask = causal.clone()
-    mask[text_length:, text_length:] &= visible
-    return mask
+from dalle_pytorch.models.block_sparse import Layout, block_attention
+from dalle_pytorch.models.linear import Linear
 
 
 def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "2 s e"]:
@@ -157,19 +102,16 @@ class StreamView:
 
     mask: Bool[Tensor, "s s"] | None
     """``pattern_mask``; None = plainly causal."""
+    layout: Layout | None
+    """How to compute the pattern at one length; None = under a mask, whatever the length."""
     turns: Float[Tensor, "2 s e"] | None
     """``rotary_turns``, or None."""
-    sources: tuple[Tensor, Tensor] | None
-    """``shift_sources``, or None."""
+    shifts: tuple[int, int] | None
+    """Text length and grid size where the model shifts tokens, or None."""
 
     def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
-        """The first two channel quarters replaced by those of ``sources``."""
-        if self.sources is None:
-            return x
-        quarter, length = x.shape[-1] // 4, x.shape[1]
-        past = F.pad(x[..., : 2 * quarter], (0, 0, 0, 1))  # index -1 reads the zeros at the end
-        first, second = (source[:length] for source in self.sources)
-        return torch.cat([past[:, first, :quarter], past[:, second, quarter:], x[..., 2 * quarter :]], dim=-1)
+        """As ``shift_tokens``."""
+        return x if self.shifts is None else shift_tokens(x, *self.shifts)
 
     def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
         """Rotated by the angles of the positions."""
@@ -179,6 +121,10 @@ class StreamView:
         self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
     ) -> Float[Tensor, "b h q e"]:
         """Attention under the pattern."""
+        # torch's own causal attention is the faster one but for 16 bits on a CPU (benchmarks/training.py)
+        fused = self.mask is None and not (v.device.type == "cpu" and v.itemsize == 2)
+        if self.layout is not None and q.shape[2] == self.layout.length and not stable and not fused:
+            return block_attention(q.to(v.dtype), k.to(v.dtype), v, self.layout)
         mask = None if self.mask is None else self.mask[: q.shape[2], : q.shape[2]]
         return attention(q, k, v, mask, causal=mask is None, stable=stable)
 
@@ -202,19 +148,18 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.stable, self.dropout = heads, head_dim, stable, dropout
-        self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, dim)
+        self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_out = Linear(heads * head_dim, dim)
         self.qk_norm = qk_norm
 
     def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
         """Attend to what the view lets this layer see."""
         qkv = self.to_qkv(x)
-        qkv = qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim)
-        qk = qkv[:, :, :2]
+        qk, v = qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim).split([2, 1], dim=2)
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))
         q, k = view.turn(qk).permute(2, 0, 3, 1, 4)  # [2, b, h, q, e]
-        out = view.attend(q, k, qkv[:, :, 2].transpose(1, 2), self.stable)
+        out = view.attend(q, k, v.squeeze(2).transpose(1, 2), self.stable)
         out = self.to_out(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout) if self.training else out
 
@@ -256,16 +201,19 @@ def stable_attention(
     return weights @ v
 
 
-def shift_sources(text_length: int, grid_size: int) -> tuple[Int[Tensor, " s"], Int[Tensor, " s"]]:
-    """Stream positions whose first and second channel quarters replace a token's own; -1 = zeros.
+def shift_tokens(x: Float[Tensor, "b q d"], text_length: int, grid_size: int) -> Float[Tensor, "b q d"]:
+    """The first two channel quarters replaced by those of neighbours; zeros where there is none.
 
-    Text: both quarters from the previous token. Image: the first from the token above, the second from the left.
+    Text: both from the previous token. Image: the first from the token above, the second from the token on the left.
 
     Source:
         Token shift as in DALLE-pytorch 1.6.6, transformer.py (PreShiftToken).
     """
-    text = torch.arange(text_length) - 1
-    grid = torch.arange(grid_size**2)
-    above = torch.where(grid >= grid_size, text_length + grid - grid_size, -1)
-    left = torch.where(grid % grid_size > 0, text_length + grid - 1, -1)
-    return torch.cat([text, above]), torch.cat([text, left])
+    quarter = x.shape[-1] // 4
+    first, second, rest = x.split_with_sizes([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
+    text, image = first[:, :text_length], first[:, text_length:]
+    above = F.pad(image, (0, 0, grid_size, 0))[:, : image.shape[1]]
+    first = torch.cat([F.pad(text, (0, 0, 1, -1)), above], dim=1)
+    second = F.pad(second, (0, 0, 1, -1))
+    second[:, text_length::grid_size] = 0.0
+    return torch.cat([first, second, rest], dim=-1)

@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.attention import StreamView, pattern_mask, rotary_turns, shift_sources
+from dalle_pytorch.models.attention import StreamView, rotary_turns
+from dalle_pytorch.models.block_sparse import layout
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
+from dalle_pytorch.models.linear import Linear
+from dalle_pytorch.models.loss import linear_cross_entropy
+from dalle_pytorch.models.patterns import pattern_mask
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
 
@@ -36,7 +40,7 @@ class DALLEConfig(TransformerConfig):
     attn_types: list[str] = field(default_factory=lambda: ["full"])
     """Attention patterns, cycled over the depth: full, axial_row, axial_col, conv_like."""
     attn_semantics: str = "paper"
-    """Whose definition of the patterns: "paper" or "dalle_pytorch" (see attention.pattern_mask)."""
+    """Whose definition of the patterns: "paper" or "dalle_pytorch" (see patterns.pattern_mask)."""
     conv_kernel: int = 11
     """Kernel of conv_like (the paper: 11; DALLE-pytorch: 5)."""
     positions: str = "rotary"
@@ -130,8 +134,8 @@ class DALLE(nn.Module):
             self.row_pos = nn.Embedding(self.grid_size, config.dim)
             self.col_pos = nn.Embedding(self.grid_size, config.dim)
         self.transformer = Transformer(config)
-        self.text_head = nn.Linear(config.dim, self.text_emb.num_embeddings, bias=not config.tie_embeddings)
-        self.image_head = nn.Linear(config.dim, self.codebook_size, bias=not config.tie_embeddings)
+        self.text_head = Linear(config.dim, self.text_emb.num_embeddings, bias=not config.tie_embeddings)
+        self.image_head = Linear(config.dim, self.codebook_size, bias=not config.tie_embeddings)
         self.init_weights()
         if config.tie_embeddings:
             self.text_head.weight, self.image_head.weight = self.text_emb.weight, self.image_emb.weight
@@ -144,9 +148,6 @@ class DALLE(nn.Module):
         ]
         self.register_buffer("masks", torch.stack(masks), persistent=False)
         self.register_buffer("rotary", rotary_turns(text_length, self.grid_size, config.head_dim), persistent=False)
-        first, second = shift_sources(text_length, self.grid_size)
-        self.register_buffer("shift_first", first, persistent=False)
-        self.register_buffer("shift_second", second, persistent=False)
 
     def init_weights(self) -> None:
         """N(0, 0.02) for embeddings and linear layers, residual outputs scaled by 1 / sqrt(2 depth) (GPT-2)."""
@@ -170,10 +171,20 @@ class DALLE(nn.Module):
 
     def views(self) -> list[StreamView]:
         """What each layer sees when all positions are there."""
-        config = self.config
+        config, text_length = self.config, 1 + self.config.text_len
         turns = None if config.positions == "learned" else self.rotary
-        sources = (self.shift_first, self.shift_second) if config.shift_tokens else None
-        return [StreamView(self.mask(layer), turns, sources) for layer in range(config.depth)]
+        shifts = (text_length, self.grid_size) if config.shift_tokens else None
+        length = text_length + self.num_image_tokens - 1  # the last image token predicts nothing
+        layouts = {
+            pattern: layout(
+                pattern, text_length, self.grid_size, length,
+                semantics=config.attn_semantics, kernel=config.conv_kernel,
+            )
+            for pattern in self.patterns
+        }  # fmt: skip
+        return [
+            StreamView(self.mask(layer), layouts[self.pattern(layer)], turns, shifts) for layer in range(config.depth)
+        ]
 
     def pattern(self, layer: int) -> str:
         """Attention pattern of a layer."""
@@ -289,9 +300,8 @@ class DALLE(nn.Module):
         is_pad = padded >= self.config.text_vocab_size
         # the caption and the one pad that ends it: later pads are certain and would only water the mean down
         counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
-        text = F.cross_entropy(self.text_head(h[:, :text_len][counted]).float(), padded[counted])
-        image_logits = self.image_head(h[:, text_len:]).float()
-        image = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten())
+        text = linear_cross_entropy(h[:, :text_len][counted], self.text_head, padded[counted])
+        image = linear_cross_entropy(h[:, text_len:].flatten(0, 1), self.image_head, image_tokens.flatten())
         weight = self.config.loss_img_weight
         return DALLELoss((text + weight * image) / (1 + weight), text, image)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.models.attention import Attention, LayerView
+from dalle_pytorch.models.linear import Linear
 
 
 @dataclass(kw_only=True)
@@ -67,8 +68,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.to_hidden = nn.Linear(dim, 8 * dim)
-        self.to_out = nn.Linear(4 * dim, dim)
+        self.to_hidden = Linear(dim, 8 * dim)
+        self.to_out = Linear(4 * dim, dim)
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:

@@ -7,7 +7,7 @@ from dalle_pytorch.generation.cache import mix_blocks, plan
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.models.attention import PATTERNS, SEMANTICS, pattern_mask
+from dalle_pytorch.models.patterns import PATTERNS, SEMANTICS, pattern_mask
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 MIXED = [["full"], ["axial_row"], ["axial_col"], ["conv_like"], list(PATTERNS)]

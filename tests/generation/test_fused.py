@@ -8,7 +8,7 @@ import pytest
 
 from dalle_pytorch import save
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.models.attention import PATTERNS, SEMANTICS
+from dalle_pytorch.models.patterns import PATTERNS, SEMANTICS
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

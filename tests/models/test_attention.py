@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dalle_pytorch.models.attention import pattern_mask, stable_attention
+from dalle_pytorch.models.attention import stable_attention
+from dalle_pytorch.models.patterns import pattern_mask
 
 TEXT, GRID = 3, 5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dalle_pytorch import DALLE, DALLEConfig
-from dalle_pytorch.models.attention import PATTERNS
+from dalle_pytorch.models.patterns import PATTERNS
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 IMAGE = torch.arange(32).reshape(2, 16) * 5 % 12

@@ -1,0 +1,24 @@
+"""Empty modules in place of requirements of DALLE-pytorch 1.6.6 that cannot be installed beside a current torch.
+
+    python -m venv peer
+    peer/bin/pip install "torch>=2.11,<2.14" einops ftfy regex tokenizers transformers webdataset pillow requests
+    peer/bin/pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch DALL-E
+
+youtokentome, taming-transformers and pkg_resources cannot be had any more, torchvision and omegaconf are not needed to
+build, train or sample its DALLE. Import this before it.
+"""
+
+import sys
+import types
+
+STUBS = (
+    "omegaconf taming taming.models taming.models.vqgan youtokentome pkg_resources torchvision torchvision.transforms "
+    "torchvision.transforms.functional"
+)
+for name in STUBS.split():
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["omegaconf"].OmegaConf = object
+sys.modules["taming.models.vqgan"].VQModel = sys.modules["taming.models.vqgan"].GumbelVQ = object
+sys.modules["pkg_resources"].get_distribution = lambda name: types.SimpleNamespace(version="1.6.6")
+sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
+sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]

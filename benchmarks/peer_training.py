@@ -1,0 +1,47 @@
+"""Training speed of DALLE-pytorch 1.6.6, run by ``training.py`` with an interpreter that has it; prints one JSON line.
+
+``peer_stubs.py`` says how to make such an interpreter.
+"""
+
+import json
+import resource
+import sys
+import time
+
+import peer_stubs  # noqa: F401  (puts empty modules in place of the requirements that cannot be installed)
+import torch
+
+from dalle_pytorch import DALLE, DiscreteVAE
+
+case = json.loads(sys.argv[1])
+torch.manual_seed(0)
+torch.set_num_threads(case["threads"])
+vae = DiscreteVAE(
+    image_size=8 * case["grid"], num_layers=3, num_tokens=case["codebook"], codebook_dim=64, hidden_dim=16
+)
+dalle = DALLE(
+    dim=case["dim"],
+    vae=vae,
+    num_text_tokens=case["vocabulary"],
+    text_seq_len=case["text"],
+    depth=case["depth"],
+    heads=case["heads"],
+    dim_head=case["head_dim"],
+    attn_types=tuple(case["patterns"]),
+)
+optimizer = torch.optim.Adam([p for p in dalle.parameters() if p.requires_grad], lr=3e-4)  # as its train_dalle.py
+text = torch.randint(1, case["vocabulary"], (case["batch"], case["text"]))
+image_tokens = torch.randint(0, case["codebook"], (case["batch"], case["grid"] ** 2))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+times = []
+for _ in range(case["steps"]):
+    start = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case["precision"] == "bf16"):
+        loss = dalle(text, image_tokens, return_loss=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(dalle.parameters(), 0.5)  # likewise
+    optimizer.step()
+    optimizer.zero_grad()
+    times.append(time.perf_counter() - start)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"seconds": min(times), "megabytes": after / 1024, "before": before / 1024}))

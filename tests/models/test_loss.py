@@ -1,0 +1,57 @@
+"""The chunked loss and the fp32 product equal their plain forms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle_pytorch.models import loss as loss_module
+from dalle_pytorch.models.linear import Linear, linear
+from dalle_pytorch.models.loss import linear_cross_entropy
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 7, 6), (5, 6)])
+def test_the_product_is_that_of_a_linear_layer(shape, bias):
+    x, weight = torch.randn(shape).requires_grad_(), torch.randn(4, 6).requires_grad_()
+    offset = torch.randn(4).requires_grad_() if bias else None
+    inputs = [value for value in (x, weight, offset) if value is not None]
+    upper = torch.randn(*shape[:-1], 4)
+    results = []
+    for function in (linear, F.linear):
+        out = function(x, weight, offset)
+        assert out.is_contiguous()
+        results.append([out, *torch.autograd.grad(out, inputs, upper)])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, z_loss, bias):
+    monkeypatch.setattr(loss_module, "ROWS", 4)
+    head, x, targets = Linear(6, 9, bias=bias), torch.randn(10, 6).requires_grad_(), torch.randint(0, 9, (10,))
+    inputs = [x, *head.parameters()]
+    logits = F.linear(x, head.weight, head.bias)
+    plain = F.cross_entropy(logits, targets) + z_loss * logits.logsumexp(-1).square().mean()
+    ours = linear_cross_entropy(x, head, targets, z_loss=z_loss)
+    torch.testing.assert_close(ours, plain)
+    # times 3: what comes in from above is passed on
+    for a, b in zip(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, head, targets, z_loss=z_loss), plain)
+
+
+def test_mixed_precision_keeps_the_weights_gradients_in_fp32():
+    head, x = Linear(16, 9), torch.randn(10, 16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, head, torch.zeros(10, dtype=torch.long))
+    loss.backward()
+    assert loss.dtype == head.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_a_linear_layer_loads_and_is_found_as_torchs():
+    layer = Linear(3, 2)
+    assert isinstance(layer, nn.Linear)
+    assert layer.state_dict().keys() == nn.Linear(3, 2).state_dict().keys()
