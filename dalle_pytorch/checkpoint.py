@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dalle_pytorch.compat import CLIP, DALLE, DiscreteVAE
 from dalle_pytorch.models.clip import CLIPConfig
@@ -36,6 +40,7 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "clip": (CLIP, CLIPConfig),
 }
 METADATA_KEY = "dalle_pytorch"
+SHARDED_META = "meta.pt"  # Lightning's name of what is not sharded
 HEADER_KEYS = ("kind", "version", "config", "text_tokenizer", "vae", "training")
 
 
@@ -105,7 +110,7 @@ def load(path: str | Path, *, map_location: Device = "cpu", kind: Literal["clip"
 @overload
 def load(path: str | Path, *, map_location: Device = "cpu", kind: None = None) -> Model: ...
 def load(path: str | Path, *, map_location: Device = "cpu", kind: str | None = None) -> Model:
-    """The model of a checkpoint: ours in either format, or the ``.ckpt`` of one of our runs.
+    """The model of a checkpoint: ours in either format, or the ``.ckpt`` of one of our runs, sharded or not.
 
     Args:
         path: the file.
@@ -183,6 +188,23 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(full)
 
 
+def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
+    """What token shards say about the image tokenizer that they are of: kind, hashes, sizes; JSON can hold it.
+
+    Raises:
+        ValueError: an image tokenizer that cannot be saved, and so not be told from others.
+    """
+    head = header(vae)
+    settings = json.dumps(head["config"], sort_keys=True)
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
+    hashes = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest(), "weights_sha256": weights.hexdigest()}
+    return {"kind": head["kind"], **hashes, **sizes}
+
+
 def distinct(state: Mapping[str, Tensor]) -> State:
     """The tensors of a state, each once under the first of its names, contiguous and alone in memory."""
     first = {names[0] for names in tied(state)}
@@ -221,6 +243,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, map_location: Device) -> tuple[Header, State]:
+    if path.is_dir():
+        return _read_sharded(path)
     if _is_safetensors(path):
         head = _read_safetensors_header(path)
         with safe_open(path, framework="pt", device=str(map_location)) as file:
@@ -241,6 +265,23 @@ def _read(path: Path, map_location: Device) -> tuple[Header, State]:
     return head, state
 
 
+def _read_sharded(path: Path) -> tuple[Header, State]:
+    """A checkpoint of sharded weights, a folder: the weights of all processes put together, nothing else of it."""
+    if not (path / SHARDED_META).is_file() or not (path / ".metadata").is_file():
+        raise ValueError(f"{path} is a folder, but no checkpoint of sharded weights, or an incomplete one")
+    content = torch.load(path / SHARDED_META, map_location="cpu", weights_only=True)
+    head = {key: content.get(key) for key in HEADER_KEYS}
+    reader, prefix = FileSystemReader(path), "state_dict."
+    parts = reader.read_metadata().state_dict_metadata
+    state: State = {
+        name: torch.empty(part.size, dtype=part.properties.dtype)
+        for name, part in parts.items()
+        if name.startswith(prefix) and isinstance(part, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return head, {name.removeprefix(prefix).removeprefix("net."): tensor for name, tensor in state.items()}
+
+
 def _read_safetensors_header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt") as file:
@@ -253,7 +294,7 @@ def _read_safetensors_header(path: Path) -> Header:
 
 
 def _is_safetensors(path: Path) -> bool:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
     return path.suffix == ".safetensors"
 

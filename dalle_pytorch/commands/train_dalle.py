@@ -1,7 +1,7 @@
-"""Train a DALLE on image shards and a DiscreteVAE: ``train_dalle.py vae=runs/vae/mine/vae.safetensors``."""
+"""Train a DALLE on image or token shards: ``train_dalle.py vae=runs/vae/mine/vae.safetensors``."""
 
 from dalle_pytorch import DALLE
-from dalle_pytorch.checkpoint import load
+from dalle_pytorch.checkpoint import describe_tokenizer, load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
@@ -15,6 +15,8 @@ def main(config: TrainDALLEConfig) -> None:
     run = Run("dalle", config)
     vae = load(config.vae, kind="vae")
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed)
+    if data.tokenizer is not None:
+        data.check_tokenizer(describe_tokenizer(vae), config.vae)
     tokenizer = make_tokenizer(config.text, data, run)
     config.model.text_vocab_size = tokenizer.vocab_size
     data.set_text(tokenizer, config.model.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
@@ -22,7 +24,7 @@ def main(config: TrainDALLEConfig) -> None:
     net.text_tokenizer = tokenizer
     run.check(net)
     run.check_vae(vae)
-    if config.data.token_crops:
+    if config.data.token_crops and data.tokenizer is None:
         data.cache_image_tokens(vae, device=run.device)
     run.fit(LitDALLE(net, config), data)
 

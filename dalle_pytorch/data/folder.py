@@ -3,59 +3,16 @@
 The layout is DALLE-pytorch's: ``cats/tom.jpg`` is captioned by ``cats/tom.txt``, one caption per line, at any depth.
 """
 
-import hashlib
-import io
-import logging
 import os
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from dalle_pytorch.data.emoji_names import slug
-from dalle_pytorch.data.images import fit, open_rgb
-from dalle_pytorch.data.index import hash_share, write_json
-from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.data.index import hash_share
+from dalle_pytorch.data.packing import PICTURES, Item, PackConfig, PackReport, Skipped, pack
 
-log = logging.getLogger(__name__)
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-SKIPPED_NAME = "skipped.json"
-_QUALITY = 95  # of the WebP; at 90 and below the loss begins to show in flat colours
-_SLUG_LENGTH = 60
 _NO_TEXT = "no captions: there is no .txt of the same stem in the same folder"
-
-
-class Skipped(NamedTuple):
-    """A file that was left out: its path below the folder, and why."""
-
-    path: str
-    reason: str
-
-
-class FolderReport(NamedTuple):
-    """What packing a folder did: the index written, and every file left out."""
-
-    index: dict[str, Any]
-    skipped: list[Skipped]
-
-    def summary(self) -> str:
-        """Tell in a few lines what was packed and what was left out."""
-        splits = ", ".join(f"{count} {split}" for split, count in self.index["splits"].items())
-        reasons = Counter(item.reason.split(":")[0] for item in self.skipped)
-        lines = [
-            f"packed {splits}; left out {len(self.skipped)} files{' (all in ' + SKIPPED_NAME + ')' if reasons else ''}"
-        ]
-        lines += [f"  {count} x {reason}" for reason, count in reasons.most_common()]
-        return "\n".join(lines)
-
-
-class _Pair(NamedTuple):
-    """A picture and its captions, by the picture's path below the folder."""
-
-    path: str
-    captions: list[str]
 
 
 def pack_folder(
@@ -65,7 +22,7 @@ def pack_folder(
     image_size: int = 64,
     val_share: float = 0.05,
     samples_per_shard: int = 1000,
-) -> FolderReport:
+) -> PackReport:
     """Pack every captioned picture below a folder.
 
     A picture is captioned by the ``.txt`` of the same stem in the same folder; each line that is not blank is one
@@ -90,44 +47,23 @@ def pack_folder(
     path, out = Path(path), Path(out)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: path must be a folder of pictures and .txt files")
-    if not 0 <= val_share < 1:
-        raise ValueError(f"val_share must be at least 0 and below 1, got {val_share}")
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
-    writer = ShardWriter(
-        out,
-        name=path.resolve().name,
-        image_size=image_size,
-        samples_per_shard=samples_per_shard,
-        source={"val_share": val_share},
+    # Stray files are no samples, so no share of what is left out is too large.
+    config = PackConfig(
+        image_size=image_size, samples_per_shard=samples_per_shard, val_share=val_share, max_bad_share=1.0
     )
-    skipped: list[Skipped] = []
-    with writer:
-        # In the order of their hashes: mixed, and those for "val" first.
-        pairs = sorted(_pairs(path, skipped), key=lambda pair: (hash_share(pair.path), pair.path))
-        counts = Counter[str]()
-        for pair in pairs:
-            try:
-                image = _encode((path / pair.path).read_bytes(), image_size, pair.path)
-            except (ValueError, OSError) as error:
-                skipped.append(Skipped(pair.path, f"unreadable picture: {error}"))
-                continue
-            first = val_share > 0 and not counts
-            split = "val" if first or hash_share(pair.path) < val_share else "train"
-            meta = {"captions": pair.captions, "path": pair.path}
-            writer.write(split, _key(pair.path), image, "webp", meta)
-            counts[split] += 1
-        skipped.sort()
-        if not counts["train"]:
-            raise ValueError(_nothing_to_train_on(path, sum(counts.values()), skipped))
-    write_json(out / SKIPPED_NAME, [item._asdict() for item in skipped])
-    report = FolderReport(writer.index(), skipped)
-    log.info("%s", report.summary())
-    return report
+    return pack(_mixed(path), out, config, name=path.resolve().name, where=str(path))
 
 
-def _pairs(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
-    """Find the pictures with captions; note the other files in `skipped`."""
+def _mixed(path: Path) -> Iterator[Item | Skipped]:
+    """In the order of their hashes: mixed, and those for "val" first."""
+    entries = list(_entries(path))
+    yield from (entry for entry in entries if isinstance(entry, Skipped))
+    items = [entry for entry in entries if isinstance(entry, Item)]
+    yield from sorted(items, key=lambda item: (hash_share(item.path), item.path))
+
+
+def _entries(path: Path) -> Iterator[Item | Skipped]:
+    """Find the pictures with captions, and all other files."""
     for folder, names in _folders(path):
         texts: dict[str, str] = {}  # stem -> name of the caption file
         pictures: dict[str, list[str]] = defaultdict(list)
@@ -140,19 +76,19 @@ def _pairs(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
                 texts[stem] = name
             else:
                 reason = f"neither a picture ({' '.join(PICTURES)}) nor a .txt"
-                skipped.append(Skipped(_relative(path, folder, name), reason))
+                yield Skipped(_relative(path, folder, name), reason)
         for stem, text in texts.items():
             if stem not in pictures:
                 reason = "captions without a picture of the same stem in the same folder"
-                skipped.append(Skipped(_relative(path, folder, text), reason))
+                yield Skipped(_relative(path, folder, text), reason)
         for stem, found in pictures.items():
             captions, reason = _captions(folder / texts[stem]) if stem in texts else ([], _NO_TEXT)
             for name in found:
                 relative = _relative(path, folder, name)
                 if captions:
-                    yield _Pair(relative, captions)
+                    yield Item(relative, captions, (path / relative).read_bytes)
                 else:
-                    skipped.append(Skipped(relative, reason))
+                    yield Skipped(relative, reason)
 
 
 def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -173,28 +109,7 @@ def _captions(path: Path) -> tuple[list[str], str]:
     return [line for line in lines if line], f"empty captions: {path.name} has no line with text"
 
 
-def _encode(data: bytes, image_size: int, name: str) -> bytes:
-    out = io.BytesIO()
-    fit(open_rgb(data, name=name), image_size).save(out, "webp", quality=_QUALITY, method=4)
-    return out.getvalue()
-
-
-def _key(path: str) -> str:
-    """A key that shows the path, and is unique whatever characters or folders it has."""
-    readable = slug(path)[:_SLUG_LENGTH].strip("-")
-    digest = hashlib.sha256(path.encode()).hexdigest()[:12]
-    return f"{readable}_{digest}" if readable else digest
-
-
 def _relative(path: Path, folder: Path, name: str) -> str:
     # A name that is no text at all (possible on Linux) is shown with escapes.
     text = (folder / name).relative_to(path).as_posix()
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _nothing_to_train_on(path: Path, usable: int, skipped: list[Skipped]) -> str:
-    shown = "".join(f"\n  {item.path}: {item.reason}" for item in skipped[:5])
-    return (
-        f"{path} has {usable} usable pictures, and needs one to train on and one for val (val_share=0 for none); "
-        f"left out {len(skipped)} files{', among them' if shown else ''}{shown}"
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+KINDS = ("images", "tokens")
 _READ_SIZE = 1 << 20  # bytes per read when a file is hashed
 
 
@@ -33,12 +34,12 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_index(folder: str | Path, *, kind: str = "images") -> dict[str, Any]:
+def read_index(folder: str | Path, *, kind: str | None = "images") -> dict[str, Any]:
     """Read and check the index of a shard folder.
 
     Args:
         folder: a shard folder.
-        kind: what the shards must hold.
+        kind: what the shards must hold, "images" or "tokens"; None = either.
 
     Returns:
         The parsed ``index.json``.
@@ -64,8 +65,8 @@ def read_index(folder: str | Path, *, kind: str = "images") -> dict[str, Any]:
         raise ValueError(f"{path} is not a shard index ({error!r}); write it again") from error
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}; write it again with prepare_data.py")
-    if found != (kind, INDEX_VERSION):
+    if found[0] not in ([kind] if kind else KINDS) or found[1] != INDEX_VERSION:
         raise ValueError(
-            f"{path} holds {found[0]!r} version {found[1]}, but {kind!r} version {INDEX_VERSION} is needed"
+            f"{path} holds {found[0]!r} version {found[1]}, but {kind or KINDS} version {INDEX_VERSION} is needed"
         )
     return index

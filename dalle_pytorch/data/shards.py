@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch.utils.data import Dataset
 from webdataset import TarWriter
@@ -29,7 +29,7 @@ _SPLIT = re.compile(r"[A-Za-z0-9_]+")
 
 
 class Sample(NamedTuple):
-    """One picture as it lies in a shard: its key, its encoded bytes and its JSON."""
+    """One picture as it lies in a shard: its key, its encoded bytes (or those of its tokens) and its JSON."""
 
     key: str
     image: bytes
@@ -41,7 +41,7 @@ class _Entry(NamedTuple):
 
     shard: int
     key: str
-    image: tuple[int, int]
+    content: tuple[int, int]
     meta: tuple[int, int]
 
 
@@ -211,10 +211,13 @@ class ShardDataset(Dataset[Sample]):
         ValueError: there is no such split, or a shard is truncated or does not match the index.
     """
 
+    KIND: ClassVar[str] = "images"
+    EXTENSIONS: ClassVar[tuple[str, ...]] = IMAGE_EXTENSIONS
+
     def __init__(self, folder: str | Path, split: str) -> None:
         self.folder = Path(folder)
         self.split = split
-        self.index = read_index(self.folder)
+        self.index = read_index(self.folder, kind=self.KIND)
         self.image_size: int | None = self.index["image_size"]
         wanted = split.split("+")
         for name in wanted:
@@ -227,7 +230,7 @@ class ShardDataset(Dataset[Sample]):
         self._tars = [TarReader(self.folder / shard["file"]) for shard in chosen]
         self._entries: list[_Entry] = []
         for number, shard in enumerate(chosen):
-            entries = _list_samples(self._tars[number], number)
+            entries = _list_samples(self._tars[number], number, self.EXTENSIONS)
             if len(entries) != shard["count"]:
                 raise ValueError(
                     f"{self._tars[number].path} holds {len(entries)} samples but the index says "
@@ -247,11 +250,15 @@ class ShardDataset(Dataset[Sample]):
             ValueError: its shard ends early or its JSON is broken; names the key and the shard.
         """
         entry = self._entries[index]
-        return Sample(entry.key, self._read(entry, entry.image), self._meta(entry))
+        return Sample(entry.key, self._read(entry, entry.content), self._meta(entry))
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield the samples in order."""
         return (self[i] for i in range(len(self)))
+
+    def meta(self, index: int) -> dict[str, Any]:
+        """Return the JSON of a sample, without reading its picture."""
+        return self._meta(self._entries[index])
 
     def metas(self) -> list[dict[str, Any]]:
         """Return the JSON of every sample, in order, without reading the pictures."""
@@ -291,7 +298,7 @@ class ShardDataset(Dataset[Sample]):
             raise ValueError(f"sample {entry.key!r} cannot be read: {error}") from error
 
 
-def _list_samples(tar: TarReader, shard: int) -> list[_Entry]:
+def _list_samples(tar: TarReader, shard: int, extensions: tuple[str, ...]) -> list[_Entry]:
     """Pair the files of one tar into samples."""
     parts: dict[str, dict[str, tuple[int, int]]] = {}
     for name, offset, size in tar.scan():
@@ -299,11 +306,10 @@ def _list_samples(tar: TarReader, shard: int) -> list[_Entry]:
         parts.setdefault(key, {})[ext] = offset, size
     entries = []
     for key, files in parts.items():
-        images = [ext for ext in files if ext in IMAGE_EXTENSIONS]
-        if len(images) != 1 or "json" not in files:
+        contents = [ext for ext in files if ext in extensions]
+        if len(contents) != 1 or "json" not in files:
             raise ValueError(
-                f"sample {key!r} in {tar.path} needs one picture {IMAGE_EXTENSIONS} and one json, "
-                f"but has {sorted(files)}"
+                f"sample {key!r} in {tar.path} needs one of {extensions} and one json, but has {sorted(files)}"
             )
-        entries.append(_Entry(shard, key, files[images[0]], files["json"]))
+        entries.append(_Entry(shard, key, files[contents[0]], files["json"]))
     return entries

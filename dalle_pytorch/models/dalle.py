@@ -9,6 +9,7 @@ vocabulary. A caption shorter than ``text_len`` is filled with a pad of its own 
 Axes: b batch, t text_len, n image tokens, s = 1 + t + n stream positions, d width, v text vocabulary, k codebook_size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ class DALLEConfig(TransformerConfig):
     """Share of captions replaced by the empty one in training, for guidance; in [0, 1)."""
     token_dropout: float = 0.0
     """Share of input image tokens replaced by random ones in training, against overfitting; in [0, 1)."""
+    z_loss: float = 0.0
+    """Weight of log(Z) ** 2 in both losses in training, against drifting logits (PaLM, section 5: 1e-4); 0 = none."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -75,8 +78,9 @@ class DALLEConfig(TransformerConfig):
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.loss_img_weight < 0:
-            raise ValueError(f"loss_img_weight must not be negative, got {self.loss_img_weight}")
+        for name in ("loss_img_weight", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.shift_tokens and self.dim % 4:
             raise ValueError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
 
@@ -278,13 +282,16 @@ class DALLE(nn.Module):
         image_tokens: Int[Tensor, "b n"],
         *,
         generator: torch.Generator | None = None,
+        mean: Callable[[Tensor], Tensor] | None = None,
     ) -> DALLELoss:
-        """Cross entropy of a batch of captioned pictures; inputs are not changed.
+        """Cross entropy of a batch of captioned pictures, in training with the z-loss; inputs are not changed.
 
         Args:
             text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
             image_tokens: all n tokens, raster order.
             generator: for caption_dropout and token_dropout (training mode only); None = torch's global one.
+            mean: averages a number over the processes that share a batch. The text loss is then divided by their mean
+                number of caption tokens, so that the mean of the processes' losses is the loss of the whole batch.
 
         Raises:
             ValueError: shapes or ids that do not fit; names the numbers.
@@ -300,8 +307,15 @@ class DALLE(nn.Module):
         is_pad = padded >= self.config.text_vocab_size
         # the caption and the one pad that ends it: later pads are certain and would only water the mean down
         counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
-        text = linear_cross_entropy(h[:, :text_len][counted], self.text_head, padded[counted])
-        image = linear_cross_entropy(h[:, text_len:].flatten(0, 1), self.image_head, image_tokens.flatten())
+        # Chowdhery et al. 2022 (PaLM), section 5; validation reports the plain cross entropy
+        z_loss = self.config.z_loss if self.training else 0.0
+        text = linear_cross_entropy(h[:, :text_len][counted], self.text_head, padded[counted], z_loss=z_loss)
+        if mean is not None:
+            count = counted.sum().float()
+            text = text * (count / mean(count))
+        image = linear_cross_entropy(
+            h[:, text_len:].flatten(0, 1), self.image_head, image_tokens.flatten(), z_loss=z_loss
+        )
         weight = self.config.loss_img_weight
         return DALLELoss((text + weight * image) / (1 + weight), text, image)
 

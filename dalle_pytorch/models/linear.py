@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """``nn.Linear``, computed by ``linear``."""
 
-    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        """``x @ weight.T + bias``."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """``input @ weight.T + bias``."""
+        return linear(input, self.weight, self.bias)
 
 
 def linear(

@@ -3,15 +3,17 @@
 Axes: b batch, q positions given in this call, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.models.attention import Attention, LayerView
+from dalle_pytorch.models.gradient_scaling import GradientScale
 from dalle_pytorch.models.linear import Linear
 
 
@@ -43,6 +45,8 @@ class TransformerConfig:
     """The same for the feed-forward."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: memory independent of depth but for one tensor a block."""
+    gradient_scaling: bool = False
+    """A gradient scale for each residual branch, for training in fp16; moved by gradient_scaling.update_scales."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -89,11 +93,15 @@ class Block(nn.Module):
         self.attn_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
         self.ff_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
         self.attention, self.feed_forward = attention, feed_forward
+        self.attn_scale = GradientScale() if config.gradient_scaling else None
+        self.ff_scale = GradientScale() if config.gradient_scaling else None
 
     def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
         """One block over the positions that the view shows it."""
-        x = x + self.attn_post(self.attention(view.shift(self.attn_norm(x), 0), view))
-        return x + self.ff_post(self.feed_forward(view.shift(self.ff_norm(x), 1)))
+        norm, attention, post = branch(self.attn_scale, x, self.attn_norm, self.attention, self.attn_post)
+        x = x + post(attention(view.shift(norm(x), 0), view))
+        norm, feed_forward, post = branch(self.ff_scale, x, self.ff_norm, self.feed_forward, self.ff_post)
+        return x + post(feed_forward(view.shift(norm(x), 1)))
 
 
 class Transformer(nn.Module):
@@ -135,6 +143,15 @@ class Transformer(nn.Module):
             else:
                 x = block(x, view)
         return self.norm(x)
+
+
+def branch(
+    scale: GradientScale | None, x: Float[Tensor, "b q d"], norm: nn.Module, sublayer: nn.Module, post: nn.Module
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    """The modules of a residual branch, with scaled gradients where the model has scales and gradients are taken."""
+    if scale is None or not torch.is_grad_enabled():
+        return norm, sublayer, post
+    return scale.branch(x.dtype, norm, sublayer, post)
 
 
 def shared_id(ids: list[int] | None, layer: int) -> int:

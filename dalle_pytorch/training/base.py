@@ -1,18 +1,24 @@
 """What the three LightningModules share: optimiser, schedules, random source of a step, checkpoint header."""
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dalle_pytorch.checkpoint import header
-from dalle_pytorch.data.datamodule import Batch
+from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.models.gradient_scaling import update_scales
 from dalle_pytorch.training.optim import OptimConfig, make_optimizer, make_scheduler
+from dalle_pytorch.training.sharding import shard
+from dalle_pytorch.training.stability import SkippedSteps, clip_gradients
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -34,6 +40,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
     def __init__(self, net: Net, optim: OptimConfig, seed: int) -> None:
         super().__init__()
         self.net, self.optim, self.seed = net, optim, seed
+        self.skipped, self.sharded = SkippedSteps(), False
 
     @property
     def total_steps(self) -> int:
@@ -41,12 +48,35 @@ class LitBase(pl.LightningModule, Generic[Net]):
         return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with decay groups, the learning rate set anew in every step."""
-        # Lightning refuses to clip for a fused optimiser under mixed precision (it might unscale gradients itself).
-        fused = not str(self.trainer.precision).endswith("mixed")
-        optimizer = make_optimizer(self.net, self.optim, fused=fused)
+        """The optimiser with decay groups, its learning rate set anew in every step."""
+        # The loss scaling of float16 comes off before clipping, which a fused optimiser would do itself and later.
+        optimizer = make_optimizer(self.net, self.optim, fused=str(self.trainer.precision) != "16-mixed")
         scheduler = make_scheduler(optimizer, self.optim, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip to ``optim.clip``, log the norm, and leave out the step if a gradient is not finite."""
+        overflowed = update_scales(self.net)
+        norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], self.optim.clip)
+        finite = math.isfinite(norm) and not overflowed
+        self.skipped.note(finite, self.net, self.global_step)
+        self.log("train/grad_norm", norm if finite else 0.0)
+        self.log("train/skipped_steps", float(self.skipped.total))
+        if not finite:
+            optimizer.zero_grad()  # without gradients an optimiser changes nothing
+
+    def mean_over_processes(self) -> Callable[[Tensor], Tensor] | None:
+        """Averages a number over the processes of the training; None where there is one."""
+        strategy = self.trainer.strategy
+        return None if self.trainer.world_size == 1 else lambda value: strategy.reduce(value.clone(), reduce_op="mean")
+
+    def configure_model(self) -> None:
+        """Shard the weights, if the strategy wants it; called by Lightning before the optimiser is made."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
+            shard(self.net, self.device_mesh, half=str(self.trainer.precision) == "bf16-mixed")
+            self.sharded = True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout, which has no generator of its own."""
@@ -62,9 +92,12 @@ class LitBase(pl.LightningModule, Generic[Net]):
         return torch.Generator(device).manual_seed(self.step_seed(batch_idx, "loss"))
 
     def log_losses(self, stage: str, values: Mapping[str, Tensor | float], size: int, bar: str = "loss") -> None:
-        """Log values as ``stage/name``; ``bar`` also goes to the progress bar."""
+        """Log values as ``stage/name``, means over all processes; ``bar`` also goes to the progress bar."""
+        # between two entries of the logs the bar may show the first process's values: no messages for them
+        entry = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == bar, batch_size=size, sync_dist=stage == "val")
+            shown, together = name == bar, stage == "val" or entry
+            self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=size, sync_dist=together)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put our header into Lightning's file, so that ``dalle_pytorch.load`` reads it as well."""

@@ -14,9 +14,11 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from dalle_pytorch.data.datamodule import Batch
+from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.training.base import LitBase
+from dalle_pytorch.training.preemption import StopOnSignal
+from dalle_pytorch.training.stability import ActivationScales
 
 
 @dataclass(kw_only=True)
@@ -31,6 +33,10 @@ class CallbacksConfig:
     """DALLE: what to draw in the pictures; empty = the first captions of the validation split."""
     checkpoint_every: int = 500
     """Steps between checkpoints to resume from."""
+    keep_last: int = 2
+    """How many of these are kept; with one alone a damaged file would be the end of the run."""
+    activation_scales: bool = False
+    """Log the root mean square of every transformer block's output."""
     keep: str = "best"
     """Which weights the run ends with: "best" (on the validation split) or "last"."""
 
@@ -46,14 +52,26 @@ class CallbacksConfig:
             raise ValueError(f"picture_every must not be negative, got {self.picture_every}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
         if self.keep not in ("best", "last"):
             raise ValueError(f'keep must be "best" or "last", got {self.keep!r}')
 
 
-def make_callbacks(config: CallbacksConfig, out: Path, lit: LitBase[Any], *, validates: bool) -> list[Callback]:
-    """The callbacks of a run, in the order they must have."""
+def make_callbacks(
+    config: CallbacksConfig, out: Path, lit: LitBase[Any], *, validates: bool, sharded: bool = False
+) -> list[Callback]:
+    """The callbacks of a run, in the order they must have.
+
+    Raises:
+        ValueError: averaged weights are asked for, and weights are sharded.
+    """
+    if sharded and config.ema_decay:
+        raise ValueError("sharded weights cannot be averaged: set callbacks.ema_decay=0")
     callbacks: list[Callback] = [Throughput()]
-    if config.picture_every:
+    if config.activation_scales:
+        callbacks.append(ActivationScales())
+    if config.picture_every and not sharded:  # one process alone draws, and has not all weights then
         callbacks.append(SamplePictures(config.picture_every, out / "pictures"))  # before the weights go back
     if config.ema_decay:
         callbacks.append(ema(config.ema_decay))
@@ -66,7 +84,9 @@ def make_callbacks(config: CallbacksConfig, out: Path, lit: LitBase[Any], *, val
     if validates:
         best = {"monitor": lit.monitor, "mode": lit.monitor_mode, "filename": "best"}
         callbacks.append(ModelCheckpoint(**common, **best))
-    callbacks.append(ModelCheckpoint(**common, filename="last", every_n_train_steps=config.checkpoint_every))
+    newest = {"monitor": "step", "mode": "max", "save_top_k": config.keep_last, "filename": "step_{step:08d}"}
+    callbacks.append(ModelCheckpoint(**common, **newest, every_n_train_steps=config.checkpoint_every))
+    callbacks.append(StopOnSignal(out / "checkpoints"))
     return callbacks
 
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_pytorch.data.datamodule import Batch
-from dalle_pytorch.models.clip import CLIP, CLIPConfig
+from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.models.clip import CLIP, CLIPConfig, contrastive_loss
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
@@ -37,7 +37,11 @@ class LitCLIP(LitBase[CLIP]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of the pairs of a batch."""
-        result = self.net.loss(batch["text_tokens"], batch["images"])
+        text, image = self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])
+        if self.trainer.world_size > 1:
+            # Every process computes the loss of all pairs; the mean of their gradients is that of one big batch.
+            text, image = (self.all_gather(x, sync_grads=True).flatten(0, 1) for x in (text, image))
+        result = contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias)
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss

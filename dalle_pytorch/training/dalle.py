@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.data.datamodule import Batch
+from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
@@ -45,7 +45,9 @@ class LitDALLE(LitBase[DALLE]):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
         generator = self.step_generator(batch_idx, "cpu")  # DALLE draws on the CPU, the same on every device
-        result = self.net.loss(batch["text_tokens"], self.image_tokens(batch), generator=generator)
+        result = self.net.loss(
+            batch["text_tokens"], self.image_tokens(batch), generator=generator, mean=self.mean_over_processes()
+        )
         values = {"loss": result.loss, "text": result.text, "image": result.image}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss

@@ -1,8 +1,8 @@
 """A training run: its folder, its Trainer, its result."""
 
-import importlib.util
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,13 +17,19 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from dalle_pytorch import checkpoint
-from dalle_pytorch.checkpoint import atomic
+from dalle_pytorch.checkpoint import Header, atomic
 from dalle_pytorch.config import build
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.models.transformer import Block
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
+from dalle_pytorch.training.loggers import make_loggers
 from dalle_pytorch.training.optim import OptimConfig
+from dalle_pytorch.training.preemption import StopOnSignal, Stopped
 from dalle_pytorch.training.progress import StepBar
+from dalle_pytorch.training.resume import differences, find_last, remove_leftovers, warn_of_changes
+from dalle_pytorch.training.sharding import whole_state
+from dalle_pytorch.training.strategies import check_strategy, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ NOISE = (
     ".*lr_scheduler.step.. before .optimizer.step.*",  # a resumed LambdaLR
     ".*The `srun` command is available.*",
     ".*callbacks used to create the checkpoint need to be provided.*",  # a resumed run with other intervals
+    ".*Experiment logs directory .* exists and is not empty.*",  # make_loggers keeps what it holds
 )
 
 
@@ -61,7 +68,9 @@ class RunConfig:
     out: str | None = None
     """Folder of the run; null = runs/<kind>/<date and time>."""
     resume: bool = False
-    """Continue the run in ``out`` from its last checkpoint."""
+    """Continue the run in ``out`` from its last checkpoint, or begin it: the same command after every interruption."""
+    compile: bool = False
+    """Compile the transformers' blocks (torch.compile); pays on GPUs."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -82,20 +91,18 @@ class Run:
 
     Raises:
         FileExistsError: the folder holds files and ``resume`` is off.
-        FileNotFoundError: nothing is there to resume.
-        ValueError: the checkpoint to resume from is of another kind.
+        ValueError: the checkpoint to resume from is of another kind, or all are damaged.
     """
 
     def __init__(self, kind: str, config: RunConfig) -> None:
         self.kind, self.config = kind, config
         self.out = _run_folder(kind, config)
-        last = self.out / "checkpoints" / "last.ckpt"
-        self.last = last if config.resume and last.is_file() else None
+        self.last = find_last(self.out / "checkpoints") if config.resume else None
         """Checkpoint that the run continues from."""
         self.header = None if self.last is None else checkpoint.read_header(self.last, kind=kind)
         """Its header."""
         if config.resume and self.last is None:
-            log.warning("%s has no checkpoint yet (%s): starting over", self.out, last)
+            log.info("%s has no checkpoint yet: starting at step 0", self.out)
         _quieten()
         pl.seed_everything(config.seed, verbose=False)
 
@@ -115,7 +122,7 @@ class Run:
         if self.header is None:
             return
         differences = [
-            f"{key} was {old}, is {new}" for key, old, new in _differences(self.header, checkpoint.header(net))
+            f"{key} was {old}, is {new}" for key, old, new in _model_differences(self.header, checkpoint.header(net))
         ]
         if differences:
             raise ValueError(
@@ -148,19 +155,36 @@ class Run:
         Raises:
             ValueError: a Trainer or logger setting that does not exist, or a model that differs from the one
                 to resume.
+            SystemExit: a signal stopped the run, which is saved.
         """
         config, result = self.config, self.out / f"{self.kind}.safetensors"
         self.check(lit.net)
-        trainer = make_trainer(config, self.out, lit)
+        step = 0 if self.header is None else self.header["training"]["step"]
+        if step and step >= config.trainer.get("max_steps", -1) > 0 and result.is_file():
+            log.info("%s is finished: %d steps. More of them: trainer.max_steps=", self.out, step)
+            return result
+        trainer = make_trainer(config, self.out, lit, step)
         if trainer.is_global_zero:
             self.out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.out / "checkpoints")
+            if self.last is not None:
+                log.info("going on from step %d", step)
+                warn_of_changes(self.out / "config.yaml", asdict(config))
             OmegaConf.save(OmegaConf.create(asdict(config)), self.out / "config.yaml")
             count = sum(p.numel() for p in lit.net.parameters() if p.requires_grad) / 1e6
             pictures = len(data.train_set)
             log.info("%s: %.2f M parameters, %d training pictures, %s", self.kind, count, pictures, self.out)
-        trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)
+        if config.compile:
+            for block in (part for part in lit.net.modules() if isinstance(part, Block)):
+                block.compile()
+        try:
+            trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)
+        except Stopped as stopped:
+            log.warning("%s", stopped)
+            next(c for c in trainer.callbacks if isinstance(c, StopOnSignal)).requeue(stopped)
+            sys.exit(128 + stopped.number)  # as a shell reports it
+        net, notes = _final(trainer, lit, config.callbacks.keep)
         if trainer.is_global_zero:
-            net, notes = _final(trainer, lit, config.callbacks.keep)
             checkpoint.save(net, result, training=notes, overwrite=True)
             log.info("%s", result)
         return result
@@ -175,8 +199,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any]) -> pl.Trainer:
-    """The Trainer of a run, with its loggers and callbacks.
+def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0) -> pl.Trainer:
+    """The Trainer of a run, with its loggers and callbacks; ``step`` is where it goes on.
 
     Raises:
         ValueError: an argument that Trainer does not take, or wandb missing.
@@ -193,59 +217,48 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any]) -> pl.Trainer:
     if (steps := section.get("max_steps", -1)) > 0:
         config.callbacks.checkpoint_every = steps // max(1, round(steps / every))
     validates = section.get("limit_val_batches", 1.0) != 0
-    callbacks = make_callbacks(config.callbacks, out, lit, validates=validates)
+    check_strategy(section)
+    callbacks = make_callbacks(config.callbacks, out, lit, validates=validates, sharded=is_sharded(section))
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())
     return build(
         section,
         "trainer",
         plugins=[AtomicCheckpointIO()],
-        logger=make_loggers(config.logger, out),
+        logger=make_loggers(config.logger, out, step=step),
         callbacks=callbacks,
         default_root_dir=str(out),
-        gradient_clip_val=config.optim.clip or None,
         use_distributed_sampler=False,  # EpochBatches splits a batch itself
     )
 
 
-def make_loggers(sections: dict[str, Any], out: Path) -> list[Any]:
-    """The loggers of a run; wandb stays offline unless WANDB_API_KEY is set.
-
-    Raises:
-        ValueError: wandb is asked for and not installed, or a logger's argument does not exist.
-    """
-    loggers = []
-    for name, section in sections.items():
-        extra: dict[str, Any] = {"save_dir": str(out)}
-        if name == "wandb":
-            if importlib.util.find_spec("wandb") is None:
-                raise ValueError("logger=wandb needs the package wandb: pip install '.[wandb]'")
-            # Without a key wandb would ask for one, and without a network wait for a minute.
-            extra["offline"] = section.get("offline") or not os.environ.get("WANDB_API_KEY")
-            out.mkdir(parents=True, exist_ok=True)
-        loggers.append(build(section, f"logger.{name}", **extra))
-    return loggers
-
-
-def _differences(before: checkpoint.Header, now: checkpoint.Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    old, new = before["config"], now["config"]
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield prefix + key, old.get(key), new.get(key)
+def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    yield from differences(before["config"], now["config"], prefix)
     if before["vae"] is not None and now["vae"] is not None:
-        yield from _differences(before["vae"], now["vae"], "vae.")
+        yield from _model_differences(before["vae"], now["vae"], "vae.")
 
 
 def _final(trainer: pl.Trainer, lit: LitBase[Any], keep: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that a run ends with, and notes on it."""
+    """The model that a run ends with, and notes on it; complete in the first process."""
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
     path = getattr(best, "best_model_path", "")
     score = getattr(best, "best_model_score", None)
     if keep == "last" or not path:
-        return lit.net, {"step": trainer.global_step, "kept": "last"}
+        notes = {"step": trainer.global_step, "kept": "last"}
+        return _whole(lit.net, trainer.is_global_zero) if lit.sharded else lit.net, notes
     step = checkpoint.read_header(path)["training"]["step"]
     notes = {"step": step, "kept": "best", lit.monitor: None if score is None else float(score)}
     return checkpoint.load(path), notes
+
+
+def _whole(net: nn.Module, first: bool) -> nn.Module:
+    """A sharded network in one piece, in the first process."""
+    state = whole_state(net)
+    if not first:
+        return net
+    whole = checkpoint.build(checkpoint.header(net))
+    checkpoint.load_state(whole, state)
+    return whole
 
 
 def _run_folder(kind: str, config: RunConfig) -> Path:
@@ -261,8 +274,6 @@ def _run_folder(kind: str, config: RunConfig) -> Path:
     out = out.absolute()
     os.environ[OUT_VARIABLE] = str(out)
     first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-    if config.resume and not out.is_dir():
-        raise FileNotFoundError(f"resume=true, but there is no run in {out}; its folder is set with out=")
     if first and not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(
             f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"

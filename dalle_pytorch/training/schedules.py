@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 SHAPES = ("half_cosine", "quarter_cosine", "linear", "constant")
-LR_SCHEDULES = ("cosine", "constant")
+LR_SCHEDULES = ("cosine", "paper", "constant")
 
 
 @dataclass(kw_only=True)
@@ -62,19 +62,29 @@ def scheduled(config: ScheduleConfig, step: int, total_steps: int) -> float:
     return config.start + (config.end - config.start) * ramp(config.shape, progress)
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str, min_ratio: float) -> float:
-    """What the learning rate is multiplied by at a step: linear warm-up, then half a cosine or nothing.
+def lr_factor(
+    step: int, *, total_steps: int, warmup_steps: int, schedule: str, min_ratio: float, halvings: int = 5
+) -> float:
+    """What the learning rate is multiplied by at a step: linear warm-up, then what the schedule says.
 
     Args:
         step: optimiser steps taken, from 0; the first step already moves (1 / warmup_steps).
         total_steps: of the whole training.
         warmup_steps: steps to the full rate; 0 = none.
-        schedule: "cosine" (down to ``min_ratio`` at the last step) or "constant".
+        schedule: "cosine" (half a cosine down to ``min_ratio`` at the last step), "paper" (halved ``halvings`` times)
+            or "constant".
         min_ratio: last factor of the cosine, in [0, 1].
+        halvings: of "paper", at least 0.
+
+    Source:
+        "paper": Ramesh et al. 2021, section B.2: halved at each apparent plateau of the loss, five times in all. We
+        deviate and look at no loss: the halvings divide what follows the warm-up into ``halvings + 1`` equal parts.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 1 - (1 - min_ratio) * ramp("half_cosine", progress)
+    done, whole = step - warmup_steps, max(1, total_steps - warmup_steps)
+    if schedule == "paper":
+        return 0.5 ** min(halvings, done * (halvings + 1) // whole)
+    return 1 - (1 - min_ratio) * ramp("half_cosine", done / whole)

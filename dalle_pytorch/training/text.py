@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from itertools import chain
 
 from dalle_pytorch import checkpoint
 from dalle_pytorch.data.datamodule import TextImageDataModule
@@ -69,7 +68,7 @@ def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: Run) -> T
     if config.tokenizer == "clip":
         return CLIPTokenizer()
     if config.tokenizer == "bpe":
-        captions = list(chain.from_iterable(data.train_set.captions))
+        captions = list(data.train_set.some_captions())
         tokenizer = BPETokenizer.train(captions, config.vocab_size)
         log.info("text: byte-level BPE of %d ids from %d captions", tokenizer.vocab_size, len(captions))
         return tokenizer

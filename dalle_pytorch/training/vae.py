@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.data.datamodule import Batch
+from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile

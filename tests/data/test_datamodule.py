@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_pytorch.data.datamodule import Collate, DataConfig, EpochBatches, TextImageDataModule, epoch_order
+from dalle_pytorch.data.batches import EpochBatches, epoch_order
+from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.data.samples import Collate
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.text import BPETokenizer
 

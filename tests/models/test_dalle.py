@@ -58,6 +58,21 @@ def test_loss_is_the_cross_entropy_of_the_logits(make_dalle):
     torch.testing.assert_close(loss.loss, (text + 7 * image) / 8)
 
 
+def test_z_loss_is_added_in_training_only(make_dalle):
+    plain, dalle = make_dalle(), make_dalle(z_loss=0.1)
+    dalle.load_state_dict(plain.state_dict())
+    expected = plain.loss(TEXT, IMAGE)
+    assert torch.equal(torch.stack(dalle.loss(TEXT, IMAGE)), torch.stack(expected))
+    logits, loss = plain.logits(TEXT, IMAGE), dalle.train().loss(TEXT, IMAGE)
+    torch.testing.assert_close(loss.image, expected.image + 0.1 * logits.image.logsumexp(-1).square().mean())
+    squares = logits.text.logsumexp(-1).square()
+    counted = torch.cat([squares[0, :4], squares[1, :3]])  # the caption and its first pad
+    torch.testing.assert_close(loss.text, expected.text + 0.1 * counted.mean())
+    torch.testing.assert_close(loss.loss, (loss.text + 7 * loss.image) / 8)
+    with pytest.raises(ValueError, match="z_loss"):
+        DALLEConfig(z_loss=-1e-4)
+
+
 def test_half_precision_keeps_positions(make_dalle):
     """Rotary positions survive a cast: cosines rounded to 8 bits, not angles."""
     dalle = make_dalle(text_len=5)

@@ -38,6 +38,16 @@ def test_the_learning_rate_warms_up_then_falls_to_its_floor():
     assert factor(60, "constant") == 1
 
 
+def test_the_paper_s_learning_rate_is_halved_at_even_distances():
+    def factor(step, **more):
+        return lr_factor(step, total_steps=70, warmup_steps=10, schedule="paper", min_ratio=0.1, **more)
+
+    assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert [factor(step) for step in range(10, 70)] == [2.0**-i for i in range(6) for _ in range(10)]
+    assert factor(70) == factor(1000) == 1 / 32  # the paper ends 32 times lower
+    assert {factor(step, halvings=0) for step in range(10, 71)} == {1.0}
+
+
 @pytest.mark.parametrize("wrong", [{"shape": "sine"}, {"share": 0.0}, {"share": 1.5}])
 def test_wrong_schedules_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

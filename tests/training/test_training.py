@@ -114,7 +114,7 @@ def test_a_resumed_dalle_ends_as_one_that_did_not_stop(shards, vae_file, tmp_pat
 def test_checkpoints_hold_the_averaged_weights_and_load_as_models(shards, tmp_path, run_command):
     arguments = small(shards, tmp_path, 2, "callbacks.ema_decay=0.5", "out=" + str(tmp_path / "run"))
     kept = dalle_pytorch.load(run_command(train_vae.main, *arguments)).state_dict()
-    path = tmp_path / "run/checkpoints/last.ckpt"
+    path = tmp_path / "run/checkpoints/step_00000002.ckpt"
     averaged = dalle_pytorch.load(path, kind="vae").state_dict()
     content = torch.load(path, weights_only=True)
     assert (content["kind"], content["version"]) == ("vae", 1)
@@ -130,9 +130,6 @@ def test_a_run_never_overwrites_another(shards, tmp_path, run_command):
     assert str(tmp_path) in error
     assert "resume=true" in error
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    code, error = run_command(train_vae.main, *small(shards, tmp_path / "none", 2, "resume=true"))
-    assert code == 1
-    assert "none" in error
     assert run_command(train_vae.main, "resume=true", f"data.path={shards}")[0] == 2
 
 

@@ -1,0 +1,261 @@
+"""Image shards to token shards: every picture through the image tokenizer once, in parallel, restartable.
+
+Each image shard becomes one token shard. A finished one has a record beside it, so that the same call after a kill goes
+on with the next; the index is written, and the records removed, when all are there.
+"""
+
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from dalle_pytorch.checkpoint import describe_tokenizer, load
+from dalle_pytorch.data.datamodule import ENCODE_BATCH, DataConfig
+from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index, sha256_file, write_json
+from dalle_pytorch.data.samples import Pictures
+from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.tar import GZIP_SUFFIX
+from dalle_pytorch.data.tokens import TokenShards, smallest_type
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+
+log = logging.getLogger(__name__)
+
+SETTINGS_NAME = "encoding.json"  # there while an encoding is unfinished
+SKIPPED_NAME = "skipped.json"
+
+
+@dataclass(kw_only=True)
+class EncodeConfig:
+    """How pictures become tokens."""
+
+    vae: str
+    """Checkpoint of the image tokenizer."""
+    path: str
+    """Folder of image shards."""
+    crops: int = 1
+    """Variants of each training picture, every one augmented in its own way."""
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    """Splits whose pictures are augmented; of the others each picture is taken once, as it is."""
+    resize: bool = False
+    """Scale pictures of another size than the tokenizer's; without it they are an error."""
+    jitter: int = 0
+    """Shift by up to so many pixels each way."""
+    crop: bool = False
+    """Cut at random, as in the paper (A.2, listing 1); needs resize."""
+    flip: bool = False
+    """Mirror half of the time."""
+    seed: int = 0
+    """Of the augmentation."""
+    max_bad_share: float = 0.01
+    """Pictures that cannot be read are named and left out, up to this share of a split; more are an error."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        if self.crops < 1:
+            raise ValueError(f"crops must be at least 1, got {self.crops}")
+        self.data()
+
+    def data(self) -> DataConfig:
+        """The same as the training's settings."""
+        names = ("path", "resize", "jitter", "crop", "flip", "max_bad_share")
+        return DataConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image shard."""
+
+    split: str
+    file: str
+    start: int
+    """Its first sample in the split."""
+    count: int
+
+    @property
+    def out(self) -> str:
+        """Name of its token shard."""
+        return self.file.removesuffix(GZIP_SUFFIX)
+
+
+def encode_folder(config: EncodeConfig, out: str | Path, *, workers: int | None = None, device: str = "cpu") -> Path:
+    """Write the token shards of a folder of image shards.
+
+    The bytes are a function of pictures and settings, whatever the number of workers and however often the work was
+    interrupted.
+
+    Args:
+        config: what to encode and how.
+        out: folder to write; absent, empty, or left by an interrupted call with the same settings.
+        workers: processes; None = one for each core (on GPUs: for each GPU).
+        device: "cpu" or "cuda"; on several GPUs each worker takes the next one.
+
+    Returns:
+        The index.
+
+    Raises:
+        FileExistsError: the folder holds something else, or was encoded with other settings.
+        ValueError: too many pictures cannot be read, or they do not fit the image tokenizer.
+    """
+    out, vae = Path(out), load(config.vae, kind="vae")
+    source = read_index(config.path)
+    settings = {**asdict(config), "tokenizer": describe_tokenizer(vae), "pictures": source["shards"]}
+    for split in source["splits"]:  # pictures of another size, wrong splits: before anything is written
+        Pictures(ShardDataset(config.path, split), config.data(), image_size=vae.image_size, train=False)
+    if unknown := set(config.train_splits) - set(source["splits"]):
+        raise ValueError(f"train_splits {sorted(unknown)} are not in {config.path}: it has {list(source['splits'])}")
+    _begin(out, settings)
+    jobs = list(_jobs(source))
+    waiting = [job for job in jobs if not _record(out, job).is_file()]
+    if len(waiting) < len(jobs):
+        log.info("%s: %d of %d shards are there already", out, len(jobs) - len(waiting), len(jobs))
+    _run(waiting, config, out, workers, device)
+    return _finish(out, source, jobs, config, settings)
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> None:
+    """Take the folder, or take up an interrupted encoding in it."""
+    path = out / SETTINGS_NAME
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(settings))
+        if different := [key for key in now if before.get(key) != now[key]]:
+            raise FileExistsError(
+                f"{out} holds an interrupted encoding with another {', '.join(different)}: "
+                "repeat it with the same settings, or choose another out="
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and holds files; nothing is overwritten: choose another out=")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+
+
+def _jobs(source: dict[str, Any]) -> Iterator[Job]:
+    for split in source["splits"]:
+        start = 0
+        for shard in source["shards"]:
+            if shard["split"] == split:
+                yield Job(split, shard["file"], start, shard["count"])
+                start += shard["count"]
+
+
+def _run(jobs: list[Job], config: EncodeConfig, out: Path, workers: int | None, device: str) -> None:
+    """Encode, in this process if one is enough."""
+    cores = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    workers = min(workers or cores, len(jobs))
+    with tqdm(total=sum(job.count for job in jobs), desc="pictures", unit="picture") as bar:
+        if workers <= 1:
+            for job in jobs:
+                encode_shard(job, config, out, device)
+                bar.update(job.count)
+            return
+        context = multiprocessing.get_context("spawn")
+        places = context.Queue()
+        for worker in range(workers):
+            places.put(f"cuda:{worker % cores}" if device == "cuda" else device)
+        # Torch's own threads would only stand in each other's way.
+        with ProcessPoolExecutor(workers, context, _start_worker, (places, max(1, cores // workers))) as pool:
+            futures = {pool.submit(_encode_in_worker, job, config, out): job for job in jobs}
+            for future in as_completed(futures):
+                if future.exception() is not None:
+                    pool.shutdown(cancel_futures=True)
+                future.result()
+                bar.update(futures[future].count)
+
+
+_place = "cpu"  # device of this worker
+
+
+def _start_worker(places: Any, threads: int) -> None:
+    global _place
+    _place = places.get()
+    torch.set_num_threads(threads)
+
+
+def _encode_in_worker(job: Job, config: EncodeConfig, out: Path) -> None:
+    encode_shard(job, config, out, _place)
+
+
+_loaded: dict[str, ImageTokenizer] = {}
+
+
+@torch.inference_mode()
+def encode_shard(job: Job, config: EncodeConfig, out: Path, device: str) -> None:
+    """Write one token shard and then its record; a shard without a record does not count."""
+    vae = _loaded.get(f"{config.vae} {device}") or load(config.vae, kind="vae", map_location=device)
+    _loaded[f"{config.vae} {device}"] = vae
+    train = job.split in config.train_splits
+    pictures = Pictures(
+        ShardDataset(config.path, job.split), config.data(), image_size=vae.image_size, train=train, seed=config.seed
+    )
+    variants, kind = config.crops if train else 1, smallest_type(vae.codebook_size)
+    temporary, keys = out / f".{job.out}.tmp", pictures.shards.keys()
+    with closing(TarWriter(str(temporary), user="", group="", mtime=0, encoder=False)) as tar:
+        stop = job.start + job.count
+        for first in range(job.start, stop, ENCODE_BATCH):
+            indices = range(first, min(first + ENCODE_BATCH, stop))
+            rows = [vae.encode(pictures.images(indices, variant).to(device)).cpu() for variant in range(variants)]
+            for index, tokens in zip(indices, torch.stack(rows, dim=1).numpy(), strict=True):
+                if index not in pictures.bad.indices:
+                    tar.write(_sample(keys[index], tokens.astype(kind), pictures.shards.meta(index)))
+    os.replace(temporary, out / job.out)
+    bad = sorted(keys[index] for index in pictures.bad.indices)
+    entry = {"file": job.out, "split": job.split, "count": job.count - len(bad), "sha256": sha256_file(out / job.out)}
+    write_json(_record(out, job), {**entry, "skipped": bad})
+
+
+def _sample(key: str, tokens: np.ndarray, meta: dict[str, Any]) -> dict[str, Any]:
+    data = io.BytesIO()
+    np.save(data, tokens)
+    text = json.dumps(meta, ensure_ascii=False, sort_keys=True)
+    return {"__key__": key, "npy": data.getvalue(), "json": text.encode()}
+
+
+def _record(out: Path, job: Job) -> Path:
+    return out / f"{job.out}.json"
+
+
+def _finish(out: Path, source: dict[str, Any], jobs: list[Job], config: EncodeConfig, settings: dict[str, Any]) -> Path:
+    """Write the index and what was left out; remove the records."""
+    records = [json.loads(_record(out, job).read_text(encoding="utf-8")) for job in jobs]
+    skipped = {split: [] for split in source["splits"]}
+    for record in records:
+        skipped[record["split"]] += record.pop("skipped")
+    splits = {split: sum(r["count"] for r in records if r["split"] == split) for split in source["splits"]}
+    for split, count in splits.items():
+        if len(skipped[split]) > config.max_bad_share * source["splits"][split]:
+            raise ValueError(
+                f"{len(skipped[split])} of {source['splits'][split]} pictures of {split!r} cannot be read, more than "
+                f"max_bad_share={config.max_bad_share}: {', '.join(skipped[split][:5])}"
+            )
+        log.info("%s: %d pictures%s", split, count, f", {len(skipped[split])} left out" if skipped[split] else "")
+    names = ("crops", "train_splits", "resize", "jitter", "crop", "flip", "seed")
+    index = {
+        "kind": TokenShards.KIND, "version": INDEX_VERSION, "name": source["name"],
+        "image_size": settings["tokenizer"]["image_size"], "splits": splits, "shards": records,
+        "source": source["source"], "tokenizer": settings["tokenizer"],
+        "encoding": {name: settings[name] for name in names},
+        "dtype": smallest_type(settings["tokenizer"]["codebook_size"]).name,
+    }  # fmt: skip
+    write_json(out / SKIPPED_NAME, skipped)
+    write_json(out / INDEX_NAME, index)
+    for path in itertools.chain((_record(out, job) for job in jobs), [out / SETTINGS_NAME]):
+        path.unlink()
+    return out / INDEX_NAME

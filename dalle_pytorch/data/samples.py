@@ -1,0 +1,261 @@
+"""Captioned samples of a split: pictures, decoded and augmented, or image tokens; and how they become batches."""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, overload
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dalle_pytorch.data.batches import Batch, Position
+from dalle_pytorch.data.images import decode_image, random_crop, random_flip, random_resized_crop
+from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.tokens import TokenShards
+from dalle_pytorch.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from dalle_pytorch.data.datamodule import DataConfig
+
+log = logging.getLogger(__name__)
+
+CAPTIONS_IN_MEMORY = 200_000  # pictures; above it captions are read when they are needed, about 50 us each
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
+    """The random source of one sample in one epoch; the same in every process."""
+    return random.Random(f"{seed}/{epoch}/{index}")
+
+
+class BadSamples:
+    """Counts samples that cannot be read, up to a limit; each process counts its own.
+
+    Args:
+        split: what they are of, for messages.
+        size: number of all samples.
+        share: largest share that may be bad, in [0, 1].
+    """
+
+    def __init__(self, split: str, size: int, share: float) -> None:
+        self.split, self.size, self.share = split, size, share
+        self.indices: set[int] = set()
+
+    def add(self, index: int, error: ValueError) -> None:
+        """Note one and tell its name.
+
+        Raises:
+            ValueError: they are too many now.
+        """
+        self.indices.add(index)
+        count = len(self.indices)
+        if count > self.share * self.size:
+            raise ValueError(
+                f"{count} of the {self.size} samples of {self.split!r} cannot be read, more than "
+                f"data.max_bad_share={self.share} lets pass; the last: {error}"
+            ) from error
+        log.warning("skipped: %s (%d of %d in %r)", error, count, self.size, self.split)
+
+
+class Captions(Sequence[list[str]]):
+    """The captions of a split, read from its shards one by one."""
+
+    def __init__(self, shards: ShardDataset) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.shards)
+
+    @overload
+    def __getitem__(self, index: int) -> list[str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[str]]: ...
+    def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
+        """All captions of a sample, or of some."""
+        if isinstance(index, slice):
+            return [self.shards.meta(i)["captions"] for i in range(*index.indices(len(self)))]
+        return self.shards.meta(index)["captions"]
+
+
+class Captioned(Dataset[Batch]):
+    """Samples with one caption each; the next readable one takes the place of one that cannot be read.
+
+    Args:
+        shards: the split.
+        config: settings.
+        train: draw a caption, and among variants; otherwise the first of each.
+        seed: of these choices.
+    """
+
+    def __init__(self, shards: ShardDataset, config: "DataConfig", *, train: bool, seed: int) -> None:
+        self.shards, self.config, self.train, self.seed = shards, config, train, seed
+        few = len(shards) <= CAPTIONS_IN_MEMORY
+        self.captions: Sequence[list[str]] = shards.captions() if few else Captions(shards)
+        self.bad = BadSamples(shards.split, len(shards), config.max_bad_share)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.shards)
+
+    def __getitem__(self, index: Position | int) -> Batch:
+        """A sample: ``caption``, ``rng`` for BPE dropout, and ``image`` or ``image_tokens``."""
+        epoch, first = index if isinstance(index, tuple) else (0, index)
+        for step in range(len(self)):
+            place = (first + step) % len(self)
+            if place in self.bad.indices:
+                continue
+            rng = sample_rng(self.seed, epoch, place)
+            try:
+                captions = self.captions[place]
+                caption = rng.choice(captions) if self.train else captions[0]
+                return {"caption": caption, "rng": rng, **self.load(place, rng)}
+            except ValueError as error:
+                self.bad.add(place, error)
+        raise ValueError(f"no sample of {self.shards.split!r} can be read")
+
+    def some_captions(self) -> Iterator[str]:
+        """Captions of as many samples as are kept in memory at most, evenly spread."""
+        step = -(-len(self) // CAPTIONS_IN_MEMORY) or 1
+        for index in range(0, len(self), step):
+            yield from self.captions[index]
+
+    def load(self, index: int, rng: random.Random) -> Batch:
+        """What a sample is besides its caption.
+
+        Raises:
+            ValueError: it cannot be read; names it.
+        """
+        raise NotImplementedError
+
+
+class Pictures(Captioned):
+    """Pictures of a split, augmented in training; or their tokens, once they are known.
+
+    Args:
+        shards: the split.
+        config: augmentation and caching; used with ``train`` only.
+        image_size: side of the pictures in pixels.
+        train: augment, and draw a caption; otherwise the first caption of the untouched picture.
+        seed: of the augmentation and of the choice of captions.
+
+    Raises:
+        ValueError: the pictures are of another size and ``config.resize`` is off; names both sizes.
+    """
+
+    def __init__(
+        self, shards: ShardDataset, config: "DataConfig", *, image_size: int, train: bool, seed: int = 0
+    ) -> None:
+        stored = shards.image_size
+        if stored is not None and stored != image_size and not config.resize:
+            raise ValueError(
+                f"the pictures of {config.path} are {stored} x {stored} pixels, the model's {image_size} x "
+                f"{image_size}; use a model of that image_size, or scale them with data.resize=true"
+            )
+        super().__init__(shards, config, train=train, seed=seed)
+        self.image_size = image_size
+        self.decoded = self._decode_all() if config.cache_decoded else None
+        self.image_tokens: Int[Tensor, "variants b n"] | None = None
+
+    def load(self, index: int, rng: random.Random) -> Batch:
+        """``image``, or ``image_tokens`` where they are cached."""
+        if self.image_tokens is not None:
+            return {"image_tokens": self.image_tokens[rng.randrange(len(self.image_tokens)), index]}
+        return {"image": self.image(index, rng)}
+
+    def image(self, index: int, rng: random.Random) -> Float[Tensor, "3 H W"]:
+        """A picture in [0, 1], augmented in training.
+
+        Raises:
+            ValueError: it cannot be read; names it.
+        """
+        config, size = self.config, self.image_size
+        if not (self.train and (config.jitter or config.crop or config.flip)):
+            return self._decode(index, size)
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        if config.crop:
+            # 12/8: the most that the random scale can use, see random_resized_crop.
+            image = self._decode(index, size * 12 // 8)
+            image = random_resized_crop(image, image_size=size, generator=generator)
+        else:
+            image = self._decode(index, size)
+        image = random_crop(image, padding=config.jitter, generator=generator)
+        return random_flip(image, generator=generator) if config.flip else image
+
+    def images(self, indices: Sequence[int], variant: int) -> Float[Tensor, "b 3 H W"]:
+        """Some pictures in one of their augmentations; white in place of those that cannot be read, which are noted."""
+        images = []
+        for index in indices:
+            try:
+                images.append(self.image(index, sample_rng(self.seed, variant, index)))
+            except ValueError as error:
+                self.bad.add(index, error)
+                images.append(torch.ones(3, self.image_size, self.image_size))
+        return torch.stack(images)
+
+    def _decode(self, index: int, size: int) -> Float[Tensor, "3 H W"]:
+        if self.decoded is not None:
+            return self.decoded[index].float() / 255
+        sample = self.shards[index]
+        return decode_image(sample.image, image_size=size, name=sample.key)
+
+    def _decode_all(self) -> UInt8[Tensor, "b 3 H W"]:
+        size = self.image_size
+        decoded = torch.zeros(len(self), 3, size, size, dtype=torch.uint8)
+        self.decoded = None
+        for index in range(len(self)):
+            try:
+                decoded[index] = (self._decode(index, size) * 255).round().byte()
+            except ValueError as error:
+                self.bad.add(index, error)
+        return decoded
+
+
+class Tokens(Captioned):
+    """Image tokens of a split of token shards; in training one of the variants of each picture."""
+
+    def load(self, index: int, rng: random.Random) -> Batch:
+        """``image_tokens``."""
+        assert isinstance(self.shards, TokenShards)
+        tokens = self.shards.tokens(index)
+        return {"image_tokens": tokens[rng.randrange(len(tokens)) if self.train else 0]}
+
+
+class Collate:
+    """Joins samples into a batch and turns captions into text tokens.
+
+    Args:
+        tokenizer: None = captions stay text.
+        text_len: columns of the text tokens.
+        truncate: cut captions that are longer; otherwise they are an error.
+        dropout: share of BPE merges left out, in [0, 1).
+    """
+
+    def __init__(self, tokenizer: TextTokenizer | None, text_len: int, *, truncate: bool, dropout: float) -> None:
+        self.tokenizer, self.text_len = tokenizer, text_len
+        self.truncate, self.dropout = truncate, dropout
+
+    def __call__(self, samples: Sequence[Batch]) -> Batch:
+        """A batch, with ``captions`` and whichever of ``images``, ``image_tokens``, ``text_tokens`` there are."""
+        batch: Batch = {"captions": [sample["caption"] for sample in samples]}
+        for source, name in (("image", "images"), ("image_tokens", "image_tokens")):
+            if source in samples[0]:
+                batch[name] = torch.stack([sample[source] for sample in samples])
+        if "image_tokens" in batch:
+            batch["image_tokens"] = batch["image_tokens"].long()
+        if self.tokenizer is not None:
+            rows = [self._encode(sample["caption"], sample["rng"]) for sample in samples]
+            batch["text_tokens"] = torch.cat(rows)
+        return batch
+
+    def _encode(self, caption: str, rng: random.Random) -> Int[Tensor, "1 t"]:
+        assert self.tokenizer is not None
+        if self.dropout:
+            ids = self.tokenizer.encode(caption, dropout=self.dropout, rng=rng)
+            # Dropout lengthens a caption: one that only then outgrows the context is taken without.
+            if len(ids) <= self.text_len:
+                row = torch.zeros(1, self.text_len, dtype=torch.long)
+                row[0, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+                return row
+        return self.tokenizer.tokenize(caption, self.text_len, truncate=self.truncate)

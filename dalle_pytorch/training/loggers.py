@@ -1,0 +1,61 @@
+"""The loggers of a run; after an interruption they go on in the same files."""
+
+import csv
+import importlib.util
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from dalle_pytorch.config import build
+
+
+def make_loggers(sections: dict[str, Any], out: Path, *, step: int = 0) -> list[Any]:
+    """The loggers of a run; wandb stays offline unless WANDB_API_KEY is set.
+
+    Args:
+        sections: by name, each with ``_target_``.
+        out: folder of the run.
+        step: steps that the checkpoint has from which the run goes on; what was logged after it is dropped.
+
+    Raises:
+        ValueError: wandb is asked for and not installed, or a logger's argument does not exist.
+    """
+    loggers = []
+    for name, section in sections.items():
+        extra: dict[str, Any] = {"save_dir": str(out)}
+        if name == "wandb":
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError("logger=wandb needs the package wandb: pip install '.[wandb]'")
+            # Without a key wandb would ask for one, and without a network wait for a minute.
+            extra["offline"] = section.get("offline") or not os.environ.get("WANDB_API_KEY")
+            extra |= {"id": _wandb_id(out), "resume": "allow"}
+        elif name in ("csv", "tensorboard"):
+            extra["version"] = 0
+        if name == "tensorboard" and step:
+            extra["purge_step"] = step  # TensorBoard hides what an interrupted run logged after its checkpoint
+        rows = _rows(out / "csv" / "version_0" / "metrics.csv", step) if name == "csv" and step else []
+        logger = build(section, f"logger.{name}", **extra)
+        if rows and hasattr(logger.experiment, "metrics_file_path"):  # the first process
+            logger.experiment.metrics = rows
+            logger.experiment.save()
+        loggers.append(logger)
+    return loggers
+
+
+def _rows(path: Path, step: int) -> list[dict[str, str]]:
+    """What was logged before a step; Lightning starts the file anew."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) < step]
+
+
+def _wandb_id(out: Path) -> str:
+    """The id under which Weights & Biases knows this run, made at its first start."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "wandb_id.txt"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()

@@ -1,0 +1,96 @@
+"""Signals that ask a run to stop: it saves a checkpoint after the step it is in, and asks SLURM for another turn."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from dalle_pytorch.training.resume import checkpoint_path
+
+log = logging.getLogger(__name__)
+
+# SIGTERM: a scheduler takes the machine away; the others announce that it will, SLURM's --signal and submitit's.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(Exception):
+    """A signal stopped the run; all that it learnt is saved.
+
+    Args:
+        number: the signal.
+        path: the checkpoint.
+    """
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}, saved {path}; resume=true continues")
+        self.number, self.path = number, path
+
+
+class StopOnSignal(Callback):
+    """Saves and ends the training when one of `SIGNALS` comes.
+
+    Args:
+        folder: where checkpoints are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.received: int | None = None
+        self.saved: Path | None = None
+        self.before: dict[signal.Signals, Any] = {}
+        self.step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen, in place of Lightning."""
+        self.step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, between two optimiser steps, if any process was asked to stop."""
+        if trainer.global_step == self.step:  # gradients are being accumulated
+            return
+        self.step = trainer.global_step
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            self.saved = checkpoint_path(self.folder, trainer.global_step)
+            trainer.save_checkpoint(self.saved)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, now that the step that was saved is in the logs too.
+
+        Raises:
+            Stopped: if it has been saved.
+        """
+        if self.saved is not None:
+            raise Stopped(self.received or signal.SIGTERM, self.saved)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def requeue(self, stopped: Stopped) -> None:
+        """Ask the scheduler to run the job again: through submitit where it started us, else SLURM itself."""
+        handler = self.before.get(signal.Signals(stopped.number))
+        if getattr(type(getattr(handler, "__self__", None)), "__module__", "").startswith("submitit"):
+            handler(stopped.number, None)
+        elif "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_PROCID", 0)) == 0:
+            job = os.environ["SLURM_JOB_ID"]
+            if "SLURM_ARRAY_JOB_ID" in os.environ:
+                job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+            log.info("scontrol requeue %s: %s", job, done.stderr.strip() or "asked for another turn")

@@ -1,0 +1,84 @@
+"""Where a run goes on: its checkpoints, damaged ones recognised, and settings that changed since."""
+
+import logging
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dalle_pytorch.checkpoint import SHARDED_META
+
+log = logging.getLogger(__name__)
+
+# Settings that say how a run is carried out, not what it computes.
+FREE = ("resume", "out", "logger", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "data.num_workers",
+        "data.verify", "launcher", "callbacks.checkpoint_every", "callbacks.keep_last")  # fmt: skip
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Name of the checkpoint after so many steps, as ModelCheckpoint's ``filename=step_{step:08d}`` gives."""
+    return folder / f"step_{step:08d}.ckpt"
+
+
+def find_last(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all.
+
+    A checkpoint is a zip file with a checksum of each tensor (a folder, if sharded). Damaged ones are passed over with
+    a warning.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged; names them.
+    """
+    found = sorted(folder.glob("step_*.ckpt"), reverse=True)
+    reasons = []
+    for path in found:
+        reason = damage(path)
+        if reason is None:
+            if reasons:
+                log.warning("DAMAGED CHECKPOINT: %s; going on from %s instead", "; ".join(reasons), path.name)
+            return path
+        reasons.append(f"{path.name} {reason}")
+    if found:
+        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}. Start anew with another out=")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    if path.is_dir():  # sharded: the metadata is written last
+        return None if (path / ".metadata").is_file() and (path / SHARDED_META).is_file() else "is incomplete"
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return f"is truncated ({error})"
+    return None if bad is None else f"has another checksum in {bad}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill in the middle of writing a checkpoint left."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def warn_of_changes(saved: Path, now: dict[str, Any]) -> None:
+    """Tell which settings differ from those that a run began with; it goes on with the new ones."""
+    before = OmegaConf.to_container(OmegaConf.load(saved))
+    changes = [
+        f"{key} was {old}, is {new}"
+        for key, old, new in differences(before, now)
+        if not any(key == name or key.startswith(name + ".") for name in FREE)
+    ]
+    if changes:
+        log.warning("resumed with other settings: %s", "; ".join(changes))
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys of nested settings that differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{prefix}{key}.")
+    elif before != now:
+        yield prefix.rstrip("."), before, now

@@ -1,0 +1,94 @@
+"""What keeps a long training alive: clipping, steps with non-finite gradients left out, scales in the logs."""
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dalle_pytorch.models.transformer import Block
+
+log = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20  # steps in a row; the paper's 16-bit run left out about 1 in 20 in all (section D)
+
+
+def clip_gradients(parameters: list[nn.Parameter], clip: float) -> float:
+    """Scale gradients in place to a norm of at most ``clip``; 0 = leave them.
+
+    Returns:
+        Their norm before, over all processes; not finite if one of them is not.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf"))
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+class SkippedSteps:
+    """Counts optimiser steps that were left out because gradients were not finite."""
+
+    def __init__(self) -> None:
+        self.in_a_row, self.total = 0, 0
+
+    def note(self, finite: bool, net: nn.Module, step: int) -> None:
+        """Count a step.
+
+        Raises:
+            FloatingPointError: too many in a row were not finite; names the parameters.
+        """
+        if finite:
+            self.in_a_row = 0
+            return
+        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        if self.in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row up to step {step} had gradients that are not finite, in {where}: "
+                "lower optim.lr, or set trainer.precision=bf16-mixed, model.qk_norm=true or model.z_loss=1e-4"
+            )
+        log.warning("step %d left out: gradients are not finite in %s (%d steps so far)", step, where, self.total)
+
+
+class ActivationScales(Callback):
+    """Logs the root mean square of every block's output, ``scale/block_00`` and on."""
+
+    def __init__(self) -> None:
+        self.scales: dict[str, Tensor] = {}
+        self.hooks: list[Any] = []
+        self.wanted = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the blocks."""
+        blocks = [(name, part) for name, part in pl_module.named_modules() if isinstance(part, Block)]
+        for number, (_, block) in enumerate(blocks):
+            self.hooks.append(block.register_forward_hook(self._note(f"scale/block_{number:02d}")))
+
+    def _note(self, name: str) -> Any:
+        def hook(block: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.wanted:
+                self.scales[name] = output.detach().float().square().mean().sqrt()
+
+        return hook
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch in the steps that are logged."""
+        self.wanted = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hand them to the loggers."""
+        for name, scale in self.scales.items():
+            pl_module.log(name, scale)
+        self.scales.clear()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop watching."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()

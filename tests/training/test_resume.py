@@ -1,0 +1,188 @@
+"""A run that is killed and started again ends as one that was not, bit for bit."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dalle_pytorch
+from dalle_pytorch.training.resume import damage, find_last
+
+STEPS = 24
+
+
+def command(data, vae, out, *more):
+    """train_dalle.py with every source of randomness on, epochs of 3 batches, a checkpoint after every 4 steps."""
+    return [
+        sys.executable, "-m", "dalle_pytorch.commands.train_dalle", f"data.path={data}", f"vae={vae}", f"out={out}",
+        "model=tiny", "trainer=cpu", "data.batch_size=4", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=6",
+        "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "callbacks.picture_every=0",
+        "callbacks.checkpoint_every=4", "callbacks.keep=last", "text.vocab_size=270", "text.bpe_dropout=0.3",
+        "model.caption_dropout=0.3", "model.token_dropout=0.3", "model.ff_dropout=0.2", "data.token_crops=0",
+        "data.jitter=2", "resume=true", *more,
+    ]  # fmt: skip
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment())
+
+
+def start_and_wait_for(arguments, ready):
+    """Start a command and return it when something has happened."""
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
+
+
+def logged(out):
+    """What the run logged, by step; not the speed."""
+    with (out / "csv/version_0/metrics.csv").open() as file:
+        rows = [
+            {k: v for k, v in row.items() if v and k not in ("train/samples_per_second", "epoch")}
+            for row in csv.DictReader(file)
+        ]
+    return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
+
+
+def steps_logged(out):
+    return {int(row["step"]) for row in logged(out)} if (out / "csv/version_0/metrics.csv").exists() else set()
+
+
+def same_weights(out, other):
+    a, b = (dalle_pytorch.load(path / "dalle.safetensors").state_dict() for path in (out, other))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    config = dalle_pytorch.DiscreteVAEConfig(
+        image_size=16, num_layers=2, codebook_size=32, codebook_dim=8, hidden_dim=8
+    )
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(shards, vae_file, tmp_path_factory):
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run(command(shards, vae_file, out))
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in logged(out) if "train/loss" in row] == [str(step) for step in range(STEPS)]
+    return out
+
+
+def test_sigkill_in_the_middle_of_an_epoch(shards, vae_file, whole, tmp_path):
+    """And again after the resumption: nothing but resume=true is needed, not even for the first start."""
+    out = tmp_path / "run"
+    arguments = command(shards, vae_file, out)
+    for step in (5, 16):  # the last checkpoints are those after 4 and 16
+        process = start_and_wait_for(arguments, lambda step=step: step in steps_logged(out))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / "dalle.safetensors").exists()
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
+    assert logged(out) == logged(whole)
+    assert same_weights(out, whole)
+    again = run(arguments)
+    assert "is finished: 24 steps" in again.stdout
+    assert same_weights(out, whole)
+
+
+def test_sigterm_saves_the_step_it_is_in(shards, vae_file, whole, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(shards, vae_file, out, "callbacks.checkpoint_every=1000")
+    process = start_and_wait_for(arguments, lambda: 4 in steps_logged(out))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM, saved" in output
+    assert len(list((out / "checkpoints").glob("step_*.ckpt"))) == 1
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert logged(out) == logged(whole)
+    assert same_weights(out, whole)
+
+
+def test_a_kill_while_checkpointing_leaves_the_one_before(shards, vae_file, whole, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(shards, vae_file, out)
+    slow = """
+import os, sys, time
+from dalle_pytorch import checkpoint
+replace = os.replace
+def wait(source, target):
+    if "step_00000008" in str(target):
+        time.sleep(60)  # written, not yet in its place
+    replace(source, target)
+checkpoint.os.replace = wait
+sys.argv = ["train_dalle.py", *sys.argv[1:]]
+from dalle_pytorch.commands.train_dalle import main
+main()
+"""
+    process = start_and_wait_for(
+        [sys.executable, "-c", slow, *arguments[3:]], lambda: list(out.glob("checkpoints/.step_00000008.ckpt.*.tmp"))
+    )
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert find_last(out / "checkpoints").name == "step_00000004.ckpt"
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert not list((out / "checkpoints").glob(".*"))
+    assert logged(out) == logged(whole)
+    assert same_weights(out, whole)
+
+
+def test_a_truncated_checkpoint_is_passed_over_loudly(shards, vae_file, whole, tmp_path):
+    out = tmp_path / "run"
+    done = run(command(shards, vae_file, out, "trainer.max_steps=8", "optim.schedule=constant"))
+    assert done.returncode == 0, done.stderr
+    (out / "dalle.safetensors").unlink()
+    newest = out / "checkpoints/step_00000008.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    done = run(command(shards, vae_file, out, "trainer.max_steps=8", "optim.schedule=constant"))
+    assert done.returncode == 0, done.stderr
+    assert "DAMAGED CHECKPOINT: step_00000008.ckpt is truncated" in done.stdout
+    assert "going on from step 4" in done.stdout
+    assert (out / "dalle.safetensors").exists()
+
+
+def test_damage_is_seen_by_checksum(tmp_path):
+    torch.save({"weights": torch.rand(1000)}, tmp_path / "step_00000002.ckpt")
+    torch.save({"weights": torch.rand(1000)}, tmp_path / "step_00000001.ckpt")
+    assert damage(tmp_path / "step_00000002.ckpt") is None
+    content = bytearray((tmp_path / "step_00000002.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1  # one bit of the weights
+    (tmp_path / "step_00000002.ckpt").write_bytes(content)
+    assert "another checksum" in damage(tmp_path / "step_00000002.ckpt")
+    assert find_last(tmp_path).name == "step_00000001.ckpt"
+    (tmp_path / "step_00000001.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint.*is whole.*another out="):
+        find_last(tmp_path)
+    assert find_last(tmp_path / "none") is None
+
+
+def test_changed_settings_are_told(shards, vae_file, tmp_path):
+    out = tmp_path / "run"
+    run(command(shards, vae_file, out, "trainer.max_steps=4"))
+    done = run(command(shards, vae_file, out, "trainer.max_steps=6", "optim.lr=0.5"))
+    assert "resumed with other settings: optim.lr was 0.001, is 0.5; trainer.max_steps was 4, is 6" in done.stdout
