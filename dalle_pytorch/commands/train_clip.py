@@ -4,6 +4,7 @@ from dalle_pytorch import CLIP
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.training.clip import LitCLIP, TrainCLIPConfig
+from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
 
@@ -11,6 +12,8 @@ from dalle_pytorch.training.text import make_tokenizer
 @entry("train_clip", TrainCLIPConfig)
 def main(config: TrainCLIPConfig) -> None:
     """Train; the result is <out>/clip.safetensors, which carries the text tokenizer."""
+    if launch("clip", config, "dalle_pytorch.commands.train_clip"):
+        return
     run = Run("clip", config)
     data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
     tokenizer = make_tokenizer(config.text, data, run)

@@ -5,6 +5,7 @@ from dalle_pytorch.checkpoint import describe_tokenizer, load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
+from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
 
@@ -12,6 +13,8 @@ from dalle_pytorch.training.text import make_tokenizer
 @entry("train_dalle", TrainDALLEConfig)
 def main(config: TrainDALLEConfig) -> None:
     """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
+    if launch("dalle", config, "dalle_pytorch.commands.train_dalle"):
+        return
     run = Run("dalle", config)
     vae = load(config.vae, kind="vae")
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed)

@@ -3,6 +3,7 @@
 from dalle_pytorch import DiscreteVAE
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig
 
@@ -10,6 +11,8 @@ from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig
 @entry("train_vae", TrainVAEConfig)
 def main(config: TrainVAEConfig) -> None:
     """Train; the result is <out>/vae.safetensors."""
+    if launch("vae", config, "dalle_pytorch.commands.train_vae"):
+        return
     run = Run("vae", config)
     data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
     net = DiscreteVAE(config.model)

@@ -84,7 +84,12 @@ class StopOnSignal(Callback):
             signal.signal(number, handler)
 
     def requeue(self, stopped: Stopped) -> None:
-        """Ask the scheduler to run the job again: through submitit where it started us, else SLURM itself."""
+        """Ask the scheduler to run the job again: through submitit where it started us, else SLURM itself.
+
+        Not after SIGTERM, which cancels a job; where SLURM itself takes a job's machines away it requeues it too.
+        """
+        if stopped.number == signal.SIGTERM:
+            return
         handler = self.before.get(signal.Signals(stopped.number))
         if getattr(type(getattr(handler, "__self__", None)), "__module__", "").startswith("submitit"):
             handler(stopped.number, None)

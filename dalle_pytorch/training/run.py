@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.rank_zero import _get_rank
 from omegaconf import OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
@@ -23,6 +24,7 @@ from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
 from dalle_pytorch.models.transformer import Block
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
+from dalle_pytorch.training.launch import LauncherConfig
 from dalle_pytorch.training.loggers import make_loggers
 from dalle_pytorch.training.optim import OptimConfig
 from dalle_pytorch.training.preemption import StopOnSignal, Stopped
@@ -59,6 +61,8 @@ class RunConfig:
     """Optimiser."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     """Averaging, pictures, checkpoints."""
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    """Scheduler."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """pytorch_lightning.Trainer: ``_target_`` and its arguments."""
     logger: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +115,7 @@ class Run:
         """Where this process may work before the Trainer has chosen: its GPU, unless the run is for a CPU."""
         if self.config.trainer.get("accelerator", "auto") == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
 
     def check(self, net: nn.Module) -> None:
         """Refuse to resume with another model.
@@ -159,6 +163,11 @@ class Run:
         """
         config, result = self.config, self.out / f"{self.kind}.safetensors"
         self.check(lit.net)
+        if self.last is not None and self.last.is_dir() and not is_sharded(config.trainer):
+            raise ValueError(
+                f"{self.last} holds sharded weights: resume with trainer=fsdp, or make one file of the weights with "
+                "python -m dalle_pytorch.commands.consolidate"
+            )
         step = 0 if self.header is None else self.header["training"]["step"]
         if step and step >= config.trainer.get("max_steps", -1) > 0 and result.is_file():
             log.info("%s is finished: %d steps. More of them: trainer.max_steps=", self.out, step)
@@ -182,7 +191,8 @@ class Run:
         except Stopped as stopped:
             log.warning("%s", stopped)
             next(c for c in trainer.callbacks if isinstance(c, StopOnSignal)).requeue(stopped)
-            sys.exit(128 + stopped.number)  # as a shell reports it
+            # As a shell reports it; but a failing process could take down the one that asks SLURM for another turn.
+            sys.exit(128 + stopped.number if trainer.is_global_zero else 0)
         net, notes = _final(trainer, lit, config.callbacks.keep)
         if trainer.is_global_zero:
             checkpoint.save(net, result, training=notes, overwrite=True)
@@ -263,7 +273,8 @@ def _whole(net: nn.Module, first: bool) -> nn.Module:
 
 def _run_folder(kind: str, config: RunConfig) -> Path:
     """Choose and check the folder; the processes that Lightning starts take over that of the first."""
-    if int(os.environ.get("LOCAL_RANK", 0)) and OUT_VARIABLE in os.environ:
+    rank = _get_rank() or 0
+    if rank and OUT_VARIABLE in os.environ:
         return Path(os.environ[OUT_VARIABLE])
     if config.out is None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -273,8 +284,7 @@ def _run_folder(kind: str, config: RunConfig) -> Path:
         out = Path(config.out)
     out = out.absolute()
     os.environ[OUT_VARIABLE] = str(out)
-    first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-    if first and not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if rank == 0 and not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(
             f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
         )

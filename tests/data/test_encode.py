@@ -100,7 +100,7 @@ def test_a_finished_folder_is_never_overwritten(pictures, vae_path, tmp_path):
     encode_folder(config, tmp_path / "tokens", workers=1)
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         encode_folder(config, tmp_path / "tokens")
-    with pytest.raises(ValueError, match="train_splits.*dev"):
+    with pytest.raises(ValueError, match=r"train_splits.*dev"):
         encode_folder(EncodeConfig(vae=vae_path, path=pictures, train_splits=["dev"]), tmp_path / "other")
 
 
@@ -139,7 +139,7 @@ def test_damaged_or_foreign_tokens_are_refused_by_name(pictures, vae_path, tiny_
         tiny_vae.codebook.weight.mul_(2)
     with pytest.raises(ValueError, match=r"not of mine\.safetensors: weights_sha256.*encode"):
         data.check_tokenizer(describe_tokenizer(tiny_vae), "mine.safetensors")
-    with pytest.raises(ValueError, match="16 pixels.*32"):
+    with pytest.raises(ValueError, match=r"16 pixels.*32"):
         TextImageDataModule(config, image_size=32, seed=0)
     shard = tmp_path / "tokens/train-00001.tar"
     content = bytearray(shard.read_bytes())

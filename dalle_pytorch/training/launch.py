@@ -1,0 +1,145 @@
+"""Hands a training to a scheduler instead of running it: SLURM, or a background process of this machine."""
+
+import importlib
+import importlib.util
+import logging
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dalle_pytorch.training.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+CLUSTERS = ("slurm", "local")
+MOST_TURNS = 1000  # times that a job asks for another turn after its time was up
+
+
+@dataclass(kw_only=True)
+class LauncherConfig:
+    """What to ask a scheduler for. Nodes and processes per node are trainer.num_nodes and trainer.devices."""
+
+    cluster: str | None = None
+    """"slurm", "local" (a process in the background), or null: run here and now."""
+    timeout_min: int = 24 * 60
+    """Minutes until the job is stopped; it saves and asks for another turn before."""
+    cpus_per_task: int = 8
+    """Cores of each process."""
+    mem_gb: int | None = None
+    """Memory of each node; null = the cluster's default."""
+    gpus_per_node: int | None = None
+    """null = as many as processes, none with trainer.accelerator=cpu."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the job, such as "module load cuda"."""
+    signal_delay_s: int = 120
+    """Seconds between the warning and the end."""
+    additional: dict[str, Any] = field(default_factory=dict)
+    """Other options of sbatch, by their long names."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: an unknown cluster, or a time or size below 1; names it.
+        """
+        if self.cluster is not None and self.cluster not in CLUSTERS:
+            raise ValueError(f"launcher.cluster must be one of {', '.join(CLUSTERS)} or null, got {self.cluster!r}")
+        for name in ("timeout_min", "cpus_per_task", "signal_delay_s"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"launcher.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Job:
+    """A command that a scheduler can run, and run again: it continues from its last checkpoint.
+
+    Args:
+        module: of the command, with ``main()``.
+        arguments: of the command line.
+    """
+
+    def __init__(self, module: str, arguments: list[str]) -> None:
+        self.module, self.arguments = module, arguments
+
+    def __call__(self) -> None:
+        """Run it."""
+        sys.argv = [self.module, *self.arguments]
+        importlib.import_module(self.module).main()
+
+    def checkpoint(self) -> Any:
+        """What submitit runs when the job gets another turn: the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def launch(kind: str, config: "RunConfig", module: str) -> bool:
+    """Submit the command of this process, if the settings say so.
+
+    Args:
+        kind: vae, dalle or clip.
+        config: settings.
+        module: of the command.
+
+    Returns:
+        Whether it was submitted, and there is nothing left to do here.
+
+    Raises:
+        FileExistsError: the folder holds files and ``resume`` is off.
+        ValueError: submitit is missing, or the number of processes per node is not given.
+    """
+    settings = config.launcher
+    if settings.cluster is None:
+        return False
+    if importlib.util.find_spec("submitit") is None:
+        raise ValueError("launcher=slurm and launcher=local need the package submitit: pip install '.[slurm]'")
+    from submitit import AutoExecutor
+
+    out = Path(config.out or Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))).absolute()
+    if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
+        )
+    own = [argument for argument in sys.argv[1:] if not argument.startswith(("launcher", "out=", "resume="))]
+    executor = AutoExecutor(folder=out / "jobs", cluster=settings.cluster, slurm_max_num_timeout=MOST_TURNS)
+    executor.update_parameters(**_request(config))
+    job = executor.submit(Job(module, [*own, f"out={out}", "resume=true"]))
+    log.info("submitted job %s; it writes to %s, its output is in %s", job.job_id, out, job.paths.stdout)
+    return True
+
+
+def _request(config: "RunConfig") -> dict[str, Any]:
+    """Arguments of submitit's executor."""
+    settings, trainer = config.launcher, config.trainer
+    request: dict[str, Any] = {"name": "dalle_pytorch", "timeout_min": settings.timeout_min}
+    if settings.cluster == "local":
+        return request  # Lightning starts the processes
+    tasks = trainer.get("devices", 1)
+    if not isinstance(tasks, int) or tasks < 1:
+        raise ValueError(f"a job needs the number of processes per node: set trainer.devices=8, not {tasks}")
+    gpus = settings.gpus_per_node
+    if gpus is None:
+        gpus = 0 if trainer.get("accelerator") == "cpu" else tasks
+    names = ("partition", "account", "qos", "constraint")
+    slurm = {f"slurm_{name}": getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if settings.mem_gb is not None:
+        request["mem_gb"] = settings.mem_gb
+    return (
+        request
+        | slurm
+        | {
+            "nodes": trainer.get("num_nodes", 1),
+            "tasks_per_node": tasks,
+            "gpus_per_node": gpus,
+            "cpus_per_task": settings.cpus_per_task,
+            "slurm_setup": settings.setup,
+            "slurm_signal_delay_s": settings.signal_delay_s,
+                "slurm_additional_parameters": settings.additional,
+        }
+    )
