@@ -1,4 +1,7 @@
-"""Write image shards: ``prepare_data.py source=folder path=my_pictures out=data/mine``."""
+"""Write image shards: ``prepare_data.py source=folder path=my_pictures out=data/mine``.
+
+And token shards of them: ``prepare_data.py encode=true path=data/mine vae=vae.safetensors out=data/mine_tokens``.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -9,6 +12,7 @@ from typing import Any, NamedTuple
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.coco import pack_coco
 from dalle_pytorch.data.emoji import DEFAULT_STYLES, pack_emoji
+from dalle_pytorch.data.encode import EncodeConfig, encode_folder
 from dalle_pytorch.data.folder import pack_folder
 from dalle_pytorch.data.huggingface import pack_huggingface
 from dalle_pytorch.data.img2dataset import pack_img2dataset
@@ -26,10 +30,13 @@ class PrepareDataConfig:
     """Settings of ``prepare_data.py``.
 
     Attributes:
-        source: "emoji", "folder", "coco", "img2dataset", "huggingface" or "rainbow".
+        source: "emoji", "folder", "coco", "img2dataset", "huggingface" or "rainbow"; or "shards", to encode them.
+        encode: the same as source=shards: turn the pictures of image shards into tokens; begun again after an
+            interruption it goes on.
+        vae: shards: checkpoint of the image tokenizer.
         out: shard folder to write; absent or empty.
         path: folder: where the pictures and their .txt files are; coco: the captions JSON; img2dataset: its output
-            folder; huggingface: a data set's name, or a local folder of one.
+            folder; huggingface: a data set's name, or a local folder of one; shards: folder of image shards.
         images: coco: folder of the pictures.
         image_size: side of the pictures in pixels; null for 64 (rainbow: always 32).
         samples_per_shard: the most samples in one tar.
@@ -44,10 +51,20 @@ class PrepareDataConfig:
         skin_tones: emoji: take the variants by skin tone too.
         packages: emoji: folder of unpacked npm packages, such as node_modules; null fetches them with npm.
         cache: emoji: where fetched packages are kept.
-        workers: emoji: processes that draw; null for one per core.
+        workers: emoji, shards: processes that draw or encode; null for one per core, or per GPU.
+        device: shards: "cpu" or "cuda".
+        crops: shards: variants of each training picture, every one augmented in its own way.
+        train_splits: shards: splits whose pictures are augmented; of the others each is taken once, as it is.
+        resize: shards: scale pictures of another size than the tokenizer's.
+        jitter: shards: shift by up to so many pixels each way.
+        crop: shards: cut at random, as in the paper (A.2, listing 1); needs resize.
+        flip: shards: mirror half of the time.
+        seed: shards: of the augmentation.
     """
 
     source: str = "emoji"
+    encode: bool = False
+    vae: str | None = None
     out: str | None = None
     path: str | None = None
     images: str | None = None
@@ -65,9 +82,19 @@ class PrepareDataConfig:
     packages: str | None = None
     cache: str = "~/.cache/dalle_pytorch/npm"
     workers: int | None = None
+    device: str = "cpu"
+    crops: int = 1
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    resize: bool = False
+    jitter: int = 0
+    crop: bool = False
+    flip: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
+        if self.encode:
+            self.source = "shards"
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source} is not one of: {', '.join(SOURCES)}")
         if not self.out:
@@ -154,6 +181,12 @@ def _packing(config: PrepareDataConfig) -> PackConfig:
     )
 
 
+def _encode(config: PrepareDataConfig, out: Path) -> dict[str, Any]:
+    names = [item.name for item in fields(EncodeConfig)]
+    settings = EncodeConfig(**{name: getattr(config, name) for name in names})
+    return encode_folder(settings, out, workers=config.workers, device=config.device)
+
+
 class Source(NamedTuple):
     """Where pictures come from.
 
@@ -178,6 +211,11 @@ SOURCES = {
         _huggingface, {"path": "NAME_OR_FOLDER"}, (*_SPLITTING, "hf_split", "image_column", "caption_column")
     ),
     "rainbow": Source(_rainbow, {}, ("train_share",)),
+    "shards": Source(
+        _encode,
+        {"path": "FOLDER_OF_IMAGE_SHARDS", "vae": "vae.safetensors"},
+        ("workers", "device", "crops", "train_splits", "resize", "jitter", "crop", "flip", "seed", "max_bad_share"),
+    ),
 }
 
 

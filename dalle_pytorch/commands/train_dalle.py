@@ -2,10 +2,11 @@
 
 from dalle_pytorch import DALLE
 from dalle_pytorch.checkpoint import describe_tokenizer, load
-from dalle_pytorch.config import entry
+from dalle_pytorch.config import ConfigError, entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
 from dalle_pytorch.training.launch import launch
+from dalle_pytorch.training.plan import make_plan
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
 
@@ -13,6 +14,11 @@ from dalle_pytorch.training.text import make_tokenizer
 @entry("train_dalle", TrainDALLEConfig)
 def main(config: TrainDALLEConfig) -> None:
     """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
+    if config.plan:
+        print(make_plan(config))
+        return
+    if config.vae is None:
+        raise ConfigError("vae= is missing: the checkpoint of the image tokenizer")
     if launch("dalle", config, "dalle_pytorch.commands.train_dalle"):
         return
     run = Run("dalle", config)
@@ -27,7 +33,7 @@ def main(config: TrainDALLEConfig) -> None:
     net.text_tokenizer = tokenizer
     run.check(net)
     run.check_vae(vae)
-    if config.data.token_crops and data.tokenizer is None:
+    if config.data.token_crops and data.can_cache_tokens:
         data.cache_image_tokens(vae, device=run.device)
     run.fit(LitDALLE(net, config), data)
 

@@ -87,8 +87,14 @@ class ResumableLoader(DataLoader[Any]):
         """Continue where ``state`` was taken.
 
         Raises:
-            ValueError: the epoch was left at a place that is no border of these batches; names both numbers.
+            ValueError: the epoch was left at a place that is no border of these batches; names both numbers. Or the
+                state is a stream's.
         """
+        if "samples" not in state:
+            raise ValueError(
+                "the run was trained on a stream, which says nothing of the place in local shards: "
+                "resume with the data.path= that it had, or start anew with another out="
+            )
         if state["samples"] % self.batches.batch_size:
             raise ValueError(
                 f"the run was stopped after {state['samples']} samples of an epoch, no whole number of batches "

@@ -1,5 +1,6 @@
 """The datamodule of the three trainings."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from tqdm import tqdm
 from dalle_pytorch.data.batches import Batch, EpochBatches, ResumableLoader
 from dalle_pytorch.data.samples import Captioned, Collate, Pictures, Tokens
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.stream import Stream, StreamLoader, expand, is_stream
 from dalle_pytorch.data.tokens import TokenShards, open_shards
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.text import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 64  # pictures tokenised at once
 
@@ -26,9 +30,13 @@ class DataConfig:
     """Which shards, and how they become batches."""
 
     path: str = "???"
-    """A folder of image or token shards, as prepare_data.py writes them; relative to the current directory."""
+    """A folder of image or token shards, as prepare_data.py writes them; relative to the current directory. Or remote
+    shards to stream: a URL ("https://host/x-{000..123}.tar") or the output of a command
+    ("pipe:aws s3 cp s3://bucket/x-{000..123}.tar -"); several are joined by "::". Streams are not resumed exactly."""
     train_split: str = "train"
-    """Split to learn from; several are joined by "+"."""
+    """Split to learn from; several are joined by "+". A stream is learnt from as a whole."""
+    val_path: str | None = None
+    """Folder of the shards to validate on; null = path. A stream needs one, unless trainer.limit_val_batches=0."""
     val_split: str = "val"
     """Split to validate on."""
     batch_size: int = 64
@@ -52,6 +60,10 @@ class DataConfig:
     """Samples that cannot be read are named and left out, up to this share of a split; more are an error."""
     verify: bool = True
     """Compare the checksums of token shards before training; about a second for every 2 GB."""
+    shuffle_buffer: int = 5000
+    """Streams: every worker keeps so many encoded samples in memory and draws from them; 1 = the order of a shard."""
+    epoch_size: int = 100_000
+    """Streams: samples that count as an epoch, over all devices together."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -59,8 +71,9 @@ class DataConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name in ("batch_size", "shuffle_buffer", "epoch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_workers", "jitter", "token_crops"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -70,10 +83,21 @@ class DataConfig:
             raise ValueError("crop cuts from pictures larger than the model's: set resize=true as well")
         if self.crop and self.cache_decoded:
             raise ValueError("crop needs the whole pictures: set cache_decoded=false")
+        if self.val_path is not None and is_stream(self.val_path):
+            raise ValueError(f"val_path={self.val_path} is a stream: validation needs a folder of shards")
+        if is_stream(self.path):
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        expand(self.path)
+        if self.cache_decoded:
+            raise ValueError(f"path={self.path} is a stream, which has no end: set cache_decoded=false")
+        if self.epoch_size < self.batch_size:
+            raise ValueError(f"epoch_size ({self.epoch_size}) must be at least batch_size ({self.batch_size})")
 
 
 class TextImageDataModule(pl.LightningDataModule):
-    """Training and validation batches from image or token shards.
+    """Training and validation batches from image or token shards, those for training local or remote.
 
     Args:
         config: which shards, batch size, augmentation.
@@ -83,7 +107,7 @@ class TextImageDataModule(pl.LightningDataModule):
 
     Raises:
         FileNotFoundError: no such shards; says how to make them.
-        ValueError: no such split, too few pictures, or pictures of another size.
+        ValueError: no such split, too few pictures, pictures of another size, or a stream that cannot be read.
     """
 
     def __init__(
@@ -96,11 +120,19 @@ class TextImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        train, val = shards or open_splits(config)
-        if len(train) < config.batch_size:
-            EpochBatches(len(train), config.batch_size, seed=seed)  # raises, before pictures are decoded
-        self.train_set = _samples(train, config, image_size=image_size, train=True, seed=seed)
-        self.val_set = _samples(val, config, image_size=image_size, train=False, seed=seed)
+        self.train_set: Captioned | Stream
+        self.val_set: Captioned | None = None
+        """None for a stream without ``data.val_path``: validation must be off."""
+        if shards is None and is_stream(config.path):
+            val = None if config.val_path is None else open_split(config.val_path, config.val_split, "data.val_path")
+            self.train_set = _open_stream(config, image_size=image_size, seed=seed)
+        else:
+            train, val = shards or open_splits(config)
+            if len(train) < config.batch_size:
+                EpochBatches(len(train), config.batch_size, seed=seed)  # raises, before pictures are decoded
+            self.train_set = _samples(train, config, image_size=image_size, train=True, seed=seed)
+        if val is not None:
+            self.val_set = _samples(val, config, image_size=image_size, train=False, seed=seed)
         self.train_collate = Collate(None, 0, truncate=False, dropout=0.0)
         self.val_collate = self.train_collate
 
@@ -108,19 +140,24 @@ class TextImageDataModule(pl.LightningDataModule):
         """Add ``text_tokens`` to the batches; BPE dropout in training only.
 
         Raises:
-            ValueError: a caption of either split is longer than ``text_len`` and may not be cut; shows it.
+            ValueError: a caption of either split is longer than ``text_len`` and may not be cut; shows it. In a stream
+                it counts as a sample that cannot be read.
         """
         self.train_collate = Collate(tokenizer, text_len, truncate=truncate, dropout=dropout)
         self.val_collate = Collate(tokenizer, text_len, truncate=truncate, dropout=0.0)
         if not truncate:  # better now than in the middle of an epoch
-            for caption in sorted({*self.train_set.some_captions(), *self.val_set.some_captions()}):
+            for caption in sorted({caption for data in self._local() for caption in data.some_captions()}):
                 tokenizer.tokenize(caption, text_len)
 
     @property
     def tokenizer(self) -> dict[str, Any] | None:
-        """The image tokenizer of token shards as their index describes it; None for pictures."""
-        shards = self.train_set.shards
-        return shards.tokenizer if isinstance(shards, TokenShards) else None
+        """The image tokenizer of token shards as their index describes it; None for pictures and streams."""
+        return next((shards.tokenizer for shards in self._token_shards()), None)
+
+    @property
+    def can_cache_tokens(self) -> bool:
+        """Whether `cache_image_tokens` can work: all pictures are in folders."""
+        return isinstance(self.train_set, Pictures) and isinstance(self.val_set, Pictures)
 
     def check_tokenizer(self, given: dict[str, Any], name: str) -> None:
         """Refuse token shards of another image tokenizer.
@@ -132,20 +169,28 @@ class TextImageDataModule(pl.LightningDataModule):
         Raises:
             ValueError: they differ; names what, and the mend.
         """
-        stored = self.tokenizer or {}
-        different = [f"{key} is {stored.get(key)}, not {given[key]}" for key in given if stored.get(key) != given[key]]
-        if different:
-            raise ValueError(
-                f"the tokens of {self.config.path} are not of {name}: {'; '.join(different)}. Train with the vae= that "
-                "they were encoded with, or encode again: prepare_data.py encode=true"
-            )
+        for shards in self._token_shards():
+            stored = shards.tokenizer
+            different = [
+                f"{key} is {stored.get(key)}, not {given[key]}" for key in given if stored.get(key) != given[key]
+            ]
+            if different:
+                raise ValueError(
+                    f"the tokens of {shards.folder} are not of {name}: {'; '.join(different)}. Train with the vae= "
+                    "that they were encoded with, or encode again: prepare_data.py encode=true"
+                )
 
     @torch.no_grad()
     def cache_image_tokens(self, vae: ImageTokenizer, *, device: str | torch.device = "cpu") -> None:
         """Tokenise every picture once, so that training need not read or encode pictures.
 
         The training pictures are taken ``config.token_crops`` times, each time with another augmentation.
+
+        Raises:
+            ValueError: they are not all in folders.
         """
+        if not self.can_cache_tokens:
+            raise ValueError(f"the image tokens of {self.config.path} cannot be cached: it is no folder of pictures")
         vae.to(device)
         for data, variants in ((self.train_set, self.config.token_crops), (self.val_set, 1)):
             assert isinstance(data, Pictures)
@@ -157,9 +202,17 @@ class TextImageDataModule(pl.LightningDataModule):
             data.image_tokens = torch.cat(rows).unflatten(0, (variants, len(data)))
         vae.to("cpu")
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Endless epochs' worth of augmented batches; resumes in the middle of an epoch."""
+    def setup(self, stage: str) -> None:
+        """Refuse a training that is to be validated and has nothing for it."""
+        if self.trainer is not None and self.trainer.limit_val_batches:
+            self._validated()
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Endless epochs' worth of augmented batches; resumes in the middle of an epoch, unless it is a stream."""
         rank, world_size = _place(self.trainer)
+        if isinstance(self.train_set, Stream):
+            settings = {**self._workers(), "persistent_workers": False}  # they serve one epoch
+            return StreamLoader(self.train_set, self.train_collate, rank=rank, world_size=world_size, **settings)
         sampler = EpochBatches(
             len(self.train_set), self.config.batch_size, seed=self.seed, rank=rank, world_size=world_size
         )
@@ -168,13 +221,28 @@ class TextImageDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """All validation pictures in order, the last batch smaller; each process takes every n-th picture."""
         rank, world_size = _place(self.trainer)
+        pictures = self._validated()
         return DataLoader(
-            self.val_set,
+            pictures,
             batch_size=max(1, self.config.batch_size // world_size),
-            sampler=range(rank, len(self.val_set), world_size),
+            sampler=range(rank, len(pictures), world_size),
             collate_fn=self.val_collate,
             **self._workers(),
         )
+
+    def _validated(self) -> Captioned:
+        if self.val_set is None:
+            raise ValueError(
+                f"data.path={self.config.path} is a stream: give a folder of shards to validate on (data.val_path=), "
+                "or switch validation off (trainer.limit_val_batches=0)"
+            )
+        return self.val_set
+
+    def _local(self) -> list[Captioned]:
+        return [data for data in (self.train_set, self.val_set) if isinstance(data, Captioned)]
+
+    def _token_shards(self) -> list[TokenShards]:
+        return [data.shards for data in self._local() if isinstance(data.shards, TokenShards)]
 
     def _workers(self) -> dict[str, Any]:
         workers = self.config.num_workers
@@ -205,11 +273,21 @@ def _samples(shards: ShardDataset, config: DataConfig, *, image_size: int, train
         return Pictures(shards, config, image_size=image_size, train=train, seed=seed)
     if shards.image_size != image_size:
         raise ValueError(
-            f"{config.path} has tokens of pictures of {shards.image_size} pixels, the model's have {image_size}"
+            f"{shards.folder} has tokens of pictures of {shards.image_size} pixels, the model's have {image_size}"
         )
     if config.verify:
         shards.verify()
     return Tokens(shards, config, train=train, seed=seed)
+
+
+def _open_stream(config: DataConfig, *, image_size: int, seed: int) -> Stream:
+    stream = Stream(config, image_size=image_size, seed=seed)
+    if stream.num_image_tokens is not None:
+        log.warning(
+            "%s streams image tokens, and no index says of which image tokenizer: they are not compared with vae=",
+            config.path,
+        )
+    return stream
 
 
 def open_splits(config: DataConfig) -> tuple[ShardDataset, ShardDataset]:
@@ -217,15 +295,30 @@ def open_splits(config: DataConfig) -> tuple[ShardDataset, ShardDataset]:
 
     Raises:
         FileNotFoundError: no such folder; says where it was looked for and how to make one.
+        ValueError: no such split, broken shards, or a stream.
+    """
+    if is_stream(config.path):
+        raise ValueError(f"data.path={config.path} is a stream, which has no end: a folder of shards is needed here")
+    train = open_split(config.path, config.train_split, "data.path")
+    if config.val_path is None:
+        return train, open_split(config.path, config.val_split, "data.path")
+    return train, open_split(config.val_path, config.val_split, "data.val_path")
+
+
+def open_split(path: str, split: str, name: str) -> ShardDataset:
+    """A split of a folder; ``name`` is the setting that it comes from, for errors.
+
+    Raises:
+        FileNotFoundError: no such folder; says where it was looked for and how to make one.
         ValueError: no such split, or broken shards.
     """
-    folder = Path(config.path)
+    folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"data.path={config.path}: there is no folder {folder.absolute()}. The emoji come with a checkout, in "
+            f"{name}={path}: there is no folder {folder.absolute()}. The emoji come with a checkout, in "
             "data/emoji; prepare_data.py writes others (source=emoji, source=rainbow, source=folder path=...)"
         )
-    return open_shards(folder, config.train_split), open_shards(folder, config.val_split)
+    return open_shards(folder, split)
 
 
 def _place(trainer: pl.Trainer | None) -> tuple[int, int]:

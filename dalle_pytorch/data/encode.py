@@ -94,7 +94,9 @@ class Job:
         return self.file.removesuffix(GZIP_SUFFIX)
 
 
-def encode_folder(config: EncodeConfig, out: str | Path, *, workers: int | None = None, device: str = "cpu") -> Path:
+def encode_folder(
+    config: EncodeConfig, out: str | Path, *, workers: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Write the token shards of a folder of image shards.
 
     The bytes are a function of pictures and settings, whatever the number of workers and however often the work was
@@ -232,20 +234,23 @@ def _record(out: Path, job: Job) -> Path:
     return out / f"{job.out}.json"
 
 
-def _finish(out: Path, source: dict[str, Any], jobs: list[Job], config: EncodeConfig, settings: dict[str, Any]) -> Path:
+def _finish(
+    out: Path, source: dict[str, Any], jobs: list[Job], config: EncodeConfig, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Write the index and what was left out; remove the records."""
     records = [json.loads(_record(out, job).read_text(encoding="utf-8")) for job in jobs]
     skipped = {split: [] for split in source["splits"]}
     for record in records:
         skipped[record["split"]] += record.pop("skipped")
     splits = {split: sum(r["count"] for r in records if r["split"] == split) for split in source["splits"]}
-    for split, count in splits.items():
+    for split in splits:
         if len(skipped[split]) > config.max_bad_share * source["splits"][split]:
             raise ValueError(
                 f"{len(skipped[split])} of {source['splits'][split]} pictures of {split!r} cannot be read, more than "
                 f"max_bad_share={config.max_bad_share}: {', '.join(skipped[split][:5])}"
             )
-        log.info("%s: %d pictures%s", split, count, f", {len(skipped[split])} left out" if skipped[split] else "")
+        if skipped[split]:
+            log.warning("%s: %d pictures left out, see %s", split, len(skipped[split]), SKIPPED_NAME)
     names = ("crops", "train_splits", "resize", "jitter", "crop", "flip", "seed")
     index = {
         "kind": TokenShards.KIND, "version": INDEX_VERSION, "name": source["name"],
@@ -258,4 +263,4 @@ def _finish(out: Path, source: dict[str, Any], jobs: list[Job], config: EncodeCo
     write_json(out / INDEX_NAME, index)
     for path in itertools.chain((_record(out, job) for job in jobs), [out / SETTINGS_NAME]):
         path.unlink()
-    return out / INDEX_NAME
+    return index

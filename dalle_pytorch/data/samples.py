@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -27,6 +28,42 @@ CAPTIONS_IN_MEMORY = 200_000  # pictures; above it captions are read when they a
 def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     """The random source of one sample in one epoch; the same in every process."""
     return random.Random(f"{seed}/{epoch}/{index}")
+
+
+def pick_caption(captions: Sequence[str], rng: random.Random) -> str:
+    """The caption that a picture is learnt with this time."""
+    return rng.choice(captions)
+
+
+def pick_variant(tokens: Int[Tensor, "variants n"], rng: random.Random) -> Int[Tensor, " n"]:
+    """The image tokens that a picture is learnt as this time."""
+    return tokens[rng.randrange(len(tokens))]
+
+
+def augmented(
+    decode: Callable[[int], Tensor], config: "DataConfig", *, image_size: int, rng: random.Random
+) -> Float[Tensor, "3 H W"]:
+    """A training picture.
+
+    Args:
+        decode: gives the picture as a square, Float[3 H W] in [0, 1]; takes its side in pixels.
+        config: jitter, crop, flip.
+        image_size: side of the result in pixels.
+        rng: of the augmentation.
+
+    Returns:
+        RGB in [0, 1].
+    """
+    if not (config.jitter or config.crop or config.flip):
+        return decode(image_size)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    if config.crop:
+        # 12/8: the most that the random scale can use, see random_resized_crop.
+        image = random_resized_crop(decode(image_size * 12 // 8), image_size=image_size, generator=generator)
+    else:
+        image = decode(image_size)
+    image = random_crop(image, padding=config.jitter, generator=generator)
+    return random_flip(image, generator=generator) if config.flip else image
 
 
 class BadSamples:
@@ -109,7 +146,7 @@ class Captioned(Dataset[Batch]):
             rng = sample_rng(self.seed, epoch, place)
             try:
                 captions = self.captions[place]
-                caption = rng.choice(captions) if self.train else captions[0]
+                caption = pick_caption(captions, rng) if self.train else captions[0]
                 return {"caption": caption, "rng": rng, **self.load(place, rng)}
             except ValueError as error:
                 self.bad.add(place, error)
@@ -150,7 +187,7 @@ class Pictures(Captioned):
         stored = shards.image_size
         if stored is not None and stored != image_size and not config.resize:
             raise ValueError(
-                f"the pictures of {config.path} are {stored} x {stored} pixels, the model's {image_size} x "
+                f"the pictures of {shards.folder} are {stored} x {stored} pixels, the model's {image_size} x "
                 f"{image_size}; use a model of that image_size, or scale them with data.resize=true"
             )
         super().__init__(shards, config, train=train, seed=seed)
@@ -161,7 +198,7 @@ class Pictures(Captioned):
     def load(self, index: int, rng: random.Random) -> Batch:
         """``image``, or ``image_tokens`` where they are cached."""
         if self.image_tokens is not None:
-            return {"image_tokens": self.image_tokens[rng.randrange(len(self.image_tokens)), index]}
+            return {"image_tokens": pick_variant(self.image_tokens[:, index], rng)}
         return {"image": self.image(index, rng)}
 
     def image(self, index: int, rng: random.Random) -> Float[Tensor, "3 H W"]:
@@ -170,18 +207,10 @@ class Pictures(Captioned):
         Raises:
             ValueError: it cannot be read; names it.
         """
-        config, size = self.config, self.image_size
-        if not (self.train and (config.jitter or config.crop or config.flip)):
-            return self._decode(index, size)
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        if config.crop:
-            # 12/8: the most that the random scale can use, see random_resized_crop.
-            image = self._decode(index, size * 12 // 8)
-            image = random_resized_crop(image, image_size=size, generator=generator)
-        else:
-            image = self._decode(index, size)
-        image = random_crop(image, padding=config.jitter, generator=generator)
-        return random_flip(image, generator=generator) if config.flip else image
+        decode = partial(self._decode, index)
+        if not self.train:
+            return decode(self.image_size)
+        return augmented(decode, self.config, image_size=self.image_size, rng=rng)
 
     def images(self, indices: Sequence[int], variant: int) -> Float[Tensor, "b 3 H W"]:
         """Some pictures in one of their augmentations; white in place of those that cannot be read, which are noted."""
@@ -219,7 +248,7 @@ class Tokens(Captioned):
         """``image_tokens``."""
         assert isinstance(self.shards, TokenShards)
         tokens = self.shards.tokens(index)
-        return {"image_tokens": tokens[rng.randrange(len(tokens)) if self.train else 0]}
+        return {"image_tokens": pick_variant(tokens, rng) if self.train else tokens[0]}
 
 
 class Collate:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 class Linear(nn.Linear):
     """``nn.Linear``, computed by ``linear``."""
@@ -24,7 +26,7 @@ def linear(
     oneDNN's anyway.
     """
     as_it_is = x.ndim != 3 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if as_it_is or not torch.backends.mkldnn.is_available():
+    if as_it_is or not ONEDNN:
         return F.linear(x, weight, bias)
     # [b, i, 1, q], channels last: a view of x
     return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)

@@ -42,15 +42,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float) -> Tensor:
         """The loss; keeps the gradients of the first three."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = _product_type(x.device.type, weight)
         leaves = [value.detach().to(dtype).requires_grad_() for value in (weight, bias) if value is not None]
         sums = [torch.zeros_like(value) for value in (weight, bias) if value is not None]
         dx, total = torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
             with torch.enable_grad():
-                part = x[rows].detach().requires_grad_()
+                part = x[rows].detach().to(dtype).requires_grad_()
                 loss = _sum(part, leaves[0], leaves[1] if bias is not None else None, targets[rows], z_loss)
                 first, *rest = torch.autograd.grad(loss / len(x), [part, *leaves])
             dx[rows] = first
@@ -67,8 +66,18 @@ class _ChunkedLoss(torch.autograd.Function):
         return dx, dweight, dbias[0] if dbias else None, None, None
 
 
+def _product_type(device: str, weight: Tensor) -> torch.dtype:
+    """bfloat16 where mixed precision says so, but never float16, as in the paper (2.4, figure 4)."""
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
 def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float) -> Tensor:
     """Summed loss of a few positions."""
-    logits = linear(x[None], weight, bias)[0].float()
+    dtype = _product_type(x.device.type, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        logits = linear(x[None], weight, bias)[0].float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
     return loss + z_loss * logits.logsumexp(dim=-1).square().sum() if z_loss else loss

@@ -33,6 +33,8 @@ class TransformerConfig:
     """Dropout on the outputs of attention, in [0, 1)."""
     ff_dropout: float = 0.0
     """Dropout inside the feed-forward, in [0, 1)."""
+    gated: bool = True
+    """Feed-forward gated by a second product (GEGLU), 12 dim ** 2 weights; false: GELU, 8 dim ** 2 (the paper)."""
     sandwich_norm: bool = False
     """A second norm after each sublayer (CogView), against activation growth."""
     stable: bool = False
@@ -68,18 +70,22 @@ class TransformerConfig:
 
 
 class FeedForward(nn.Module):
-    """GEGLU feed-forward, four times as wide inside (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """Feed-forward of four times the width inside: GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) or GELU."""
 
-    def __init__(self, dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, dropout: float, *, gated: bool = True) -> None:
         super().__init__()
-        self.to_hidden = Linear(dim, 8 * dim)
+        self.to_hidden = Linear(dim, (8 if gated else 4) * dim)
         self.to_out = Linear(4 * dim, dim)
-        self.dropout = dropout
+        self.dropout, self.gated = dropout, gated
 
     def forward(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:
         """Same shape in and out."""
-        value, gate = self.to_hidden(x).chunk(2, dim=-1)
-        hidden = value * F.gelu(gate)
+        hidden = self.to_hidden(x)
+        if self.gated:
+            value, gate = hidden.chunk(2, dim=-1)
+            hidden = value * F.gelu(gate)
+        else:
+            hidden = F.gelu(hidden)
         return self.to_out(F.dropout(hidden, self.dropout) if self.training else hidden)
 
 
@@ -130,7 +136,7 @@ class Transformer(nn.Module):
                     qk_norm=config.qk_norm,
                 )
             if ff_id not in feed_forwards:
-                feed_forwards[ff_id] = FeedForward(config.dim, config.ff_dropout)
+                feed_forwards[ff_id] = FeedForward(config.dim, config.ff_dropout, gated=config.gated)
             blocks.append(Block(config, attentions[attn_id], feed_forwards[ff_id]))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)

@@ -18,7 +18,7 @@ from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.gradient_scaling import update_scales
 from dalle_pytorch.training.optim import OptimConfig, make_optimizer, make_scheduler
 from dalle_pytorch.training.sharding import shard
-from dalle_pytorch.training.stability import SkippedSteps, clip_gradients
+from dalle_pytorch.training.stability import SkippedSteps, clip_gradients, is_logged
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -75,6 +75,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
     def configure_model(self) -> None:
         """Shard the weights, if the strategy wants it; called by Lightning before the optimiser is made."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
+            assert self.device_mesh is not None  # the strategy has set it
             shard(self.net, self.device_mesh, half=str(self.trainer.precision) == "bf16-mixed")
             self.sharded = True
 
@@ -94,7 +95,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
     def log_losses(self, stage: str, values: Mapping[str, Tensor | float], size: int, bar: str = "loss") -> None:
         """Log values as ``stage/name``, means over all processes; ``bar`` also goes to the progress bar."""
         # between two entries of the logs the bar may show the first process's values: no messages for them
-        entry = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        entry = is_logged(self.trainer)
         for name, value in values.items():
             shown, together = name == bar, stage == "val" or entry
             self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=size, sync_dist=together)

@@ -40,11 +40,17 @@ class LitCLIP(LitBase[CLIP]):
         text, image = self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])
         if self.trainer.world_size > 1:
             # Every process computes the loss of all pairs; the mean of their gradients is that of one big batch.
-            text, image = (self.all_gather(x, sync_grads=True).flatten(0, 1) for x in (text, image))
+            text, image = (self.gather(x) for x in (text, image))
         result = contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias)
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss
+
+    def gather(self, features: Float[Tensor, "b e"]) -> Float[Tensor, "all e"]:
+        """Features of all processes, with gradients."""
+        together = self.all_gather(features, sync_grads=True)
+        assert isinstance(together, Tensor)
+        return together.flatten(0, 1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss, and how often the right partner of the batch wins."""

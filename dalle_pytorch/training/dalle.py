@@ -12,6 +12,7 @@ from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile
+from dalle_pytorch.training.plan import ClusterConfig
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
 
@@ -23,8 +24,12 @@ SHOWN_EACH = 4  # samples of each, one row
 class TrainDALLEConfig(RunConfig):
     """Settings of train_dalle.py."""
 
-    vae: str = "???"
-    """Checkpoint of the image tokenizer; it says the size of pictures, grid and codebook."""
+    vae: str | None = None
+    """Checkpoint of the image tokenizer; it says the size of pictures, grid and codebook. Only a plan does without."""
+    plan: bool = False
+    """Only print what the training would cost: parameters, arithmetic, memory, days."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines that a plan is for."""
     model: DALLEConfig = field(default_factory=DALLEConfig)
     """Sizes of the DALLE; text_vocab_size is filled from the text tokenizer."""
     text: TextConfig = field(default_factory=TextConfig)

@@ -140,6 +140,6 @@ def _request(config: "RunConfig") -> dict[str, Any]:
             "cpus_per_task": settings.cpus_per_task,
             "slurm_setup": settings.setup,
             "slurm_signal_delay_s": settings.signal_delay_s,
-                "slurm_additional_parameters": settings.additional,
+            "slurm_additional_parameters": settings.additional,
         }
     )

@@ -26,11 +26,29 @@ class Stopped(Exception):
     Args:
         number: the signal.
         path: the checkpoint.
+        handler: what would have been called without `StopOnSignal`.
     """
 
-    def __init__(self, number: int, path: Path) -> None:
+    def __init__(self, number: int, path: Path, handler: Any = None) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}, saved {path}; resume=true continues")
-        self.number, self.path = number, path
+        self.number, self.path, self.handler = number, path, handler
+
+    def requeue(self) -> None:
+        """Ask the scheduler to run the job again: through submitit where it started us, else SLURM itself.
+
+        Not after SIGTERM, which cancels a job; where SLURM itself takes a job's machines away it requeues it too.
+        """
+        if self.number == signal.SIGTERM:
+            return
+        owner = getattr(self.handler, "__self__", None)
+        if callable(self.handler) and type(owner).__module__.startswith("submitit"):
+            self.handler(self.number, None)
+        elif "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_PROCID", 0)) == 0:
+            job = os.environ["SLURM_JOB_ID"]
+            if "SLURM_ARRAY_JOB_ID" in os.environ:
+                job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+            log.info("scontrol requeue %s: %s", job, done.stderr.strip() or "asked for another turn")
 
 
 class StopOnSignal(Callback):
@@ -76,26 +94,10 @@ class StopOnSignal(Callback):
             Stopped: if it has been saved.
         """
         if self.saved is not None:
-            raise Stopped(self.received or signal.SIGTERM, self.saved)
+            number = signal.Signals(self.received or signal.SIGTERM)
+            raise Stopped(number, self.saved, self.before.get(number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-    def requeue(self, stopped: Stopped) -> None:
-        """Ask the scheduler to run the job again: through submitit where it started us, else SLURM itself.
-
-        Not after SIGTERM, which cancels a job; where SLURM itself takes a job's machines away it requeues it too.
-        """
-        if stopped.number == signal.SIGTERM:
-            return
-        handler = self.before.get(signal.Signals(stopped.number))
-        if getattr(type(getattr(handler, "__self__", None)), "__module__", "").startswith("submitit"):
-            handler(stopped.number, None)
-        elif "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_PROCID", 0)) == 0:
-            job = os.environ["SLURM_JOB_ID"]
-            if "SLURM_ARRAY_JOB_ID" in os.environ:
-                job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            log.info("scontrol requeue %s: %s", job, done.stderr.strip() or "asked for another turn")

@@ -14,8 +14,10 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.rank_zero import _get_rank
 from omegaconf import OmegaConf
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
+from torch.amp import GradScaler
 
 from dalle_pytorch import checkpoint
 from dalle_pytorch.checkpoint import Header, atomic
@@ -27,7 +29,7 @@ from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
 from dalle_pytorch.training.launch import LauncherConfig
 from dalle_pytorch.training.loggers import make_loggers
 from dalle_pytorch.training.optim import OptimConfig
-from dalle_pytorch.training.preemption import StopOnSignal, Stopped
+from dalle_pytorch.training.preemption import Stopped
 from dalle_pytorch.training.progress import StepBar
 from dalle_pytorch.training.resume import differences, find_last, remove_leftovers, warn_of_changes
 from dalle_pytorch.training.sharding import whole_state
@@ -47,6 +49,7 @@ NOISE = (
     ".*lr_scheduler.step.. before .optimizer.step.*",  # a resumed LambdaLR
     ".*The `srun` command is available.*",
     ".*callbacks used to create the checkpoint need to be provided.*",  # a resumed run with other intervals
+    ".*WeightAveraging callback with a model that overrides.*",  # only sharded models do anything there
     ".*Experiment logs directory .* exists and is not empty.*",  # make_loggers keeps what it holds
 )
 
@@ -190,7 +193,7 @@ class Run:
             trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)
         except Stopped as stopped:
             log.warning("%s", stopped)
-            next(c for c in trainer.callbacks if isinstance(c, StopOnSignal)).requeue(stopped)
+            stopped.requeue()
             # As a shell reports it; but a failing process could take down the one that asks SLURM for another turn.
             sys.exit(128 + stopped.number if trainer.is_global_zero else 0)
         net, notes = _final(trainer, lit, config.callbacks.keep)
@@ -231,10 +234,15 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
     callbacks = make_callbacks(config.callbacks, out, lit, validates=validates, sharded=is_sharded(section))
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())
+    plugins: list[Any] = [] if is_sharded(section) else [AtomicCheckpointIO()]
+    if section.get("precision") == "16-mixed" and getattr(lit.net.config, "gradient_scaling", False):
+        # every block has a gradient scale of its own, so there is none over all
+        device = "cpu" if section.get("accelerator") == "cpu" else "cuda"
+        plugins.append(MixedPrecision(section.pop("precision"), device, GradScaler(device, enabled=False)))
     return build(
         section,
         "trainer",
-        plugins=[AtomicCheckpointIO()],
+        plugins=plugins,
         logger=make_loggers(config.logger, out, step=step),
         callbacks=callbacks,
         default_root_dir=str(out),

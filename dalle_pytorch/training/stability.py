@@ -26,6 +26,11 @@ def clip_gradients(parameters: list[nn.Parameter], clip: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
+def is_logged(trainer: pl.Trainer) -> bool:
+    """Whether the step that runs now goes to the loggers."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[missing-attribute]
+
+
 class SkippedSteps:
     """Counts optimiser steps that were left out because gradients were not finite."""
 
@@ -77,7 +82,7 @@ class ActivationScales(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch in the steps that are logged."""
-        self.wanted = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        self.wanted = is_logged(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

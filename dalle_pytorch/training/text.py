@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dalle_pytorch import checkpoint
 from dalle_pytorch.data.datamodule import TextImageDataModule
@@ -13,7 +14,9 @@ from dalle_pytorch.text import (
     TextTokenizer,
     text_tokenizer_from_state,
 )
-from dalle_pytorch.training.run import Run
+
+if TYPE_CHECKING:
+    from dalle_pytorch.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class TextConfig:
             raise ValueError(f"text.bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
 
 
-def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: Run) -> TextTokenizer:
+def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: "Run") -> TextTokenizer:
     """The tokenizer of a run: that of the checkpoint it resumes, of another model, or a new one.
 
     Raises:
@@ -65,12 +68,17 @@ def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: Run) -> T
         if state is None:
             raise ValueError(f"text.tokenizer_from={config.tokenizer_from} has no text tokenizer")
         return text_tokenizer_from_state(state)
-    if config.tokenizer == "clip":
-        return CLIPTokenizer()
     if config.tokenizer == "bpe":
         captions = list(data.train_set.some_captions())
         tokenizer = BPETokenizer.train(captions, config.vocab_size)
         log.info("text: byte-level BPE of %d ids from %d captions", tokenizer.vocab_size, len(captions))
         return tokenizer
+    return load_tokenizer(config)
+
+
+def load_tokenizer(config: TextConfig) -> TextTokenizer:
+    """A tokenizer that is there already: CLIP's, or one of Hugging Face's files."""
+    if config.tokenizer == "clip":
+        return CLIPTokenizer()
     assert config.path is not None  # TextConfig has checked it
     return HFTokenizer(config.path) if config.tokenizer == "hf" else HFDirectoryTokenizer(config.path)

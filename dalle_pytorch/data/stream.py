@@ -1,0 +1,356 @@
+"""Training samples from remote tar shards, as they arrive: nothing is downloaded beforehand, and there is no end.
+
+A process draws shards at random, again and again, and shuffles their samples in a buffer. What it draws is a
+function of seed, epoch, process and worker. How far it came in an epoch is not kept: a stream is not resumed exactly.
+"""
+
+import io
+import json
+import logging
+import random
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset import DataPipeline, ResampledShards, SimpleShardList, batched, shuffle
+from webdataset.gopen import gopen, gopen_schemes, set_options
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.data.images import fit, open_rgb, to_tensor
+from dalle_pytorch.data.packing import captions_of
+from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
+from dalle_pytorch.data.shards import IMAGE_EXTENSIONS
+
+if TYPE_CHECKING:
+    from dalle_pytorch.data.datamodule import DataConfig
+
+log = logging.getLogger(__name__)
+
+RawSample: TypeAlias = dict[str, Any]
+"""``__key__``, ``__url__`` and the bytes of its files by extension."""
+
+PICTURES = (*IMAGE_EXTENSIONS, "jpeg")
+TEXTS = ("json", "txt")
+TOKENS = "npy"
+SCHEMES = frozenset(gopen_schemes) - {"__default__"} | {"file"}
+CAPTIONS = 10_000  # to train a BPE on; the pictures between them travel too
+FEW, FEW_BAD = 100, 10  # of fewer samples a share says little: so many bad ones pass
+CHUNK = 1 << 16
+
+_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)
+
+
+def is_stream(path: str) -> bool:
+    """Whether a data.path means remote shards rather than a folder."""
+    return "://" in path or path.startswith("pipe:")
+
+
+def expand(path: str) -> list[str]:
+    """The shards of a pattern: ``{000..123}`` counts up, ``::`` joins several.
+
+    Raises:
+        ValueError: braces that do not match, or a scheme that cannot be read; names it.
+    """
+    try:
+        urls = expand_urls(path)
+    except ValueError as error:
+        raise ValueError(f"data.path={path}: {error}") from error
+    for url in urls:
+        if url.partition(":")[0].lower() not in SCHEMES:
+            raise ValueError(
+                f"data.path: {url} is of no scheme that can be read ({', '.join(sorted(SCHEMES))}); for others give a "
+                "command that prints a shard, as in 'pipe:aws s3 cp s3://bucket/x-{000..123}.tar -'"
+            )
+    return urls
+
+
+def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
+    """The samples of a shard while it is read, with those of their files that have one of the extensions.
+
+    Raises:
+        ValueError: it cannot be read, or not to its end, or has no samples; names it.
+    """
+    empty = True
+    try:
+        stream = gopen(url)
+        try:
+            files = tar_file_expander(
+                [{"url": url, "stream": stream}],
+                select_files=lambda name: (base_plus_ext(name)[1] or "").lower() in extensions,
+            )
+            for sample in group_by_keys(files):
+                empty = False
+                yield sample
+            while stream.read(CHUNK):  # only at its end does a command tell that it failed
+                pass
+            stream.close()
+        finally:
+            set_options(stream, ignore_errors=True)  # a command that is not read to its end
+            stream.close()
+    except _BROKEN as error:
+        # The library puts the stream and the URL behind the message.
+        reason = error if isinstance(error, OSError) and error.errno is not None else error.args[0]
+        raise ValueError(f"shard {url} cannot be read: {reason}") from error
+    if empty:
+        raise ValueError(f"shard {url} has no samples: no files .{', .'.join(extensions)}")
+
+
+class Tally:
+    """Counts what was read and what could not be, up to a limit; each worker counts its own, anew in every epoch.
+
+    Args:
+        path: of the stream, for messages.
+        share: largest share that may be bad, in [0, 1].
+    """
+
+    def __init__(self, path: str, share: float) -> None:
+        self.path, self.share = path, share
+        self.read, self.bad = 0, 0
+
+    def add(self, error: ValueError) -> None:
+        """Note what cannot be read and tell its name.
+
+        Raises:
+            ValueError: it is too much now.
+        """
+        self.bad += 1
+        allowed = self.share * self.read
+        if self.bad > (allowed if self.read >= FEW else max(allowed, FEW_BAD)):
+            raise ValueError(
+                f"{self.bad} samples or shards of {self.path} cannot be read, {self.read} samples were: more than "
+                f"data.max_bad_share={self.share} lets pass ({FEW_BAD} before the first {FEW}); the last: {error}"
+            ) from error
+        log.warning("skipped: %s (%d beside %d samples read)", error, self.bad, self.read)
+
+
+class Stream:
+    """The samples of remote shards, without an end; ``len`` is how many count as an epoch.
+
+    Args:
+        config: URLs, augmentation, buffer.
+        image_size: side of the pictures in pixels.
+        seed: of every choice.
+
+    Raises:
+        ValueError: a bad URL, or the first shard cannot be read; names it.
+    """
+
+    def __init__(self, config: "DataConfig", *, image_size: int, seed: int) -> None:
+        self.config, self.image_size, self.seed = config, image_size, seed
+        self.urls = expand(config.path)
+        first = next(read_shard(self.urls[0], (*PICTURES, TOKENS, *TEXTS)))
+        try:
+            count = read_tokens(first).shape[1] if TOKENS in first else None
+        except ValueError as error:
+            raise ValueError(f"{_name(first)}: {error}") from error
+        self.num_image_tokens: int | None = count
+        """Image tokens of a picture; None if the stream is of pictures."""
+        kinds = PICTURES if count is None else (TOKENS,)
+        self.extensions = (*kinds, *TEXTS)
+        log.info("streaming %d shards of %s from %s", len(self.urls), "/".join(kinds), config.path)
+
+    def __len__(self) -> int:
+        """Samples that count as an epoch."""
+        return self.config.epoch_size
+
+    def some_captions(self) -> Iterator[str]:
+        """The captions of the first samples of shards in random order, each shard once; the same in every process."""
+        log.info("reading up to %d captions of %s", CAPTIONS, self.config.path)
+        tally = Tally(self.config.path, self.config.max_bad_share)
+        yield from islice(self._captions(tally), CAPTIONS)
+
+    def batches(self, place: str, collate: Collate, size: int) -> DataPipeline:
+        """Endless batches.
+
+        Args:
+            place: epoch, process and worker; with the seed it settles what is drawn.
+            collate: see `Collate`.
+            size: samples of a batch.
+        """
+        rng = random.Random(f"{self.seed}/{place}")
+        tally = Tally(self.config.path, self.config.max_bad_share)
+        return DataPipeline(
+            # Its own worker_seed knows the process only where torch.distributed is up; rng knows it always.
+            ResampledShards(self.urls, seed=rng.getrandbits(31), worker_seed=lambda: 0, deterministic=True),
+            partial(self._raw, tally),
+            shuffle(self.config.shuffle_buffer, rng=rng),
+            partial(self._samples, tally, place, collate),
+            batched(size, collation_fn=_join, partial=False),
+        )
+
+    def _raw(self, tally: Tally, chosen: Iterable[dict[str, str]]) -> Iterator[RawSample]:
+        """Samples as they lie in the shards."""
+        for shard in chosen:
+            try:
+                yield from read_shard(shard["url"], self.extensions)
+            except ValueError as error:
+                tally.add(error)
+
+    def _captions(self, tally: Tally) -> Iterator[str]:
+        for raw in self._raw(tally, SimpleShardList(self.urls, seed=self.seed)):
+            tally.read += 1
+            try:
+                yield from read_captions(raw)
+            except ValueError as error:
+                tally.add(error)
+
+    def _samples(self, tally: Tally, place: str, collate: Collate, raws: Iterable[RawSample]) -> Iterator[Batch]:
+        """Batches of one, so that a sample that cannot be collated is known by its name."""
+        for counter, raw in enumerate(raws):
+            tally.read += 1
+            try:
+                yield collate([self._load(raw, random.Random(f"{self.seed}/{place}/{counter}"))])
+            except ValueError as error:
+                tally.add(ValueError(f"{_name(raw)}: {error}"))
+
+    def _load(self, raw: RawSample, rng: random.Random) -> Batch:
+        """A sample as `Captioned` gives it in training."""
+        sample = {"caption": pick_caption(read_captions(raw), rng), "rng": rng}
+        if self.num_image_tokens is None:
+            image = augmented(partial(self._decode, raw), self.config, image_size=self.image_size, rng=rng)
+            return {**sample, "image": image}
+        tokens = read_tokens(raw)
+        if tokens.shape[1] != self.num_image_tokens:
+            raise ValueError(f"it has {tokens.shape[1]} image tokens, the first sample {self.num_image_tokens}")
+        return {**sample, "image_tokens": pick_variant(tokens, rng)}
+
+    def _decode(self, raw: RawSample, size: int) -> Float[Tensor, "3 H W"]:
+        files = [ext for ext in PICTURES if ext in raw]
+        if len(files) != 1:
+            raise ValueError(f"it needs one picture (.{', .'.join(PICTURES)}), but has {files or 'none'}")
+        picture = open_rgb(raw[files[0]], name=raw["__key__"])
+        if picture.size != (self.image_size, self.image_size) and not self.config.resize:
+            raise ValueError(
+                f"the picture has {picture.width} x {picture.height} pixels, the model's {self.image_size} x "
+                f"{self.image_size}; scale them with data.resize=true"
+            )
+        return to_tensor(fit(picture, size))
+
+
+def read_captions(raw: RawSample) -> list[str]:
+    """All captions of a sample: "captions" or "caption" of its json, or its txt.
+
+    Raises:
+        ValueError: broken JSON, or no caption.
+    """
+    meta = json.loads(raw["json"]) if "json" in raw else {}
+    if not isinstance(meta, dict):
+        raise ValueError(f"its json holds no object but {meta!r}")
+    value = meta.get("captions", meta.get("caption"))
+    captions = captions_of(raw["txt"].decode() if value is None and "txt" in raw else value)
+    if not captions:
+        raise ValueError('it has no caption, neither "captions" or "caption" in a json nor a txt')
+    return captions
+
+
+def read_tokens(raw: RawSample) -> Int[Tensor, "variants n"]:
+    """The image tokens of a sample.
+
+    Raises:
+        ValueError: there are none, or no rows of whole numbers from 0 on.
+    """
+    if TOKENS not in raw:
+        raise ValueError(f"it has no image tokens (.{TOKENS}), as the first sample has")
+    try:
+        array = np.load(io.BytesIO(raw[TOKENS]), allow_pickle=False)
+    except (EOFError, OSError, ValueError) as error:
+        raise ValueError(f"its image tokens cannot be read: {error}") from error
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
+        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not rows of image tokens")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+class StreamBatches(IterableDataset[Batch]):
+    """What one process reads of a stream in one epoch, shared out among its workers.
+
+    Args:
+        stream: where from.
+        collate: makes batches.
+        epoch: draws anew in each.
+        rank: of the process.
+        size: samples of a batch in this process.
+        count: batches of the epoch.
+    """
+
+    def __init__(self, stream: Stream, collate: Collate, *, epoch: int, rank: int, size: int, count: int) -> None:
+        self.stream, self.collate = stream, collate
+        self.epoch, self.rank, self.size, self.count = epoch, rank, size, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This worker's share."""
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if count := len(range(worker, self.count, workers)):  # with_epoch takes 0 for no limit
+            place = f"{self.epoch}/{self.rank}/{worker}"
+            yield from self.stream.batches(place, self.collate, self.size).with_epoch(nbatches=count)
+
+
+class StreamLoader:
+    """A stream's batches, an epoch at a time; Lightning keeps its state in checkpoints.
+
+    The state is the number of epochs begun, so that a run that goes on in the middle of one draws anew there.
+
+    Args:
+        stream: where from.
+        collate: makes batches.
+        rank: of this process.
+        world_size: number of processes; divides ``data.batch_size``.
+        settings: of the DataLoader: num_workers and so on.
+
+    Raises:
+        ValueError: a batch that the processes cannot share; names the numbers.
+    """
+
+    def __init__(
+        self, stream: Stream, collate: Collate, *, rank: int = 0, world_size: int = 1, **settings: Any
+    ) -> None:
+        size = stream.config.batch_size
+        if size % world_size:
+            raise ValueError(f"data.batch_size ({size}) must be a multiple of the {world_size} processes")
+        self.stream, self.collate, self.settings = stream, collate, settings
+        self.rank, self.local_size, self.epoch = rank, size // world_size, 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.stream) // self.stream.config.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        """An epoch that was not begun before."""
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        batches = StreamBatches(
+            self.stream, self.collate, epoch=epoch, rank=self.rank, size=self.local_size, count=len(self)
+        )
+        yield from DataLoader(batches, batch_size=None, **self.settings)
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of epochs begun."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on with an epoch that was not begun before ``state`` was taken."""
+        self.epoch = state["epoch"]
+        if self.rank == 0:
+            log.warning(
+                "%s is a stream, which is not resumed exactly: training goes on with samples drawn anew",
+                self.stream.config.path,
+            )
+
+
+def _join(samples: Sequence[Batch]) -> Batch:
+    """Batches of one to a batch."""
+    parts = {name: [sample[name] for sample in samples] for name in samples[0]}
+    captions = [caption for one in parts.pop("captions") for caption in one]
+    return {"captions": captions, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
+
+
+def _name(raw: RawSample) -> str:
+    return f"sample {raw['__key__']!r} of {raw['__url__']}"
