@@ -2,9 +2,9 @@
 
     python benchmarks/training.py --peer peer/bin/python      # peer_stubs.py says how to make such an interpreter
 
-Parts: ``step`` a bare optimisation step of two sizes, full and axial attention; ``layer`` attention alone, at two grids;
-``process`` the whole train_dalle.py from token shards against the bare step; ``memory`` what plan=true foretells against
-what a step takes. Every case is a process of its own, since the most that it held is asked for.
+Parts: ``step`` a bare optimisation step of two sizes, full and axial attention; ``layer`` attention alone, at two
+grids; ``process`` the whole train_dalle.py from token shards against the bare step; ``memory`` what plan=true foretells
+against what a step takes. Every case is a process of its own, since the most that it held is asked for.
 """
 
 import argparse
@@ -33,6 +33,7 @@ SMALL = {"dim": 256, "depth": 8, "heads": 8, "head_dim": 32, "text": 64, "grid":
 LARGE = {"dim": 512, "depth": 6, "heads": 8, "head_dim": 64, "text": 256, "grid": 32, "vocabulary": 10_000,
          "codebook": 8192, "batch": 2}  # fmt: skip
 PATTERNS = {"full": ["full"], "axial": ["axial_row", "axial_col"]}
+FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once: holes between blocks are not counted
 PARTS = ("step", "layer", "process", "memory")
 
 
@@ -152,8 +153,12 @@ def layer(threads: int) -> None:
         for pattern in ("full", "axial_row", "axial_col", "conv_like"):
             for precision in ("fp32", "bf16"):
                 case = {"layer": pattern, "grid": grid, "precision": precision, "threads": threads}
-                got = [subprocess_case(sys.executable, "training.py", {**case, "dense": dense}) for dense in (0, 1)]
-                values = " | ".join(f"{g['seconds'] * 1e3:.0f} | {g['megabytes']:.0f}" for g in got)
+                values = []
+                for dense in (0, 1):
+                    timed = subprocess_case(sys.executable, "training.py", {**case, "dense": dense})
+                    held = subprocess_case(sys.executable, "training.py", {**case, "dense": dense}, **FREED)
+                    values.append(f"{timed['seconds'] * 1e3:.0f} | {held['megabytes']:.0f}")
+                values = " | ".join(values)
                 print(f"| {pattern} | {grid * grid} | {precision} | {values} |", flush=True)
 
 
@@ -244,8 +249,7 @@ def foretold(threads: int) -> None:
     }
     for name, case in cases.items():
         case = {**case, "patterns": PATTERNS["axial"], "threads": threads, "steps": 3}
-        # memory that is freed goes back at once, so that holes between blocks are not counted
-        got = subprocess_case(sys.executable, "training.py", case, MALLOC_MMAP_THRESHOLD_="65536")
+        got = subprocess_case(sys.executable, "training.py", case, **FREED)
         print(
             f"| {name} | {got['plan']:.0f}, {got['megabytes']:.0f} | {got['plan'] / got['megabytes']:.2f} |", flush=True
         )
