@@ -142,7 +142,10 @@ def read_header(path: str | Path, *, kind: str | None = None) -> Header:
         ValueError: no checkpoint of ours, truncated, or of another kind.
     """
     path = Path(path)
-    head = _read_safetensors_header(path) if _is_safetensors(path) else _read(path, "cpu")[0]
+    if path.is_dir():
+        head = _read_sharded_header(path)
+    else:
+        head = _read_safetensors_header(path) if _is_safetensors(path) else _read(path, "cpu")[0]
     _check_kind(head, kind, path)
     return head
 
@@ -267,10 +270,7 @@ def _read(path: Path, map_location: Device) -> tuple[Header, State]:
 
 def _read_sharded(path: Path) -> tuple[Header, State]:
     """A checkpoint of sharded weights, a folder: the weights of all processes put together, nothing else of it."""
-    if not (path / SHARDED_META).is_file() or not (path / ".metadata").is_file():
-        raise ValueError(f"{path} is a folder, but no checkpoint of sharded weights, or an incomplete one")
-    content = torch.load(path / SHARDED_META, map_location="cpu", weights_only=True)
-    head = {key: content.get(key) for key in HEADER_KEYS}
+    head = _read_sharded_header(path)
     reader, prefix = FileSystemReader(path), "state_dict."
     parts = reader.read_metadata().state_dict_metadata
     state: State = {
@@ -280,6 +280,13 @@ def _read_sharded(path: Path) -> tuple[Header, State]:
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return head, {name.removeprefix(prefix).removeprefix("net."): tensor for name, tensor in state.items()}
+
+
+def _read_sharded_header(path: Path) -> Header:
+    if not (path / SHARDED_META).is_file() or not (path / ".metadata").is_file():
+        raise ValueError(f"{path} is a folder, but no checkpoint of sharded weights, or an incomplete one")
+    content = torch.load(path / SHARDED_META, map_location="cpu", weights_only=True)
+    return {key: content.get(key) for key in HEADER_KEYS}
 
 
 def _read_safetensors_header(path: Path) -> Header:

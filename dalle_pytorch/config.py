@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 T = TypeVar("T")
 
 CONFIG_PATH = "pkg://dalle_pytorch.configs"
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError)
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError, FloatingPointError)
 """What a person can mend from the message alone; anything else is a defect and keeps its traceback."""
 
 

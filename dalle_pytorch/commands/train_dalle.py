@@ -23,7 +23,7 @@ def main(config: TrainDALLEConfig) -> None:
         return
     run = Run("dalle", config)
     vae = load(config.vae, kind="vae")
-    data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed)
+    data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
     if data.tokenizer is not None:
         data.check_tokenizer(describe_tokenizer(vae), config.vae)
     tokenizer = make_tokenizer(config.text, data, run)

@@ -80,8 +80,8 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of samples given in it."""
-        return {"epoch": self.epoch, "samples": self.samples}
+        """Epoch, number of samples given in it, and of all samples."""
+        return {"epoch": self.epoch, "samples": self.samples, "size": self.batches.size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where ``state`` was taken.
@@ -95,7 +95,12 @@ class ResumableLoader(DataLoader[Any]):
                 "the run was trained on a stream, which says nothing of the place in local shards: "
                 "resume with the data.path= that it had, or start anew with another out="
             )
-        if state["samples"] % self.batches.batch_size:
+        if state["size"] != self.batches.size:
+            raise ValueError(
+                f"the run was trained on {state['size']} samples, data.path= has {self.batches.size}, whose order is "
+                "another one: resume with the data that it had, or start anew with another out="
+            )
+        if state["samples"] % self.batches.batch_size or state["samples"] >= len(self) * self.batches.batch_size:
             raise ValueError(
                 f"the run was stopped after {state['samples']} samples of an epoch, no whole number of batches "
                 f"of data.batch_size={self.batches.batch_size}: resume with the batch size that it had"

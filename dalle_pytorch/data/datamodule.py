@@ -104,10 +104,12 @@ class TextImageDataModule(pl.LightningDataModule):
         image_size: side of the pictures in pixels.
         seed: of order, augmentation and captions.
         shards: the two splits, if they are open already (see `open_splits`).
+        tokens: token shards will do.
 
     Raises:
         FileNotFoundError: no such shards; says how to make them.
-        ValueError: no such split, too few pictures, pictures of another size, or a stream that cannot be read.
+        ValueError: no such split, too few pictures, pictures of another size, tokens in place of pictures, or a stream
+            that cannot be read.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class TextImageDataModule(pl.LightningDataModule):
         image_size: int,
         seed: int,
         shards: tuple[ShardDataset, ShardDataset] | None = None,
+        tokens: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
@@ -128,6 +131,12 @@ class TextImageDataModule(pl.LightningDataModule):
             self.train_set = _open_stream(config, image_size=image_size, seed=seed)
         else:
             train, val = shards or open_splits(config)
+            for part in (train, val):
+                if isinstance(part, TokenShards) and not tokens:
+                    raise ValueError(
+                        f"{part.folder} holds image tokens, and this needs the pictures: give data.path= the folder "
+                        "that they were encoded from"
+                    )
             if len(train) < config.batch_size:
                 EpochBatches(len(train), config.batch_size, seed=seed)  # raises, before pictures are decoded
             self.train_set = _samples(train, config, image_size=image_size, train=True, seed=seed)
@@ -219,13 +228,22 @@ class TextImageDataModule(pl.LightningDataModule):
         return ResumableLoader(self.train_set, sampler, collate_fn=self.train_collate, **self._workers())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """All validation pictures in order, the last batch smaller; each process takes every n-th picture."""
+        """All validation pictures in order, the last batch smaller.
+
+        Each of several processes takes every n-th, and all the same number: the last few pictures are left out, since a
+        process that lacked a batch would keep the others waiting.
+
+        Raises:
+            ValueError: fewer pictures than processes; names the numbers.
+        """
         rank, world_size = _place(self.trainer)
         pictures = self._validated()
+        if len(pictures) < world_size:
+            raise ValueError(f"the split to validate on has {len(pictures)} pictures for {world_size} processes")
         return DataLoader(
             pictures,
             batch_size=max(1, self.config.batch_size // world_size),
-            sampler=range(rank, len(pictures), world_size),
+            sampler=range(rank, len(pictures) // world_size * world_size, world_size),
             collate_fn=self.val_collate,
             **self._workers(),
         )
@@ -257,7 +275,13 @@ class TextImageDataModule(pl.LightningDataModule):
 def all_pictures(
     shards: ShardDataset, config: DataConfig, image_size: int
 ) -> tuple[Float[Tensor, "b 3 H W"], list[str]]:
-    """A whole split in order, unaugmented, with the first caption of each picture."""
+    """A whole split in order, unaugmented, with the first caption of each picture.
+
+    Raises:
+        ValueError: they are tokens, not pictures.
+    """
+    if isinstance(shards, TokenShards):
+        raise ValueError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
     pictures = Pictures(shards, config, image_size=image_size, train=False)
     samples = [pictures[index] for index in range(len(pictures))]
     return torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples]

@@ -10,6 +10,9 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
@@ -22,7 +25,7 @@ import torch
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from dalle_pytorch.checkpoint import describe_tokenizer, load
+from dalle_pytorch.checkpoint import atomic, describe_tokenizer, load
 from dalle_pytorch.data.datamodule import ENCODE_BATCH, DataConfig
 from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index, sha256_file, write_json
 from dalle_pytorch.data.samples import Pictures
@@ -35,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "encoding.json"  # there while an encoding is unfinished
 SKIPPED_NAME = "skipped.json"
+FREE = ("vae", "path", "max_bad_share")  # may differ when an encoding goes on: hashes say what the first two hold
 
 
 @dataclass(kw_only=True)
@@ -70,12 +74,14 @@ class EncodeConfig:
         """
         if self.crops < 1:
             raise ValueError(f"crops must be at least 1, got {self.crops}")
+        if self.crops > 1 and not (self.jitter or self.crop or self.flip):
+            raise ValueError(f"crops={self.crops} without jitter, crop or flip would be equal: set one of them")
         self.data()
 
     def data(self) -> DataConfig:
-        """The same as the training's settings."""
-        names = ("path", "resize", "jitter", "crop", "flip", "max_bad_share")
-        return DataConfig(**{name: getattr(self, name) for name in names})
+        """The same as the training's settings; what cannot be read is counted at the end."""
+        names = ("path", "resize", "jitter", "crop", "flip")
+        return DataConfig(max_bad_share=1.0, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,8 @@ def encode_folder(
         FileExistsError: the folder holds something else, or was encoded with other settings.
         ValueError: too many pictures cannot be read, or they do not fit the image tokenizer.
     """
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device} is not there; use cpu, or cuda on a machine with a GPU")
     out, vae = Path(out), load(config.vae, kind="vae")
     source = read_index(config.path)
     settings = {**asdict(config), "tokenizer": describe_tokenizer(vae), "pictures": source["shards"]}
@@ -137,12 +145,12 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(settings))
-        if different := [key for key in now if before.get(key) != now[key]]:
+        if different := [key for key in now if key not in FREE and before.get(key) != now[key]]:
             raise FileExistsError(
                 f"{out} holds an interrupted encoding with another {', '.join(different)}: "
                 "repeat it with the same settings, or choose another out="
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
         raise FileExistsError(f"{out} exists and holds files; nothing is overwritten: choose another out=")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -160,12 +168,13 @@ def _jobs(source: dict[str, Any]) -> Iterator[Job]:
 
 def _run(jobs: list[Job], config: EncodeConfig, out: Path, workers: int | None, device: str) -> None:
     """Encode, in this process if one is enough."""
-    cores = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    cores = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
     workers = min(workers or cores, len(jobs))
     with tqdm(total=sum(job.count for job in jobs), desc="pictures", unit="picture") as bar:
         if workers <= 1:
+            vae = load(config.vae, kind="vae", map_location=device)
             for job in jobs:
-                encode_shard(job, config, out, device)
+                encode_shard(job, config, out, vae, device)
                 bar.update(job.count)
             return
         context = multiprocessing.get_context("spawn")
@@ -173,51 +182,60 @@ def _run(jobs: list[Job], config: EncodeConfig, out: Path, workers: int | None, 
         for worker in range(workers):
             places.put(f"cuda:{worker % cores}" if device == "cuda" else device)
         # Torch's own threads would only stand in each other's way.
-        with ProcessPoolExecutor(workers, context, _start_worker, (places, max(1, cores // workers))) as pool:
-            futures = {pool.submit(_encode_in_worker, job, config, out): job for job in jobs}
+        settings = (config, places, max(1, cores // workers), os.getpid())
+        pool = ProcessPoolExecutor(workers, context, _start_worker, settings)
+        try:
+            futures = {pool.submit(_encode_in_worker, job, out): job for job in jobs}
             for future in as_completed(futures):
-                if future.exception() is not None:
-                    pool.shutdown(cancel_futures=True)
                 future.result()
                 bar.update(futures[future].count)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-_place = "cpu"  # device of this worker
+_worker: dict[str, Any] = {}
+"""What a worker process has: settings, image tokenizer, device."""
 
 
-def _start_worker(places: Any, threads: int) -> None:
-    global _place
-    _place = places.get()
+def _start_worker(config: EncodeConfig, places: Any, threads: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    device = places.get()
+    _worker.update(config=config, device=device, vae=load(config.vae, kind="vae", map_location=device))
 
 
-def _encode_in_worker(job: Job, config: EncodeConfig, out: Path) -> None:
-    encode_shard(job, config, out, _place)
+def _end_with(parent: int) -> None:
+    """End when the first process is killed: otherwise this one would go on, beside the next call's."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
-_loaded: dict[str, ImageTokenizer] = {}
+def _encode_in_worker(job: Job, out: Path) -> None:
+    encode_shard(job, _worker["config"], out, _worker["vae"], _worker["device"])
 
 
 @torch.inference_mode()
-def encode_shard(job: Job, config: EncodeConfig, out: Path, device: str) -> None:
+def encode_shard(job: Job, config: EncodeConfig, out: Path, vae: ImageTokenizer, device: str) -> None:
     """Write one token shard and then its record; a shard without a record does not count."""
-    vae = _loaded.get(f"{config.vae} {device}") or load(config.vae, kind="vae", map_location=device)
-    _loaded[f"{config.vae} {device}"] = vae
     train = job.split in config.train_splits
     pictures = Pictures(
-        ShardDataset(config.path, job.split), config.data(), image_size=vae.image_size, train=train, seed=config.seed
-    )
+        ShardDataset(config.path, job.split, only=job.file), config.data(),
+        image_size=vae.image_size, train=train, seed=config.seed, start=job.start,
+    )  # fmt: skip
     variants, kind = config.crops if train else 1, smallest_type(vae.codebook_size)
-    temporary, keys = out / f".{job.out}.tmp", pictures.shards.keys()
-    with closing(TarWriter(str(temporary), user="", group="", mtime=0, encoder=False)) as tar:
-        stop = job.start + job.count
-        for first in range(job.start, stop, ENCODE_BATCH):
-            indices = range(first, min(first + ENCODE_BATCH, stop))
+    keys = pictures.shards.keys()
+    with (
+        atomic(out / job.out) as temporary,
+        closing(TarWriter(str(temporary), user="", group="", mtime=0, encoder=False)) as tar,
+    ):
+        for first in range(0, job.count, ENCODE_BATCH):
+            indices = range(first, min(first + ENCODE_BATCH, job.count))
             rows = [vae.encode(pictures.images(indices, variant).to(device)).cpu() for variant in range(variants)]
             for index, tokens in zip(indices, torch.stack(rows, dim=1).numpy(), strict=True):
                 if index not in pictures.bad.indices:
                     tar.write(_sample(keys[index], tokens.astype(kind), pictures.shards.meta(index)))
-    os.replace(temporary, out / job.out)
     bad = sorted(keys[index] for index in pictures.bad.indices)
     entry = {"file": job.out, "split": job.split, "count": job.count - len(bad), "sha256": sha256_file(out / job.out)}
     write_json(_record(out, job), {**entry, "skipped": bad})
@@ -261,6 +279,7 @@ def _finish(
     }  # fmt: skip
     write_json(out / SKIPPED_NAME, skipped)
     write_json(out / INDEX_NAME, index)
-    for path in itertools.chain((_record(out, job) for job in jobs), [out / SETTINGS_NAME]):
+    # the settings first: without them, and with an index, the folder is finished
+    for path in itertools.chain([out / SETTINGS_NAME], (_record(out, job) for job in jobs)):
         path.unlink()
     return index

@@ -176,13 +176,21 @@ class Pictures(Captioned):
         image_size: side of the pictures in pixels.
         train: augment, and draw a caption; otherwise the first caption of the untouched picture.
         seed: of the augmentation and of the choice of captions.
+        start: position in the split of the first of these pictures, where they are a part of it.
 
     Raises:
         ValueError: the pictures are of another size and ``config.resize`` is off; names both sizes.
     """
 
     def __init__(
-        self, shards: ShardDataset, config: "DataConfig", *, image_size: int, train: bool, seed: int = 0
+        self,
+        shards: ShardDataset,
+        config: "DataConfig",
+        *,
+        image_size: int,
+        train: bool,
+        seed: int = 0,
+        start: int = 0,
     ) -> None:
         stored = shards.image_size
         if stored is not None and stored != image_size and not config.resize:
@@ -191,7 +199,7 @@ class Pictures(Captioned):
                 f"{image_size}; use a model of that image_size, or scale them with data.resize=true"
             )
         super().__init__(shards, config, train=train, seed=seed)
-        self.image_size = image_size
+        self.image_size, self.start = image_size, start
         self.decoded = self._decode_all() if config.cache_decoded else None
         self.image_tokens: Int[Tensor, "variants b n"] | None = None
 
@@ -217,7 +225,7 @@ class Pictures(Captioned):
         images = []
         for index in indices:
             try:
-                images.append(self.image(index, sample_rng(self.seed, variant, index)))
+                images.append(self.image(index, sample_rng(self.seed, variant, self.start + index)))
             except ValueError as error:
                 self.bad.add(index, error)
                 images.append(torch.ones(3, self.image_size, self.image_size))

@@ -205,6 +205,7 @@ class ShardDataset(Dataset[Sample]):
     Args:
         folder: a shard folder.
         split: the name of a split, or several joined by "+", as in "train+test".
+        only: one of its files; the others are not opened.
 
     Raises:
         FileNotFoundError: the folder, its index or a shard is missing.
@@ -214,7 +215,7 @@ class ShardDataset(Dataset[Sample]):
     KIND: ClassVar[str] = "images"
     EXTENSIONS: ClassVar[tuple[str, ...]] = IMAGE_EXTENSIONS
 
-    def __init__(self, folder: str | Path, split: str) -> None:
+    def __init__(self, folder: str | Path, split: str, *, only: str | None = None) -> None:
         self.folder = Path(folder)
         self.split = split
         self.index = read_index(self.folder, kind=self.KIND)
@@ -227,6 +228,8 @@ class ShardDataset(Dataset[Sample]):
         if repeated := [name for name, count in Counter(wanted).items() if count > 1]:
             raise ValueError(f"split {split!r} names {repeated} more than once")
         chosen = [shard for name in wanted for shard in self.index["shards"] if shard["split"] == name]
+        if only is not None:
+            chosen = [shard for shard in chosen if shard["file"] == only]
         self._tars = [TarReader(self.folder / shard["file"]) for shard in chosen]
         self._entries: list[_Entry] = []
         for number, shard in enumerate(chosen):

@@ -262,36 +262,38 @@ def read_tokens(raw: RawSample) -> Int[Tensor, "variants n"]:
         raise ValueError(f"it has no image tokens (.{TOKENS}), as the first sample has")
     try:
         array = np.load(io.BytesIO(raw[TOKENS]), allow_pickle=False)
-    except (EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a broken header can break numpy's parser in any way
         raise ValueError(f"its image tokens cannot be read: {error}") from error
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
-        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not rows of image tokens")
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 2
+        or not array.size
+        or array.dtype.kind not in "iu"
+        or array.min() < 0
+    ):
+        raise ValueError(f"it holds {getattr(array, 'dtype', '?')}, not rows of image tokens")
     return torch.from_numpy(array.astype(np.int64))
 
 
 class StreamBatches(IterableDataset[Batch]):
-    """What one process reads of a stream in one epoch, shared out among its workers.
+    """What a worker of one process reads of a stream, without an end.
 
     Args:
         stream: where from.
         collate: makes batches.
-        epoch: draws anew in each.
+        epoch: draws anew in each that a run begins or goes on with.
         rank: of the process.
         size: samples of a batch in this process.
-        count: batches of the epoch.
     """
 
-    def __init__(self, stream: Stream, collate: Collate, *, epoch: int, rank: int, size: int, count: int) -> None:
+    def __init__(self, stream: Stream, collate: Collate, *, epoch: int, rank: int, size: int) -> None:
         self.stream, self.collate = stream, collate
-        self.epoch, self.rank, self.size, self.count = epoch, rank, size, count
+        self.epoch, self.rank, self.size = epoch, rank, size
 
     def __iter__(self) -> Iterator[Batch]:
-        """This worker's share."""
+        """This worker's batches."""
         info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if count := len(range(worker, self.count, workers)):  # with_epoch takes 0 for no limit
-            place = f"{self.epoch}/{self.rank}/{worker}"
-            yield from self.stream.batches(place, self.collate, self.size).with_epoch(nbatches=count)
+        yield from self.stream.batches(f"{self.epoch}/{self.rank}/{info.id if info else 0}", self.collate, self.size)
 
 
 class StreamLoader:
@@ -318,18 +320,20 @@ class StreamLoader:
             raise ValueError(f"data.batch_size ({size}) must be a multiple of the {world_size} processes")
         self.stream, self.collate, self.settings = stream, collate, settings
         self.rank, self.local_size, self.epoch = rank, size // world_size, 0
+        self.running: Iterator[Batch] | None = None
+        """One pass for all epochs: an epoch may end inside a shard, and what follows is to be read as well."""
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         return len(self.stream) // self.stream.config.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        """An epoch that was not begun before."""
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        batches = StreamBatches(
-            self.stream, self.collate, epoch=epoch, rank=self.rank, size=self.local_size, count=len(self)
-        )
-        yield from DataLoader(batches, batch_size=None, **self.settings)
+        """The next epoch."""
+        if self.running is None:
+            batches = StreamBatches(self.stream, self.collate, epoch=self.epoch, rank=self.rank, size=self.local_size)
+            self.running = iter(DataLoader(batches, batch_size=None, **self.settings))
+        self.epoch += 1
+        yield from islice(self.running, len(self))
 
     def state_dict(self) -> dict[str, int]:
         """Number of epochs begun."""
@@ -337,7 +341,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on with an epoch that was not begun before ``state`` was taken."""
-        self.epoch = state["epoch"]
+        self.epoch, self.running = state["epoch"], None
         if self.rank == 0:
             log.warning(
                 "%s is a stream, which is not resumed exactly: training goes on with samples drawn anew",

@@ -4,11 +4,15 @@ import gzip
 import io
 import os
 import tarfile
+import weakref
 import zlib
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 GZIP_SUFFIX = ".gz"
+MOST_OPEN = 256  # files of this process; systems often allow 1,024
+_opened: deque[weakref.ref["TarReader"]] = deque()
 
 
 class TarReader:
@@ -57,6 +61,10 @@ class TarReader:
         else:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_RDONLY)
+                _opened.append(weakref.ref(self))
+                while len(_opened) > MOST_OPEN:
+                    if (oldest := _opened.popleft()()) is not None:
+                        oldest.close()
             data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
             raise ValueError(f"{self.path} ends before byte {offset + size}; write it again")
@@ -79,8 +87,12 @@ class TarReader:
         """Leave the open file and the memory behind: another process opens its own."""
         return {**self.__dict__, "_descriptor": None, "_memory": None}
 
-    def __del__(self) -> None:
-        """Close the file."""
-        descriptor = self.__dict__.get("_descriptor")
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        descriptor, self._descriptor = self.__dict__.get("_descriptor"), None
         if descriptor is not None:
             os.close(descriptor)
+
+    def __del__(self) -> None:
+        """Close the file."""
+        self.close()

@@ -56,12 +56,18 @@ class TokenShards(ShardDataset):
         sample = self[index]
         try:
             array = np.load(io.BytesIO(sample.image), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except Exception as error:  # a broken header can break numpy's parser in any way
             raise ValueError(f"the image tokens of {sample.key!r} cannot be read: {error}") from error
         count, size = self.tokenizer["grid_size"] ** 2, self.tokenizer["codebook_size"]
-        if array.ndim != 2 or array.shape[1] != count or array.dtype.kind not in "iu":
+        if (
+            not isinstance(array, np.ndarray)
+            or array.ndim != 2
+            or array.shape[1] != count
+            or array.dtype.kind not in "iu"
+        ):
             raise ValueError(
-                f"{sample.key!r} holds {array.dtype} of shape {array.shape}, not rows of {count} image tokens"
+                f"{sample.key!r} holds {getattr(array, 'dtype', '?')} of shape {getattr(array, 'shape', '?')}, "
+                f"not rows of {count} image tokens"
             )
         if array.min() < 0 or array.max() >= size:
             raise ValueError(f"{sample.key!r} has image tokens up to {array.max()}, the codebook {size}")

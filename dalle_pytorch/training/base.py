@@ -19,6 +19,7 @@ from dalle_pytorch.models.gradient_scaling import update_scales
 from dalle_pytorch.training.optim import OptimConfig, make_optimizer, make_scheduler
 from dalle_pytorch.training.sharding import shard
 from dalle_pytorch.training.stability import SkippedSteps, clip_gradients, is_logged
+from dalle_pytorch.training.strategies import PowerSGDStrategy
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -61,11 +62,13 @@ class LitBase(pl.LightningModule, Generic[Net]):
         overflowed = update_scales(self.net)
         norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], self.optim.clip)
         finite = math.isfinite(norm) and not overflowed
-        self.skipped.note(finite, self.net, self.global_step)
+        self.skipped.note(finite, self.net, self.global_step, overflowed)
         self.log("train/grad_norm", norm if finite else 0.0)
         self.log("train/skipped_steps", float(self.skipped.total))
         if not finite:
             optimizer.zero_grad()  # without gradients an optimiser changes nothing
+            if isinstance(self.trainer.strategy, PowerSGDStrategy):
+                self.trainer.strategy.forget()
 
     def mean_over_processes(self) -> Callable[[Tensor], Tensor] | None:
         """Averages a number over the processes of the training; None where there is one."""
@@ -94,15 +97,23 @@ class LitBase(pl.LightningModule, Generic[Net]):
 
     def log_losses(self, stage: str, values: Mapping[str, Tensor | float], size: int, bar: str = "loss") -> None:
         """Log values as ``stage/name``, means over all processes; ``bar`` also goes to the progress bar."""
-        # between two entries of the logs the bar may show the first process's values: no messages for them
-        entry = is_logged(self.trainer)
+        # Every key needs the same arguments in all calls, so in training we average ourselves; between two entries of
+        # the logs the bar may show the first process's values.
+        average = self.mean_over_processes() if stage == "train" and is_logged(self.trainer) else None
         for name, value in values.items():
-            shown, together = name == bar, stage == "val" or entry
-            self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=size, sync_dist=together)
+            if average is not None:
+                value = average(torch.as_tensor(value, dtype=torch.float32, device=self.device).detach())
+            shown = name == bar
+            self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=size, sync_dist=stage == "val")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put our header into Lightning's file, so that ``dalle_pytorch.load`` reads it as well."""
         checkpoint.update(header(self.net, {"step": self.global_step}))
+        checkpoint["skipped_steps"] = (self.skipped.in_a_row, self.skipped.total)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting the steps that were left out."""
+        self.skipped.in_a_row, self.skipped.total = checkpoint["skipped_steps"]
 
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """One picture, in [0, 1], that shows how far the training is.

@@ -85,9 +85,36 @@ def make_callbacks(
         best = {"monitor": lit.monitor, "mode": lit.monitor_mode, "filename": "best"}
         callbacks.append(ModelCheckpoint(**common, **best))
     newest = {"monitor": "step", "mode": "max", "save_top_k": config.keep_last, "filename": "step_{step:08d}"}
-    callbacks.append(ModelCheckpoint(**common, **newest, every_n_train_steps=config.checkpoint_every))
-    callbacks.append(StopOnSignal(out / "checkpoints"))
+    callbacks.append(StepCheckpoint(**common, **newest, every_n_train_steps=config.checkpoint_every))
+    callbacks.append(StopOnSignal(out / "checkpoints", config.keep_last))
     return callbacks
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Checkpoints to resume from.
+
+    Where a validation is due at the same step it comes first: a resumed run does not repeat it, and the checkpoint has
+    to know its score.
+    """
+
+    waits = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, or wait for the validation."""
+        every = trainer.val_check_batch
+        due = trainer.check_val_every_n_epoch is None and isinstance(every, int) and trainer.enable_validation
+        if due and (trainer.fit_loop.total_batch_idx + 1) % every == 0:
+            self.waits = trainer.global_step % self._every_n_train_steps == 0
+        else:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what waited."""
+        if self.waits:
+            self.waits = False
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def ema(decay: float) -> WeightAveraging:

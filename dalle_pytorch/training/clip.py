@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.models.clip import CLIP, CLIPConfig, contrastive_loss
+from dalle_pytorch.models.clip import CLIP, CLIPConfig, CLIPLoss, contrastive_loss
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
@@ -37,14 +37,17 @@ class LitCLIP(LitBase[CLIP]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of the pairs of a batch."""
-        text, image = self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])
-        if self.trainer.world_size > 1:
-            # Every process computes the loss of all pairs; the mean of their gradients is that of one big batch.
-            text, image = (self.gather(x) for x in (text, image))
-        result = contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias)
+        result = self.loss(batch)
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss
+
+    def loss(self, batch: Batch) -> CLIPLoss:
+        """Loss of the pairs of all processes, in each; the mean of their gradients is that of one big batch."""
+        text, image = self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])
+        if self.trainer.world_size > 1:
+            text, image = (self.gather(x) for x in (text, image))
+        return contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias)
 
     def gather(self, features: Float[Tensor, "b e"]) -> Float[Tensor, "all e"]:
         """Features of all processes, with gradients."""
@@ -54,7 +57,7 @@ class LitCLIP(LitBase[CLIP]):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss, and how often the right partner of the batch wins."""
-        result = self.net.loss(batch["text_tokens"], batch["images"])
+        result = self.loss(batch)
         values = {
             "loss": result.loss,
             "text_to_image_r1": result.text_to_image_accuracy,

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,9 +34,13 @@ class LauncherConfig:
     gpus_per_node: int | None = None
     """null = as many as processes, none with trainer.accelerator=cpu."""
     partition: str | None = None
+    """SLURM's; this and the next three: null = the cluster's default."""
     account: str | None = None
+    """Whom the time is charged to."""
     qos: str | None = None
+    """Quality of service."""
     constraint: str | None = None
+    """Features that nodes must have."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell before the job, such as "module load cuda"."""
     signal_delay_s: int = 120
@@ -80,7 +85,7 @@ class Job:
 
 
 def launch(kind: str, config: "RunConfig", module: str) -> bool:
-    """Submit the command of this process, if the settings say so.
+    """Hand the command of this process to a scheduler, if the settings say so.
 
     Args:
         kind: vae, dalle or clip.
@@ -94,32 +99,46 @@ def launch(kind: str, config: "RunConfig", module: str) -> bool:
         FileExistsError: the folder holds files and ``resume`` is off.
         ValueError: submitit is missing, or the number of processes per node is not given.
     """
-    settings = config.launcher
-    if settings.cluster is None:
+    cluster = config.launcher.cluster
+    if cluster is None:
         return False
-    if importlib.util.find_spec("submitit") is None:
-        raise ValueError("launcher=slurm and launcher=local need the package submitit: pip install '.[slurm]'")
-    from submitit import AutoExecutor
-
     out = Path(config.out or Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))).absolute()
     if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(
             f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
         )
     own = [argument for argument in sys.argv[1:] if not argument.startswith(("launcher", "out=", "resume="))]
-    executor = AutoExecutor(folder=out / "jobs", cluster=settings.cluster, slurm_max_num_timeout=MOST_TURNS)
-    executor.update_parameters(**_request(config))
-    job = executor.submit(Job(module, [*own, f"out={out}", "resume=true"]))
-    log.info("submitted job %s; it writes to %s, its output is in %s", job.job_id, out, job.paths.stdout)
+    # the last word on it, whatever an experiment says: a job that submits another would never end
+    own += [f"out={out}", "resume=true", "launcher.cluster=null"]
+    if cluster == "slurm":
+        number, path = _submit(Job(module, own), config, out)
+    else:
+        path = out / "jobs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as output:
+            command = [sys.executable, "-m", module, *own]
+            number = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True).pid
+    log.info("submitted job %s; it writes to %s, its output is in %s", number, out, path)
     return True
+
+
+def _submit(job: Job, config: "RunConfig", out: Path) -> tuple[str, Path]:
+    """Give a job to SLURM; its number, and where its output goes."""
+    if importlib.util.find_spec("submitit") is None:
+        raise ValueError("launcher=slurm needs the package submitit: pip install '.[slurm]'")
+    from submitit import AutoExecutor
+
+    request = _request(config)
+    executor = AutoExecutor(folder=out / "jobs", cluster="slurm", slurm_max_num_timeout=MOST_TURNS)
+    executor.update_parameters(**request)
+    submitted = executor.submit(job)
+    return submitted.job_id, submitted.paths.stdout
 
 
 def _request(config: "RunConfig") -> dict[str, Any]:
     """Arguments of submitit's executor."""
     settings, trainer = config.launcher, config.trainer
     request: dict[str, Any] = {"name": "dalle_pytorch", "timeout_min": settings.timeout_min}
-    if settings.cluster == "local":
-        return request  # Lightning starts the processes
     tasks = trainer.get("devices", 1)
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(f"a job needs the number of processes per node: set trainer.devices=8, not {tasks}")

@@ -7,6 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric.utilities.rank_zero import _get_rank
+
 from dalle_pytorch.config import build
 
 
@@ -54,8 +56,11 @@ def _rows(path: Path, step: int) -> list[dict[str, str]]:
 
 def _wandb_id(out: Path) -> str:
     """The id under which Weights & Biases knows this run, made at its first start."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "wandb_id.txt"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+    if path.is_file():
+        return path.read_text()
+    name = uuid.uuid4().hex[:8]
+    if not _get_rank():  # the others log nothing
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return name

@@ -10,9 +10,10 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 
-from dalle_pytorch.training.resume import checkpoint_path
+from dalle_pytorch.training.resume import checkpoint_path, prune
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,10 @@ class Stopped(Exception):
             if "SLURM_ARRAY_JOB_ID" in os.environ:
                 job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            log.info("scontrol requeue %s: %s", job, done.stderr.strip() or "asked for another turn")
+            if done.returncode:
+                log.error("scontrol requeue %s failed, the job ends here: %s", job, done.stderr.strip())
+            else:
+                log.info("asked SLURM for another turn of job %s", job)
 
 
 class StopOnSignal(Callback):
@@ -56,10 +60,11 @@ class StopOnSignal(Callback):
 
     Args:
         folder: where checkpoints are.
+        keep: how many of them are kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
         self.received: int | None = None
         self.saved: Path | None = None
         self.before: dict[signal.Signals, Any] = {}
@@ -84,17 +89,29 @@ class StopOnSignal(Callback):
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             self.saved = checkpoint_path(self.folder, trainer.global_step)
             trainer.save_checkpoint(self.saved)
+            if trainer.is_global_zero:
+                prune(self.folder, self.keep)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before a validation, which may take longer than there is time."""
+        self._stop(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, now that the step that was saved is in the logs too.
+        """Stop, now that the step that was saved is in the logs too."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """Stop, if the run is saved.
 
         Raises:
-            Stopped: if it has been saved.
+            Stopped: it is.
         """
         if self.saved is not None:
-            number = signal.Signals(self.received or signal.SIGTERM)
+            # a process that heard nothing itself stops for the same reason as the others
+            heard = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+            number = signal.Signals(int(trainer.strategy.reduce(heard, reduce_op="max")))
             raise Stopped(number, self.saved, self.before.get(number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,6 +1,7 @@
 """Where a run goes on: its checkpoints, damaged ones recognised, and settings that changed since."""
 
 import logging
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,14 +48,22 @@ def find_last(folder: Path) -> Path | None:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
-    if path.is_dir():  # sharded: the metadata is written last
-        return None if (path / ".metadata").is_file() and (path / SHARDED_META).is_file() else "is incomplete"
+    if path.is_dir():  # sharded: what is not sharded is written last
+        if not (path / ".metadata").is_file() or not (path / SHARDED_META).is_file():
+            return "is incomplete"
+        path = path / SHARDED_META
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         return f"is truncated ({error})"
     return None if bad is None else f"has another checksum in {bad}"
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for path in sorted(folder.glob("step_*.ckpt"), reverse=True)[keep:]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

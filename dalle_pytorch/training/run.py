@@ -109,6 +109,12 @@ class Run:
         self.header = None if self.last is None else checkpoint.read_header(self.last, kind=kind)
         """Its header."""
         if config.resume and self.last is None:
+            left = [path.name for path in (*self.out.glob(f"{kind}.safetensors"), *self.out.glob("checkpoints/*.ckpt"))]
+            if left:
+                raise FileExistsError(
+                    f"{self.out} holds {', '.join(left)} but no step_*.ckpt to go on from; nothing is overwritten: "
+                    "start anew with another out="
+                )
             log.info("%s has no checkpoint yet: starting at step 0", self.out)
         _quieten()
         pl.seed_everything(config.seed, verbose=False)
@@ -172,8 +178,9 @@ class Run:
                 "python -m dalle_pytorch.commands.consolidate"
             )
         step = 0 if self.header is None else self.header["training"]["step"]
-        if step and step >= config.trainer.get("max_steps", -1) > 0 and result.is_file():
+        if step and step >= config.trainer.get("max_steps", -1) > 0:
             log.info("%s is finished: %d steps. More of them: trainer.max_steps=", self.out, step)
+            self._write_finished(result)
             return result
         trainer = make_trainer(config, self.out, lit, step)
         if trainer.is_global_zero:
@@ -182,7 +189,8 @@ class Run:
             if self.last is not None:
                 log.info("going on from step %d", step)
                 warn_of_changes(self.out / "config.yaml", asdict(config))
-            OmegaConf.save(OmegaConf.create(asdict(config)), self.out / "config.yaml")
+            name = "config.yaml" if self.last is None else f"config_from_step_{step:08d}.yaml"
+            OmegaConf.save(OmegaConf.create(asdict(config)), self.out / name)
             count = sum(p.numel() for p in lit.net.parameters() if p.requires_grad) / 1e6
             pictures = len(data.train_set)
             log.info("%s: %.2f M parameters, %d training pictures, %s", self.kind, count, pictures, self.out)
@@ -201,6 +209,17 @@ class Run:
             checkpoint.save(net, result, training=notes, overwrite=True)
             log.info("%s", result)
         return result
+
+    def _write_finished(self, result: Path) -> None:
+        """The result of a run that was killed after its last checkpoint."""
+        if result.is_file() or _get_rank():
+            return
+        best = self.out / "checkpoints" / "best.ckpt"
+        keep = "best" if self.config.callbacks.keep == "best" and best.exists() else "last"
+        path = best if keep == "best" else self.last
+        assert path is not None
+        step = checkpoint.read_header(path)["training"]["step"]
+        checkpoint.save(checkpoint.load(path), result, training={"step": step, "kept": keep})
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -225,12 +244,13 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
     batches = section.get("max_steps", -1) * section.get("accumulate_grad_batches", 1)
     if isinstance(interval, int) and batches > 0:
         # The last steps are to be validated as well: as many validations as asked for, evenly spread.
+        interval *= section.get("accumulate_grad_batches", 1)  # Lightning counts batches, we count steps
         section["val_check_interval"] = batches // max(1, round(batches / interval))
     every = config.callbacks.checkpoint_every
     if (steps := section.get("max_steps", -1)) > 0:
         config.callbacks.checkpoint_every = steps // max(1, round(steps / every))
     validates = section.get("limit_val_batches", 1.0) != 0
-    check_strategy(section)
+    check_strategy(section, lit.net.config, config.optim.kind)
     callbacks = make_callbacks(config.callbacks, out, lit, validates=validates, sharded=is_sharded(section))
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())
@@ -251,7 +271,9 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
 
 
 def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    yield from differences(before["config"], now["config"], prefix)
+    # what a header of an earlier version lacks is at its default
+    config_class = checkpoint.KINDS[before["kind"]][1]
+    yield from differences(asdict(config_class(**before["config"])), now["config"], prefix)
     if before["vae"] is not None and now["vae"] is not None:
         yield from _model_differences(before["vae"], now["vae"], "vae.")
 
@@ -282,14 +304,14 @@ def _whole(net: nn.Module, first: bool) -> nn.Module:
 def _run_folder(kind: str, config: RunConfig) -> Path:
     """Choose and check the folder; the processes that Lightning starts take over that of the first."""
     rank = _get_rank() or 0
-    if rank and OUT_VARIABLE in os.environ:
-        return Path(os.environ[OUT_VARIABLE])
-    if config.out is None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("several processes need one folder: say which with out=")
-        out = Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    else:
+    if config.out is not None:
         out = Path(config.out)
+    elif rank and OUT_VARIABLE in os.environ:
+        return Path(os.environ[OUT_VARIABLE])
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes need one folder: say which with out=")
+    else:
+        out = Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     out = out.absolute()
     os.environ[OUT_VARIABLE] = str(out)
     if rank == 0 and not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,6 +1,7 @@
 """What keeps a long training alive: clipping, steps with non-finite gradients left out, scales in the logs."""
 
 import logging
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,13 +18,18 @@ MOST_SKIPPED = 20  # steps in a row; the paper's 16-bit run left out about 1 in 
 
 
 def clip_gradients(parameters: list[nn.Parameter], clip: float) -> float:
-    """Scale gradients in place to a norm of at most ``clip``; 0 = leave them.
+    """Scale gradients in place to a norm of at most ``clip``; 0 = leave them, and leave them if they are not finite.
 
     Returns:
         Their norm before, over all processes; not finite if one of them is not.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf"))
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    total = total.full_tensor() if isinstance(total, DTensor) else total
+    norm = float(total)
+    if clip and math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
+    return norm
 
 
 def is_logged(trainer: pl.Trainer) -> bool:
@@ -37,8 +43,14 @@ class SkippedSteps:
     def __init__(self) -> None:
         self.in_a_row, self.total = 0, 0
 
-    def note(self, finite: bool, net: nn.Module, step: int) -> None:
+    def note(self, finite: bool, net: nn.Module, step: int, overflowed: int = 0) -> None:
         """Count a step.
+
+        Args:
+            finite: whether it is to be taken.
+            net: its gradients are looked at.
+            step: its number.
+            overflowed: branches whose scaled gradients overflowed; their scales fall, so such steps are never too many.
 
         Raises:
             FloatingPointError: too many in a row were not finite; names the parameters.
@@ -46,7 +58,11 @@ class SkippedSteps:
         if finite:
             self.in_a_row = 0
             return
-        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        self.total += 1
+        if overflowed:
+            log.warning("step %d left out: %d branches overflowed (%d steps so far)", step, overflowed, self.total)
+            return
+        self.in_a_row += 1
         names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if self.in_a_row >= MOST_SKIPPED:

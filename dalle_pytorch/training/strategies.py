@@ -1,9 +1,7 @@
 """How several processes share a training: checks of ``trainer.strategy``, and compressed gradients."""
 
-import importlib.util
 from typing import Any
 
-import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -17,22 +15,27 @@ def is_sharded(trainer: dict[str, Any]) -> bool:
     return isinstance(strategy, dict) and strategy.get("_target_") == SHARDED
 
 
-def check_strategy(trainer: dict[str, Any]) -> None:
-    """Refuse what cannot run here, before anything is built.
+def check_strategy(trainer: dict[str, Any], model: Any, optim: str) -> None:
+    """Refuse what cannot run, before anything is built.
+
+    Args:
+        trainer: its section.
+        model: config of the network.
+        optim: kind of the optimiser.
 
     Raises:
-        ValueError: DeepSpeed without the package or without a GPU, or FSDP1.
+        ValueError: FSDP1, DeepSpeed, or what does not go with sharded weights; says what to set instead.
     """
     strategy = trainer.get("strategy", "auto")
-    if not isinstance(strategy, str):
+    if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
+        raise ValueError(f"trainer.strategy={strategy} is not supported: set trainer=fsdp (FSDP2)")
+    if not is_sharded(trainer):
         return
-    if strategy.startswith("fsdp"):
-        raise ValueError("trainer.strategy=fsdp is the first FSDP, which is not supported: set trainer=fsdp (FSDP2)")
-    if strategy.startswith("deepspeed"):
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError("trainer=deepspeed needs the package deepspeed: pip install '.[deepspeed]'")
-        if not torch.cuda.is_available():
-            raise ValueError("trainer=deepspeed needs a GPU: Lightning runs DeepSpeed on CUDA only")
+    if optim == "adamw8bit":
+        raise ValueError("optim=adamw8bit does not go with trainer=fsdp: bitsandbytes cannot read sharded weights")
+    for name in ("shared_attn_ids", "shared_ff_ids"):
+        if getattr(model, name, None) is not None:
+            raise ValueError(f"model.{name} does not go with trainer=fsdp: blocks that share weights cannot be cut")
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -62,18 +65,25 @@ class PowerSGDStrategy(DDPStrategy):
 
     Source:
         Vogels et al. 2019, https://arxiv.org/abs/1905.13727; torch's implementation. Deviations from the paper:
-        embeddings are compressed as well; the carried errors are not in checkpoints, so that a resumed run loses one
-        step's error.
+        embeddings are compressed as well; the carried errors are not in checkpoints, and a resumed run begins with
+        ``start_step`` uncompressed steps again.
     """
 
     def __init__(self, rank: int = 128, start_step: int = 1000, **settings: Any) -> None:
         if rank < 1 or start_step < 2:
             raise ValueError(f"PowerSGD needs rank >= 1 and start_step >= 2, got {rank} and {start_step}")
         self.rank, self.start_step = rank, start_step
+        self.state: PowerSGDState | None = None
         super().__init__(**settings)
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on GPUs only; torch's works with gloo too.
         assert isinstance(self.model, DistributedDataParallel)
-        state = PowerSGDState(None, matrix_approximation_rank=self.rank, start_powerSGD_iter=self.start_step)
-        self.model.register_comm_hook(state, powerSGD_hook)
+        self.state = PowerSGDState(None, matrix_approximation_rank=self.rank, start_powerSGD_iter=self.start_step)
+        self.model.register_comm_hook(self.state, powerSGD_hook)
+
+    def forget(self) -> None:
+        """Drop the carried errors and narrow matrices: a gradient that is not finite has reached them."""
+        if self.state is not None:
+            for memory in (self.state.error_dict, self.state.p_memory_dict, self.state.q_memory_dict):
+                memory.clear()

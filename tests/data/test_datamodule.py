@@ -1,5 +1,6 @@
 import random
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +162,28 @@ def test_a_caption_that_only_dropout_makes_too_long_is_taken_without():
         [{"caption": "green square", "rng": random.Random(i)} for i in range(9)]
     )
     assert (batch["text_tokens"] == torch.tensor(tokenizer.encode("green square"))).all()
+
+
+def test_a_state_of_other_data_or_batches_is_refused(path):
+    loader = module(path).train_dataloader()
+    state = loader.state_dict()
+    assert state == {"epoch": 0, "samples": 0, "size": 13}
+    for change, named in (
+        ({"size": 14}, "14 samples.*13"),
+        ({"samples": 5}, "no whole number"),
+        ({"samples": 12}, "no whole"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            loader.load_state_dict({**state, **change})
+    with pytest.raises(ValueError, match="stream"):
+        loader.load_state_dict({"epoch": 1})
+
+
+def test_few_files_are_open_at_a_time(path, monkeypatch):
+    from dalle_pytorch.data import tar
+
+    monkeypatch.setattr(tar, "MOST_OPEN", 2)
+    readers = [tar.TarReader(file) for file in sorted(Path(path).glob("*.tar")) * 3]
+    contents = [reader.read(0, 100) for reader in readers]
+    assert sum(reader._descriptor is not None for reader in readers) <= 2
+    assert [reader.read(0, 100) for reader in readers] == contents

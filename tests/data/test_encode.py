@@ -100,20 +100,24 @@ def test_a_finished_folder_is_never_overwritten(pictures, vae_path, tmp_path):
     encode_folder(config, tmp_path / "tokens", workers=1)
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         encode_folder(config, tmp_path / "tokens")
+    with pytest.raises(ValueError, match="crops=2 without jitter"):
+        EncodeConfig(vae=vae_path, path=pictures, crops=2)
+    with pytest.raises(ValueError, match="device=gpu is not there"):
+        encode_folder(config, tmp_path / "other", device="gpu")
     with pytest.raises(ValueError, match=r"train_splits.*dev"):
         encode_folder(EncodeConfig(vae=vae_path, path=pictures, train_splits=["dev"]), tmp_path / "other")
 
 
 def test_unreadable_pictures_are_named_and_too_many_are_fatal(vae_path, tmp_path):
     path = write_pictures(tmp_path / "pictures", broken=[("train", 4)])
-    config = EncodeConfig(vae=vae_path, path=path, max_bad_share=0.35)
-    encode_folder(config, tmp_path / "tokens", workers=1)
+    config = EncodeConfig(vae=vae_path, path=path, max_bad_share=0.05)
+    with pytest.raises(ValueError, match=r"1 of 11 pictures.*max_bad_share=0\.05: train4"):
+        encode_folder(config, tmp_path / "tokens", workers=1)
+    assert not (tmp_path / "tokens/index.json").exists()
+    encode_folder(EncodeConfig(vae=vae_path, path=path, max_bad_share=0.1), tmp_path / "tokens", workers=1)
     train = TokenShards(tmp_path / "tokens", "train")
     assert train.keys() == [f"train{i}" for i in range(11) if i != 4]
     assert json.loads((tmp_path / "tokens/skipped.json").read_text()) == {"train": ["train4"], "val": []}
-    with pytest.raises(ValueError, match="train4"):
-        encode_folder(EncodeConfig(vae=vae_path, path=path, max_bad_share=0.05), tmp_path / "none", workers=1)
-    assert not (tmp_path / "none/index.json").exists()
 
 
 def test_training_reads_tokens_as_it_would_make_them(pictures, vae_path, tiny_vae, tmp_path):
@@ -123,7 +127,9 @@ def test_training_reads_tokens_as_it_would_make_them(pictures, vae_path, tiny_va
         DataConfig(path=pictures, batch_size=4, jitter=2, token_crops=3), image_size=16, seed=5
     )
     cached.cache_image_tokens(tiny_vae)
-    stored = TextImageDataModule(DataConfig(path=str(tmp_path / "tokens"), batch_size=4), image_size=16, seed=5)
+    stored = TextImageDataModule(
+        DataConfig(path=str(tmp_path / "tokens"), batch_size=4), image_size=16, seed=5, tokens=True
+    )
     stored.check_tokenizer(describe_tokenizer(tiny_vae), "vae")
     for make in ("train_dataloader", "val_dataloader"):
         for a, b in zip(getattr(cached, make)(), getattr(stored, make)(), strict=True):
@@ -134,21 +140,23 @@ def test_training_reads_tokens_as_it_would_make_them(pictures, vae_path, tiny_va
 def test_damaged_or_foreign_tokens_are_refused_by_name(pictures, vae_path, tiny_vae, tmp_path):
     encode_folder(EncodeConfig(vae=vae_path, path=pictures), tmp_path / "tokens", workers=1)
     config = DataConfig(path=str(tmp_path / "tokens"), batch_size=4)
-    data = TextImageDataModule(config, image_size=16, seed=0)
+    data = TextImageDataModule(config, image_size=16, seed=0, tokens=True)
     with torch.no_grad():
         tiny_vae.codebook.weight.mul_(2)
     with pytest.raises(ValueError, match=r"not of mine\.safetensors: weights_sha256.*encode"):
         data.check_tokenizer(describe_tokenizer(tiny_vae), "mine.safetensors")
     with pytest.raises(ValueError, match=r"16 pixels.*32"):
-        TextImageDataModule(config, image_size=32, seed=0)
+        TextImageDataModule(config, image_size=32, seed=0, tokens=True)
+    with pytest.raises(ValueError, match=r"holds image tokens.*pictures"):
+        TextImageDataModule(config, image_size=16, seed=0)
     shard = tmp_path / "tokens/train-00001.tar"
     content = bytearray(shard.read_bytes())
     place = content.index(b"\x93NUMPY") + 128  # the first token
     content[place] = 200
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=r"train-00001\.tar.*SHA-256"):
-        TextImageDataModule(config, image_size=16, seed=0)
-    unchecked = TextImageDataModule(DataConfig(**{**vars(config), "verify": False}), image_size=16, seed=0)
+        TextImageDataModule(config, image_size=16, seed=0, tokens=True)
+    unchecked = TextImageDataModule(DataConfig(**{**vars(config), "verify": False}), image_size=16, seed=0, tokens=True)
     with pytest.raises(ValueError, match="'train3' has image tokens up to 200, the codebook 12"):
         unchecked.train_set.shards.tokens(3)
 

@@ -5,6 +5,7 @@ import random
 import threading
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_workers_draw_differently_and_share_an_epoch(pattern):
     data = module(pattern, num_workers=2)
     batches = list(data.train_dataloader())
     assert len(batches) == 5
-    alone = list(StreamBatches(data.train_set, data.train_collate, epoch=0, rank=0, size=4, count=5))
+    alone = list(islice(StreamBatches(data.train_set, data.train_collate, epoch=0, rank=0, size=4), 5))
     assert all(same(a, b) for a, b in zip(batches[::2], alone[:3], strict=True))
     assert captions(batches[1::2]) != captions(alone[:2])
     assert all(same(a, b) for a, b in zip(module(pattern, num_workers=2).train_dataloader(), batches, strict=True))
@@ -309,7 +310,9 @@ def test_a_resumed_stream_draws_anew_and_says_so(pattern, caplog):
     assert len(rest) == 5
     begun = module(pattern).train_dataloader()
     assert all(captions(rest) != captions(epoch) for epoch in (whole, list(begun), list(begun)))
-    assert same(rest[0], next(iter(begun)))
+    again = module(pattern).train_dataloader()
+    again.load_state_dict(stopped.state_dict())
+    assert same(rest[0], next(iter(again)))
 
 
 def folder(path):
@@ -352,3 +355,11 @@ def test_settings_that_no_stream_can_have_are_refused(pattern):
             module(pattern, **settings)
     with pytest.raises(ValueError, match="folder of shards is needed"):
         open_splits(module(pattern).config)
+
+
+def test_epochs_shorter_than_a_shard_reach_its_end(tmp_path):
+    """What an epoch leaves of a shard the next one reads."""
+    data = module(write(tmp_path / "remote"), batch_size=1, epoch_size=2, shuffle_buffer=1)
+    loader = data.train_dataloader()
+    seen = {caption for _ in range(60) for batch in loader for caption in batch["captions"]}
+    assert seen == set(CAPTIONS)

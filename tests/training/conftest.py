@@ -5,8 +5,10 @@ import sys
 from io import BytesIO
 
 import pytest
+import torch
 from PIL import Image
 
+import dalle_pytorch
 from dalle_pytorch.data.shards import ShardWriter
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220)}
@@ -29,6 +31,24 @@ def write_shards(folder, *, size=16, train=12, val=6):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def odd_shards(tmp_path_factory):
+    """Five pictures to validate on: two processes cannot share them evenly."""
+    return write_shards(tmp_path_factory.mktemp("odd") / "colours", val=5)
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory):
+    """An untrained VAE of 4 x 4 tokens."""
+    config = dalle_pytorch.DiscreteVAEConfig(
+        image_size=16, num_layers=2, codebook_size=32, codebook_dim=8, hidden_dim=8
+    )
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    torch.manual_seed(0)
+    dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), path)
+    return path
 
 
 @pytest.fixture

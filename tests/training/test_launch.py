@@ -1,5 +1,6 @@
 """launcher=slurm, against commands that behave like SLURM's: two processes, a signal, another turn."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import dalle_pytorch
 from dalle_pytorch.commands import train_vae
 from dalle_pytorch.training.launch import LauncherConfig
 
-JOB = "4711"
+JOB = str(40_000 + os.getpid() % 10_000)  # Lightning's port is 15,000 + its last four digits
 COMMON = f"""#!{sys.executable}
 import os, subprocess, sys
 state = {{state!r}}
@@ -69,7 +70,10 @@ def slurm(tmp_path, monkeypatch):
         (folder / name).write_text(COMMON.format(state=str(state)) + body.replace("JOB", JOB))
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return state
+    yield state
+    for pid in (state / "pids").read_text().split() if (state / "pids").exists() else ():
+        with contextlib.suppress(ProcessLookupError):  # it has ended, unless the test failed
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def settings(shards, out, *more):
@@ -82,7 +86,7 @@ def settings(shards, out, *more):
 
 
 def wait_for(condition, state):
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "\n".join(path.read_text()[-3000:] for path in state.glob("*"))
         time.sleep(0.01)
@@ -130,3 +134,18 @@ def test_launching_refuses_what_cannot_run(shards, slurm, tmp_path, run_command)
     assert not (slurm / "turns").exists()
     with pytest.raises(ValueError, match=r"launcher\.cluster must be one of slurm, local or null, got 'pbs'"):
         LauncherConfig(cluster="pbs")
+
+
+def test_a_background_process_of_this_machine(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "job"
+    arguments = settings(shards, out, "launcher=local", "trainer=cpu", "trainer.devices=1", "trainer.max_steps=4")
+    done = subprocess.run(
+        [sys.executable, "-m", "dalle_pytorch.commands.train_vae", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "submitted job" in done.stdout
+    jobs = out / "jobs"
+    wait_for((out / "vae.safetensors").exists, jobs)
+    assert "vae.safetensors" in next(jobs.glob("*.log")).read_text()

@@ -10,7 +10,7 @@ import torch
 
 import dalle_pytorch
 from dalle_pytorch.commands import train_vae
-from dalle_pytorch.training.strategies import PowerSGDStrategy, check_strategy
+from dalle_pytorch.training.strategies import SHARDED, PowerSGDStrategy, check_strategy
 
 STEPS = 8
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
@@ -19,7 +19,7 @@ TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-tru
 def settings(data, out, *more):
     return [
         f"data.path={data}", "model=tiny", "data.batch_size=4", f"out={out}", f"trainer.max_steps={STEPS}",
-        "trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",
+        "trainer.val_check_interval=4", "trainer.log_every_n_steps=2", "trainer.enable_progress_bar=false",
         "callbacks.ema_decay=0", "callbacks.picture_every=0", "callbacks.checkpoint_every=4", "callbacks.keep=last",
         *more,
     ]  # fmt: skip
@@ -40,30 +40,20 @@ def losses(out, name="train/loss"):
 
 
 @pytest.fixture(scope="module")
-def vae_file(tmp_path_factory):
-    config = dalle_pytorch.DiscreteVAEConfig(
-        image_size=16, num_layers=2, codebook_size=32, codebook_dim=8, hidden_dim=8
-    )
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def dalle(vae_file):
     return [f"vae={vae_file}", "text.vocab_size=270", "model.caption_dropout=0"]
 
 
 @pytest.fixture(scope="module")
-def one(shards, dalle, tmp_path_factory):
+def one(odd_shards, dalle, tmp_path_factory):
     """A DALLE trained by one process."""
     out = tmp_path_factory.mktemp("one") / "run"
-    train("train_dalle", *settings(shards, out, *dalle, "trainer=cpu"))
+    train("train_dalle", *settings(odd_shards, out, *dalle, "trainer=cpu"))
     return out
 
 
-def test_ddp_takes_the_same_steps(shards, dalle, one, tmp_path):
-    train("train_dalle", *settings(shards, tmp_path / "run", *dalle, "trainer=ddp", *TWO))
+def test_ddp_takes_the_same_steps(odd_shards, dalle, one, tmp_path):
+    train("train_dalle", *settings(odd_shards, tmp_path / "run", *dalle, "trainer=ddp", *TWO))
     assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1e-5)
 
 
@@ -72,7 +62,7 @@ def test_a_run_goes_on_with_another_number_of_processes(shards, dalle, one, tmp_
     """The same global batches: the losses are those of one process all along."""
     single, double = ["trainer=cpu"], ["trainer=ddp", *TWO]
     begin, end = (single, double) if first == "one" else (double, single)
-    more = [*dalle, "optim.schedule=constant", "callbacks.checkpoint_every=5", "callbacks.keep_last=1"]
+    more = [*dalle, "optim.schedule=constant", "callbacks.checkpoint_every=5", "trainer.limit_val_batches=0"]
     whole = settings(shards, tmp_path / "whole", *more, *single)
     train("train_dalle", *whole)
     train("train_dalle", *settings(shards, tmp_path / "run", *more, *begin, "trainer.max_steps=5"))
@@ -80,9 +70,9 @@ def test_a_run_goes_on_with_another_number_of_processes(shards, dalle, one, tmp_
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
-def test_sharded_weights_take_the_same_steps_resume_and_become_one_file(shards, dalle, one, tmp_path):
+def test_sharded_weights_take_the_same_steps_resume_and_become_one_file(odd_shards, dalle, one, tmp_path):
     out = tmp_path / "run"
-    arguments = settings(shards, out, *dalle, "trainer=fsdp", *TWO)
+    arguments = settings(odd_shards, out, *dalle, "trainer=fsdp", *TWO)
     train("train_dalle", *arguments)
     assert losses(out) == pytest.approx(losses(one), abs=1e-5)
     a, b = (dalle_pytorch.load(path / "dalle.safetensors").state_dict() for path in (out, one))
@@ -106,12 +96,12 @@ def test_sharded_weights_take_the_same_steps_resume_and_become_one_file(shards, 
     assert json.loads((tmp_path / "drawn/ranking.json").read_text())
 
 
-def test_compressed_gradients_stay_near(shards, dalle, one, tmp_path):
+def test_compressed_gradients_stay_near(odd_shards, dalle, one, tmp_path):
     """Of rank 8 where the widest matrices have 32: another path, not another training."""
     power = ["trainer=powersgd", "trainer.strategy.rank=8", "trainer.strategy.start_step=2"]
-    train("train_dalle", *settings(shards, tmp_path / "run", *dalle, *power, *TWO))
+    train("train_dalle", *settings(odd_shards, tmp_path / "run", *dalle, *power, *TWO))
     differences = [abs(a - b) for a, b in zip(losses(tmp_path / "run"), losses(one), strict=True)]
-    assert max(differences[:3]) < 1e-5  # averaged as they are at first
+    assert differences[0] < 1e-5  # averaged as they are at first
     assert 1e-7 < max(differences) < 0.01
 
 
@@ -123,20 +113,19 @@ def test_clip_contrasts_the_pairs_of_all_processes(shards, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
-def test_what_cannot_run_is_refused_in_words(shards, tmp_path, run_command, monkeypatch):
+def test_what_cannot_run_is_refused_in_words(shards, tmp_path, run_command):
     code, error = run_command(
         train_vae.main, *settings(shards, tmp_path / "a", "trainer=fsdp", *TWO, "callbacks.ema_decay=0.9")
     )
     assert code == 1
     assert "callbacks.ema_decay=0" in error
-    with pytest.raises(ValueError, match=r"trainer=fsdp \(FSDP2\)"):
-        check_strategy({"strategy": "fsdp"})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    with pytest.raises(ValueError, match=r"pip install '\.\[deepspeed\]'"):
-        check_strategy({"strategy": "deepspeed_stage_2"})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="needs a GPU"):
-        check_strategy({"strategy": "deepspeed_stage_2"})
+    for strategy in ("fsdp", "deepspeed_stage_2"):
+        with pytest.raises(ValueError, match=r"trainer=fsdp \(FSDP2\)"):
+            check_strategy({"strategy": strategy}, None, "adamw")
+    sharded = {"strategy": {"_target_": SHARDED}}
+    with pytest.raises(ValueError, match="optim=adamw8bit does not go with trainer=fsdp"):
+        check_strategy(sharded, None, "adamw8bit")
+    with pytest.raises(ValueError, match="shared_attn_ids does not go with"):
+        check_strategy(sharded, dalle_pytorch.DALLEConfig(shared_attn_ids=[0]), "adamw")
     with pytest.raises(ValueError, match="start_step >= 2"):
         PowerSGDStrategy(start_step=1)

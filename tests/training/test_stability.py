@@ -46,15 +46,6 @@ SMALL = [
 
 
 @pytest.fixture
-def vae_file(tmp_path):
-    config = dalle_pytorch.DiscreteVAEConfig(
-        image_size=16, num_layers=2, codebook_size=32, codebook_dim=8, hidden_dim=8
-    )
-    dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), tmp_path / "vae.safetensors")
-    return tmp_path / "vae.safetensors"
-
-
-@pytest.fixture
 def train(shards, vae_file, tmp_path, run_command):
     """Train a tiny DALLE; returns the rows that it logged."""
 

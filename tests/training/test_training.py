@@ -31,17 +31,6 @@ def small(shards, out, steps=4, *more):
     return [*SMALL, f"data.path={shards}", f"out={out}", f"trainer.max_steps={steps}", *more]
 
 
-@pytest.fixture(scope="module")
-def vae_file(tmp_path_factory):
-    """A VAE as train_vae.py model=tiny leaves it."""
-    config = dalle_pytorch.DiscreteVAEConfig(
-        image_size=16, num_layers=2, codebook_size=32, codebook_dim=8, hidden_dim=8
-    )
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), path)
-    return path
-
-
 def test_train_vae(shards, tmp_path, run_command):
     out = tmp_path / "run"
     printed = run_command(train_vae.main, *small(shards, out, 4, "logger=default"))
