@@ -22,6 +22,17 @@ def status(name):
 
 case = json.loads(sys.argv[1])
 torch.manual_seed(0)
+small = {
+    "dim": 64,
+    "depth": 1,
+    "heads": case["heads"],
+    "dim_head": 32,
+    "num_text_tokens": 10,
+    "text_seq_len": case["text"],
+}
+tiny = DiscreteVAE(image_size=8 * case["grid"], num_layers=3, num_tokens=16, codebook_dim=8, hidden_dim=8)
+ones = torch.ones(1, case["text"], dtype=torch.long), torch.ones(1, case["grid"] ** 2, dtype=torch.long)
+DALLE(vae=tiny, **small)(*ones, return_loss=True).backward()  # code that is loaded on its first use is not the model's
 Path("/proc/self/clear_refs").write_text("5")  # forgets the most that was held
 before = status("VmRSS")
 torch.set_num_threads(case["threads"])

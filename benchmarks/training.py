@@ -131,7 +131,7 @@ def step(peer: str | None, threads: int) -> None:
             case = {**size, "patterns": patterns, "threads": threads, "steps": 5}
             theirs: dict[str, dict[str, float]] = {}
             for precision in ("fp32", "bf16") if peer else ():
-                got = subprocess_case(str(peer), "peer_training.py", {**case, "precision": precision, "steps": 3})
+                got = subprocess_case(str(peer), "peer_training.py", {**case, "precision": precision})
                 theirs[precision] = got
                 speed, taken = case["batch"] / got["seconds"], got["megabytes"]
                 print(f"| {name} | {pattern} | peer, {precision} | {speed:.2f} | | | | {taken:.0f} |", flush=True)

@@ -299,6 +299,11 @@ def _samples(shards: ShardDataset, config: DataConfig, *, image_size: int, train
         raise ValueError(
             f"{shards.folder} has tokens of pictures of {shards.image_size} pixels, the model's have {image_size}"
         )
+    if given := [name for name in ("jitter", "crop", "flip") if getattr(config, name)]:
+        raise ValueError(
+            f"{shards.folder} holds tokens, which were augmented when they were encoded: leave out data.{given[0]}, or "
+            "give it to prepare_data.py encode=true"
+        )
     if config.verify:
         shards.verify()
     return Tokens(shards, config, train=train, seed=seed)

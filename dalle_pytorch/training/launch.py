@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dalle_pytorch.training.resume import claim, default_folder
+
 if TYPE_CHECKING:
     from dalle_pytorch.training.run import RunConfig
 
@@ -102,11 +104,8 @@ def launch(kind: str, config: "RunConfig", module: str) -> bool:
     cluster = config.launcher.cluster
     if cluster is None:
         return False
-    out = Path(config.out or Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))).absolute()
-    if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
-        )
+    out = Path(config.out or default_folder(kind)).absolute()
+    claim(out, resume=config.resume)
     own = [argument for argument in sys.argv[1:] if not argument.startswith(("launcher", "out=", "resume="))]
     # the last word on it, whatever an experiment says: a job that submits another would never end
     own += [f"out={out}", "resume=true", "launcher.cluster=null"]

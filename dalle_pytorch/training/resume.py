@@ -4,6 +4,7 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,23 @@ log = logging.getLogger(__name__)
 # Settings that say how a run is carried out, not what it computes.
 FREE = ("resume", "out", "logger", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "data.num_workers",
         "data.verify", "launcher", "callbacks.checkpoint_every", "callbacks.keep_last")  # fmt: skip
+
+
+def claim(out: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds files, unless its run is to be continued.
+
+    Raises:
+        FileExistsError: it does, and ``resume`` is off.
+    """
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
+        )
+
+
+def default_folder(kind: str) -> Path:
+    """Where a run goes that was given no folder."""
+    return Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,14 @@ from dalle_pytorch.training.loggers import make_loggers
 from dalle_pytorch.training.optim import OptimConfig
 from dalle_pytorch.training.preemption import Stopped
 from dalle_pytorch.training.progress import StepBar
-from dalle_pytorch.training.resume import differences, find_last, remove_leftovers, warn_of_changes
+from dalle_pytorch.training.resume import (
+    claim,
+    default_folder,
+    differences,
+    find_last,
+    remove_leftovers,
+    warn_of_changes,
+)
 from dalle_pytorch.training.sharding import whole_state
 from dalle_pytorch.training.strategies import check_strategy, is_sharded
 
@@ -311,13 +317,11 @@ def _run_folder(kind: str, config: RunConfig) -> Path:
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes need one folder: say which with out=")
     else:
-        out = Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        out = default_folder(kind)
     out = out.absolute()
     os.environ[OUT_VARIABLE] = str(out)
-    if rank == 0 and not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
-        )
+    if rank == 0:
+        claim(out, resume=config.resume)
     return out
 
 

@@ -147,6 +147,8 @@ def test_damaged_or_foreign_tokens_are_refused_by_name(pictures, vae_path, tiny_
         data.check_tokenizer(describe_tokenizer(tiny_vae), "mine.safetensors")
     with pytest.raises(ValueError, match=r"16 pixels.*32"):
         TextImageDataModule(config, image_size=32, seed=0, tokens=True)
+    with pytest.raises(ValueError, match=r"augmented when they were encoded: leave out data\.jitter"):
+        TextImageDataModule(DataConfig(**{**vars(config), "jitter": 1}), image_size=16, seed=0, tokens=True)
     with pytest.raises(ValueError, match=r"holds image tokens.*pictures"):
         TextImageDataModule(config, image_size=16, seed=0)
     shard = tmp_path / "tokens/train-00001.tar"
