@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dalle_pytorch.compat import CLIP, DALLE, DiscreteVAE
 from dalle_pytorch.models.clip import CLIPConfig
@@ -270,6 +267,11 @@ def _read(path: Path, map_location: Device) -> tuple[Header, State]:
 
 def _read_sharded(path: Path) -> tuple[Header, State]:
     """A checkpoint of sharded weights, a folder: the weights of all processes put together, nothing else of it."""
+    # half a second to import, and few need it
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     head = _read_sharded_header(path)
     reader, prefix = FileSystemReader(path), "state_dict."
     parts = reader.read_metadata().state_dict_metadata

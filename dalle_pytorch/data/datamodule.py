@@ -220,8 +220,7 @@ class TextImageDataModule(pl.LightningDataModule):
         """Endless epochs' worth of augmented batches; resumes in the middle of an epoch, unless it is a stream."""
         rank, world_size = _place(self.trainer)
         if isinstance(self.train_set, Stream):
-            settings = {**self._workers(), "persistent_workers": False}  # they serve one epoch
-            return StreamLoader(self.train_set, self.train_collate, rank=rank, world_size=world_size, **settings)
+            return StreamLoader(self.train_set, self.train_collate, rank=rank, world_size=world_size, **self._workers())
         sampler = EpochBatches(
             len(self.train_set), self.config.batch_size, seed=self.seed, rank=rank, world_size=world_size
         )
@@ -240,6 +239,10 @@ class TextImageDataModule(pl.LightningDataModule):
         pictures = self._validated()
         if len(pictures) < world_size:
             raise ValueError(f"the split to validate on has {len(pictures)} pictures for {world_size} processes")
+        if rank == 0 and (left := len(pictures) % world_size):
+            log.warning(
+                "the last %d pictures of %r are not validated: %d processes", left, pictures.shards.split, world_size
+            )
         return DataLoader(
             pictures,
             batch_size=max(1, self.config.batch_size // world_size),

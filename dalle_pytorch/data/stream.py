@@ -1,10 +1,10 @@
 """Training samples from remote tar shards, as they arrive: nothing is downloaded beforehand, and there is no end.
 
 A process draws shards at random, again and again, and shuffles their samples in a buffer. What it draws is a
-function of seed, epoch, process and worker. How far it came in an epoch is not kept: a stream is not resumed exactly.
+function of seed, process, worker and the epoch in which the run began or went on. How far it came is not kept: a stream
+is not resumed exactly.
 """
 
-import io
 import json
 import logging
 import random
@@ -14,7 +14,6 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,6 +28,7 @@ from dalle_pytorch.data.images import fit, open_rgb, to_tensor
 from dalle_pytorch.data.packing import captions_of
 from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
 from dalle_pytorch.data.shards import IMAGE_EXTENSIONS
+from dalle_pytorch.data.tokens import read_tokens
 
 if TYPE_CHECKING:
     from dalle_pytorch.data.datamodule import DataConfig
@@ -105,7 +105,7 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
 
 
 class Tally:
-    """Counts what was read and what could not be, up to a limit; each worker counts its own, anew in every epoch.
+    """Counts what was read and what could not be, up to a limit; each worker counts its own.
 
     Args:
         path: of the stream, for messages.
@@ -149,7 +149,7 @@ class Stream:
         self.urls = expand(config.path)
         first = next(read_shard(self.urls[0], (*PICTURES, TOKENS, *TEXTS)))
         try:
-            count = read_tokens(first).shape[1] if TOKENS in first else None
+            count = tokens_of(first).shape[1] if TOKENS in first else None
         except ValueError as error:
             raise ValueError(f"{_name(first)}: {error}") from error
         self.num_image_tokens: int | None = count
@@ -218,7 +218,7 @@ class Stream:
         if self.num_image_tokens is None:
             image = augmented(partial(self._decode, raw), self.config, image_size=self.image_size, rng=rng)
             return {**sample, "image": image}
-        tokens = read_tokens(raw)
+        tokens = tokens_of(raw)
         if tokens.shape[1] != self.num_image_tokens:
             raise ValueError(f"it has {tokens.shape[1]} image tokens, the first sample {self.num_image_tokens}")
         return {**sample, "image_tokens": pick_variant(tokens, rng)}
@@ -252,7 +252,7 @@ def read_captions(raw: RawSample) -> list[str]:
     return captions
 
 
-def read_tokens(raw: RawSample) -> Int[Tensor, "variants n"]:
+def tokens_of(raw: RawSample) -> Int[Tensor, "variants n"]:
     """The image tokens of a sample.
 
     Raises:
@@ -260,19 +260,7 @@ def read_tokens(raw: RawSample) -> Int[Tensor, "variants n"]:
     """
     if TOKENS not in raw:
         raise ValueError(f"it has no image tokens (.{TOKENS}), as the first sample has")
-    try:
-        array = np.load(io.BytesIO(raw[TOKENS]), allow_pickle=False)
-    except Exception as error:  # a broken header can break numpy's parser in any way
-        raise ValueError(f"its image tokens cannot be read: {error}") from error
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 2
-        or not array.size
-        or array.dtype.kind not in "iu"
-        or array.min() < 0
-    ):
-        raise ValueError(f"it holds {getattr(array, 'dtype', '?')}, not rows of image tokens")
-    return torch.from_numpy(array.astype(np.int64))
+    return read_tokens(raw[TOKENS], raw["__key__"])
 
 
 class StreamBatches(IterableDataset[Batch]):

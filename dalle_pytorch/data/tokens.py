@@ -54,24 +54,33 @@ class TokenShards(ShardDataset):
             ValueError: they cannot be read, or are not of the grid or codebook of the index; names the sample.
         """
         sample = self[index]
-        try:
-            array = np.load(io.BytesIO(sample.image), allow_pickle=False)
-        except Exception as error:  # a broken header can break numpy's parser in any way
-            raise ValueError(f"the image tokens of {sample.key!r} cannot be read: {error}") from error
+        tokens = read_tokens(sample.image, sample.key)
         count, size = self.tokenizer["grid_size"] ** 2, self.tokenizer["codebook_size"]
-        if (
-            not isinstance(array, np.ndarray)
-            or array.ndim != 2
-            or array.shape[1] != count
-            or array.dtype.kind not in "iu"
-        ):
-            raise ValueError(
-                f"{sample.key!r} holds {getattr(array, 'dtype', '?')} of shape {getattr(array, 'shape', '?')}, "
-                f"not rows of {count} image tokens"
-            )
-        if array.min() < 0 or array.max() >= size:
-            raise ValueError(f"{sample.key!r} has image tokens up to {array.max()}, the codebook {size}")
-        return torch.from_numpy(array.astype(np.int64))
+        if tokens.shape[1] != count:
+            raise ValueError(f"{sample.key!r} has {tokens.shape[1]} image tokens, the grid {count}")
+        if tokens.max() >= size:
+            raise ValueError(f"{sample.key!r} has image tokens up to {tokens.max()}, the codebook {size}")
+        return tokens
+
+
+def read_tokens(data: bytes, name: str) -> Int[Tensor, "variants n"]:
+    """Image tokens from the bytes of an ``.npy`` file.
+
+    Args:
+        data: the file.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: no such file, or something else than rows of whole numbers from 0 on; names it.
+    """
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        usable = array.ndim == 2 and array.size > 0 and array.dtype.kind in "iu" and array.min() >= 0
+    except Exception as error:  # a broken header can break numpy's parser in any way
+        raise ValueError(f"the image tokens of {name!r} cannot be read: {error}") from error
+    if not usable:
+        raise ValueError(f"{name!r} holds {array.dtype} of shape {array.shape}, not rows of image tokens")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def open_shards(folder: str | Path, split: str) -> ShardDataset:

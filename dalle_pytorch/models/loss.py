@@ -32,8 +32,10 @@ def linear_cross_entropy(
     """
     if torch.is_grad_enabled():
         return _ChunkedLoss.apply(x, head.weight, head.bias, targets, z_loss)
-    parts = zip(x.split(ROWS), targets.split(ROWS), strict=True)
-    return torch.stack([_sum(part, head.weight, head.bias, target, z_loss) for part, target in parts]).sum() / len(x)
+    dtype = _product_type(x.device.type, head.weight)
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    parts = zip(x.to(dtype).split(ROWS), targets.split(ROWS), strict=True)
+    return torch.stack([_sum(part, weight, bias, target, z_loss) for part, target in parts]).sum() / len(x)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -44,7 +46,7 @@ class _ChunkedLoss(torch.autograd.Function):
         """The loss; keeps the gradients of the first three."""
         dtype = _product_type(x.device.type, weight)
         leaves = [value.detach().to(dtype).requires_grad_() for value in (weight, bias) if value is not None]
-        sums = [torch.zeros_like(value) for value in (weight, bias) if value is not None]
+        sums = [torch.zeros_like(value, dtype=torch.float32) for value in leaves]  # over chunks
         dx, total = torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
@@ -56,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for value, gradient in zip(sums, rest, strict=True):
                 value += gradient
             total += loss.detach()
-        ctx.save_for_backward(dx, *sums)
+        ctx.save_for_backward(dx, *(value.to(weight.dtype) for value in sums))
         return total / len(x)
 
     @staticmethod
@@ -74,10 +76,8 @@ def _product_type(device: str, weight: Tensor) -> torch.dtype:
 
 
 def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float) -> Tensor:
-    """Summed loss of a few positions."""
-    dtype = _product_type(x.device.type, weight)
+    """Summed loss of a few positions; the product is of the type that its inputs have."""
     with torch.autocast(x.device.type, enabled=False):
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         logits = linear(x[None], weight, bias)[0].float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
     return loss + z_loss * logits.logsumexp(dim=-1).square().sum() if z_loss else loss

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +252,12 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
         # The last steps are to be validated as well: as many validations as asked for, evenly spread.
         interval *= section.get("accumulate_grad_batches", 1)  # Lightning counts batches, we count steps
         section["val_check_interval"] = batches // max(1, round(batches / interval))
-    every = config.callbacks.checkpoint_every
+    settings = config.callbacks
     if (steps := section.get("max_steps", -1)) > 0:
-        config.callbacks.checkpoint_every = steps // max(1, round(steps / every))
+        settings = replace(settings, checkpoint_every=steps // max(1, round(steps / settings.checkpoint_every)))
     validates = section.get("limit_val_batches", 1.0) != 0
     check_strategy(section, lit.net.config, config.optim.kind)
-    callbacks = make_callbacks(config.callbacks, out, lit, validates=validates, sharded=is_sharded(section))
+    callbacks = make_callbacks(settings, out, lit, validates=validates, sharded=is_sharded(section))
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())
     plugins: list[Any] = [] if is_sharded(section) else [AtomicCheckpointIO()]
@@ -286,7 +286,8 @@ def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterato
 
 def _final(trainer: pl.Trainer, lit: LitBase[Any], keep: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model that a run ends with, and notes on it; complete in the first process."""
-    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
+    # the checkpoints to resume from have a monitor too, the step
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == lit.monitor), None)
     path = getattr(best, "best_model_path", "")
     score = getattr(best, "best_model_score", None)
     if keep == "last" or not path:
@@ -294,7 +295,7 @@ def _final(trainer: pl.Trainer, lit: LitBase[Any], keep: str) -> tuple[nn.Module
         return _whole(lit.net, trainer.is_global_zero) if lit.sharded else lit.net, notes
     step = checkpoint.read_header(path)["training"]["step"]
     notes = {"step": step, "kept": "best", lit.monitor: None if score is None else float(score)}
-    return checkpoint.load(path), notes
+    return checkpoint.load(path) if trainer.is_global_zero else lit.net, notes
 
 
 def _whole(net: nn.Module, first: bool) -> nn.Module:

@@ -112,6 +112,13 @@ def test_checkpoints_hold_the_averaged_weights_and_load_as_models(shards, tmp_pa
     assert not all(torch.equal(current[name], averaged[name]) for name in kept)
 
 
+def test_a_run_without_validation_keeps_its_last_weights(shards, tmp_path, run_command):
+    """There is no best then, though checkpoints were written on the way."""
+    more = ["trainer.limit_val_batches=0", "callbacks.checkpoint_every=2", "callbacks.ema_decay=0"]
+    printed = run_command(train_vae.main, *small(shards, tmp_path / "run", 5, *more))
+    assert checkpoint.read_header(printed)["training"] == {"step": 5, "kept": "last"}
+
+
 def test_a_run_never_overwrites_another(shards, tmp_path, run_command):
     (tmp_path / "notes.txt").write_text("mine")
     code, error = run_command(train_vae.main, *small(shards, tmp_path))
