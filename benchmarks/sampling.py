@@ -1,6 +1,6 @@
 """How fast image tokens are drawn: against DALLE-pytorch 1.6.6, against this machine's ceilings, and as sizes grow.
 
-    python benchmarks/sampling.py --peer peer/bin/python     # peer_sampling.py says how to install it
+    python benchmarks/sampling.py --peer peer/bin/python     # peer.py says how to install it
     python benchmarks/sampling.py --parts ours large kernels growth  # without it
 
 Ratios matter, not times. Everything is measured in one run, the best of a few repeats, on ``--threads`` threads. Our
@@ -11,11 +11,10 @@ import argparse
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import best
 
 from dalle_pytorch import DALLE, DALLEConfig, DiscreteVAE, DiscreteVAEConfig, SamplingConfig
 from dalle_pytorch.generation.cache import BLOCK, mix_blocks
@@ -38,17 +37,6 @@ LARGE = {**SIZES, "dim": 1024, "heads": 16, "head_dim": 64}
 MODES = [("fp32", False), ("bf16", False), ("int8", False), ("int8", True)]
 PARTS = ["ours", "large", "kernels", "growth"]
 SAMPLING = SamplingConfig(top_k=102)  # the peer's filter_thres=0.9 of 1,024 codes
-
-
-def best(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def ceilings() -> dict[str, float]:

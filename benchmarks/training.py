@@ -1,6 +1,6 @@
 """Training speed and memory, against DALLE-pytorch 1.6.6 and the machine's own limits.
 
-    python benchmarks/training.py --peer peer/bin/python      # peer_stubs.py says how to make such an interpreter
+    python benchmarks/training.py --peer peer/bin/python      # peer.py says how to make such an interpreter
 
 Parts: ``step`` a bare optimisation step of two sizes, full and axial attention; ``layer`` attention alone, at two
 grids; ``process`` the whole train_dalle.py from token shards against the bare step; ``memory`` what plan=true foretells
@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import best
 from torch import nn
 
 import dalle_pytorch
@@ -35,17 +35,6 @@ LARGE = {"dim": 512, "depth": 6, "heads": 8, "head_dim": 64, "text": 256, "grid"
 PATTERNS = {"full": ["full"], "axial": ["axial_row", "axial_col"]}
 FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once: holes between blocks are not counted
 PARTS = ("step", "layer", "process", "memory")
-
-
-def best(function: Callable[[], Any], times: int) -> float:
-    """Seconds of the fastest of several calls, after one that does not count."""
-    function()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def ceiling(dtype: torch.dtype) -> float:

@@ -5,7 +5,7 @@
     peer/bin/pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch DALL-E
 
 youtokentome, taming-transformers and pkg_resources cannot be had any more, torchvision and omegaconf are not needed to
-build, train or sample its DALLE. Import this before it.
+build, train or sample its DALLE. ``build`` makes one.
 """
 
 import sys
@@ -22,3 +22,16 @@ sys.modules["taming.models.vqgan"].VQModel = sys.modules["taming.models.vqgan"].
 sys.modules["pkg_resources"].get_distribution = lambda name: types.SimpleNamespace(version="1.6.6")
 sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
 sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
+
+from dalle_pytorch import DALLE, DiscreteVAE  # noqa: E402  (after what it would import is there)
+
+
+def build(sizes, **more):
+    """Its DALLE, over a small VAE of the same grid and codebook."""
+    vae = DiscreteVAE(
+        image_size=8 * sizes["grid"], num_layers=3, num_tokens=sizes["codebook"], codebook_dim=64, hidden_dim=16
+    )
+    return DALLE(
+        dim=sizes["dim"], vae=vae, num_text_tokens=sizes["vocabulary"], text_seq_len=sizes["text"],
+        depth=sizes["depth"], heads=sizes["heads"], dim_head=sizes["head_dim"], **more,
+    )  # fmt: skip
