@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dalle_pytorch.data.batches import Batch, EpochBatches, ResumableLoader
-from dalle_pytorch.data.samples import Captioned, Collate, Pictures, Tokens
+from dalle_pytorch.data.samples import AugmentationConfig, Captioned, Collate, Pictures, Tokens
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.stream import Stream, StreamLoader, expand, is_stream
 from dalle_pytorch.data.tokens import TokenShards, open_shards
@@ -26,7 +26,7 @@ ENCODE_BATCH = 64  # pictures tokenised at once
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(AugmentationConfig):
     """Which shards, and how they become batches."""
 
     path: str = "???"
@@ -45,14 +45,6 @@ class DataConfig:
     """Processes that read and augment; 0 = the training process itself."""
     cache_decoded: bool = False
     """Decode all pictures once and keep them in memory, 3 * image_size ** 2 bytes each."""
-    resize: bool = False
-    """Scale pictures of another size than the model's; without it they are an error."""
-    jitter: int = 0
-    """Training pictures are shifted by up to so many pixels each way; 0 = off."""
-    crop: bool = False
-    """Training pictures are cut at random, as in the paper (A.2, listing 1); needs resize, for larger pictures."""
-    flip: bool = False
-    """Training pictures are mirrored half the time; wrong for captions that tell left from right."""
     token_crops: int = 1
     """DALLE: tokenise every training picture so often, each with its own augmentation; 0 = anew in every step. Token
     shards have settled that already."""
@@ -74,13 +66,12 @@ class DataConfig:
         for name in ("batch_size", "shuffle_buffer", "epoch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_workers", "jitter", "token_crops"):
+        super().__post_init__()
+        for name in ("num_workers", "token_crops"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
-        if self.crop and not self.resize:
-            raise ValueError("crop cuts from pictures larger than the model's: set resize=true as well")
         if self.crop and self.cache_decoded:
             raise ValueError("crop needs the whole pictures: set cache_decoded=false")
         if self.val_path is not None and is_stream(self.val_path):
@@ -302,7 +293,7 @@ def _samples(shards: ShardDataset, config: DataConfig, *, image_size: int, train
         raise ValueError(
             f"{shards.folder} has tokens of pictures of {shards.image_size} pixels, the model's have {image_size}"
         )
-    if given := [name for name in ("jitter", "crop", "flip") if getattr(config, name)]:
+    if given := config.augments:
         raise ValueError(
             f"{shards.folder} holds tokens, which were augmented when they were encoded: leave out data.{given[0]}, or "
             "give it to prepare_data.py encode=true"

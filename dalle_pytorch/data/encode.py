@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from webdataset import TarWriter
 from dalle_pytorch.checkpoint import atomic, describe_tokenizer, load
 from dalle_pytorch.data.datamodule import ENCODE_BATCH, DataConfig
 from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index, sha256_file, write_json
-from dalle_pytorch.data.samples import Pictures
+from dalle_pytorch.data.packing import SKIPPED_NAME, Skipped
+from dalle_pytorch.data.samples import AugmentationConfig, Pictures, check_size
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tar import GZIP_SUFFIX
 from dalle_pytorch.data.tokens import TokenShards, smallest_type
@@ -37,12 +38,11 @@ from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "encoding.json"  # there while an encoding is unfinished
-SKIPPED_NAME = "skipped.json"
 FREE = ("vae", "path", "max_bad_share")  # may differ when an encoding goes on: hashes say what the first two hold
 
 
 @dataclass(kw_only=True)
-class EncodeConfig:
+class EncodeConfig(AugmentationConfig):
     """How pictures become tokens."""
 
     vae: str
@@ -53,14 +53,6 @@ class EncodeConfig:
     """Variants of each training picture, every one augmented in its own way."""
     train_splits: list[str] = field(default_factory=lambda: ["train"])
     """Splits whose pictures are augmented; of the others each picture is taken once, as it is."""
-    resize: bool = False
-    """Scale pictures of another size than the tokenizer's; without it they are an error."""
-    jitter: int = 0
-    """Shift by up to so many pixels each way."""
-    crop: bool = False
-    """Cut at random, as in the paper (A.2, listing 1); needs resize."""
-    flip: bool = False
-    """Mirror half of the time."""
     seed: int = 0
     """Of the augmentation."""
     max_bad_share: float = 0.01
@@ -72,16 +64,16 @@ class EncodeConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
+        super().__post_init__()
         if self.crops < 1:
             raise ValueError(f"crops must be at least 1, got {self.crops}")
-        if self.crops > 1 and not (self.jitter or self.crop or self.flip):
+        if self.crops > 1 and not self.augments:
             raise ValueError(f"crops={self.crops} without jitter, crop or flip would be equal: set one of them")
-        self.data()
 
     def data(self) -> DataConfig:
         """The same as the training's settings; what cannot be read is counted at the end."""
-        names = ("path", "resize", "jitter", "crop", "flip")
-        return DataConfig(max_bad_share=1.0, **{name: getattr(self, name) for name in names})
+        augmentation = {item.name: getattr(self, item.name) for item in fields(AugmentationConfig)}
+        return DataConfig(path=self.path, max_bad_share=1.0, **augmentation)
 
 
 @dataclass(frozen=True)
@@ -126,8 +118,7 @@ def encode_folder(
     out, vae = Path(out), load(config.vae, kind="vae")
     source = read_index(config.path)
     settings = {**asdict(config), "tokenizer": describe_tokenizer(vae), "pictures": source["shards"]}
-    for split in source["splits"]:  # pictures of another size, wrong splits: before anything is written
-        Pictures(ShardDataset(config.path, split), config.data(), image_size=vae.image_size, train=False)
+    check_size(config.path, source["image_size"], vae.image_size, config)
     if unknown := set(config.train_splits) - set(source["splits"]):
         raise ValueError(f"train_splits {sorted(unknown)} are not in {config.path}: it has {list(source['splits'])}")
     _begin(out, settings)
@@ -135,7 +126,7 @@ def encode_folder(
     waiting = [job for job in jobs if not _record(out, job).is_file()]
     if len(waiting) < len(jobs):
         log.info("%s: %d of %d shards are there already", out, len(jobs) - len(waiting), len(jobs))
-    _run(waiting, config, out, workers, device)
+    _run(waiting, config, out, workers, device, vae)
     return _finish(out, source, jobs, config, settings)
 
 
@@ -166,13 +157,15 @@ def _jobs(source: dict[str, Any]) -> Iterator[Job]:
                 start += shard["count"]
 
 
-def _run(jobs: list[Job], config: EncodeConfig, out: Path, workers: int | None, device: str) -> None:
+def _run(
+    jobs: list[Job], config: EncodeConfig, out: Path, workers: int | None, device: str, vae: ImageTokenizer
+) -> None:
     """Encode, in this process if one is enough."""
     cores = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
     workers = min(workers or cores, len(jobs))
     with tqdm(total=sum(job.count for job in jobs), desc="pictures", unit="picture") as bar:
         if workers <= 1:
-            vae = load(config.vae, kind="vae", map_location=device)
+            vae.to(device)
             for job in jobs:
                 encode_shard(job, config, out, vae, device)
                 bar.update(job.count)
@@ -234,11 +227,11 @@ def encode_shard(job: Job, config: EncodeConfig, out: Path, vae: ImageTokenizer,
             indices = range(first, min(first + ENCODE_BATCH, job.count))
             rows = [vae.encode(pictures.images(indices, variant).to(device)).cpu() for variant in range(variants)]
             for index, tokens in zip(indices, torch.stack(rows, dim=1).numpy(), strict=True):
-                if index not in pictures.bad.indices:
+                if index not in pictures.bad.reasons:
                     tar.write(_sample(keys[index], tokens.astype(kind), pictures.shards.meta(index)))
-    bad = sorted(keys[index] for index in pictures.bad.indices)
+    bad = sorted(Skipped(keys[index], reason) for index, reason in pictures.bad.reasons.items())
     entry = {"file": job.out, "split": job.split, "count": job.count - len(bad), "sha256": sha256_file(out / job.out)}
-    write_json(_record(out, job), {**entry, "skipped": bad})
+    write_json(_record(out, job), {**entry, "skipped": [item._asdict() for item in bad]})
 
 
 def _sample(key: str, tokens: np.ndarray, meta: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +258,7 @@ def _finish(
         if len(skipped[split]) > config.max_bad_share * source["splits"][split]:
             raise ValueError(
                 f"{len(skipped[split])} of {source['splits'][split]} pictures of {split!r} cannot be read, more than "
-                f"max_bad_share={config.max_bad_share}: {', '.join(skipped[split][:5])}"
+                f"max_bad_share={config.max_bad_share}: {', '.join(item['path'] for item in skipped[split][:5])}"
             )
         if skipped[split]:
             log.warning("%s: %d pictures left out, see %s", split, len(skipped[split]), SKIPPED_NAME)
@@ -277,7 +270,7 @@ def _finish(
         "encoding": {name: settings[name] for name in names},
         "dtype": smallest_type(settings["tokenizer"]["codebook_size"]).name,
     }  # fmt: skip
-    write_json(out / SKIPPED_NAME, skipped)
+    write_json(out / SKIPPED_NAME, list(itertools.chain.from_iterable(skipped.values())))
     write_json(out / INDEX_NAME, index)
     # the settings first: without them, and with an index, the folder is finished
     for path in itertools.chain([out / SETTINGS_NAME], (_record(out, job) for job in jobs)):

@@ -3,8 +3,10 @@
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, overload
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -40,8 +42,38 @@ def pick_variant(tokens: Int[Tensor, "variants n"], rng: random.Random) -> Int[T
     return tokens[rng.randrange(len(tokens))]
 
 
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """How training pictures are changed."""
+
+    resize: bool = False
+    """Scale pictures of another size than the model's; without it they are an error."""
+    jitter: int = 0
+    """Training pictures are shifted by up to so many pixels each way; 0 = off."""
+    crop: bool = False
+    """Training pictures are cut at random, as in the paper (A.2, listing 1); needs resize, for larger pictures."""
+    flip: bool = False
+    """Training pictures are mirrored half the time; wrong for captions that tell left from right."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a negative jitter, or crop without resize.
+        """
+        if self.jitter < 0:
+            raise ValueError(f"jitter must not be negative, got {self.jitter}")
+        if self.crop and not self.resize:
+            raise ValueError("crop cuts from pictures larger than the model's: set resize=true as well")
+
+    @property
+    def augments(self) -> list[str]:
+        """Names of what is on, of jitter, crop and flip."""
+        return [name for name in ("jitter", "crop", "flip") if getattr(self, name)]
+
+
 def augmented(
-    decode: Callable[[int], Tensor], config: "DataConfig", *, image_size: int, rng: random.Random
+    decode: Callable[[int], Tensor], config: AugmentationConfig, *, image_size: int, rng: random.Random
 ) -> Float[Tensor, "3 H W"]:
     """A training picture.
 
@@ -54,7 +86,7 @@ def augmented(
     Returns:
         RGB in [0, 1].
     """
-    if not (config.jitter or config.crop or config.flip):
+    if not config.augments:
         return decode(image_size)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     if config.crop:
@@ -77,7 +109,7 @@ class BadSamples:
 
     def __init__(self, split: str, size: int, share: float) -> None:
         self.split, self.size, self.share = split, size, share
-        self.indices: set[int] = set()
+        self.reasons: dict[int, str] = {}
 
     def add(self, index: int, error: ValueError) -> None:
         """Note one and tell its name.
@@ -85,35 +117,16 @@ class BadSamples:
         Raises:
             ValueError: they are too many now.
         """
-        self.indices.add(index)
-        count = len(self.indices)
+        if index in self.reasons:
+            return
+        self.reasons[index] = str(error)
+        count = len(self.reasons)
         if count > self.share * self.size:
             raise ValueError(
                 f"{count} of the {self.size} samples of {self.split!r} cannot be read, more than "
                 f"data.max_bad_share={self.share} lets pass; the last: {error}"
             ) from error
         log.warning("skipped: %s (%d of %d in %r)", error, count, self.size, self.split)
-
-
-class Captions(Sequence[list[str]]):
-    """The captions of a split, read from its shards one by one."""
-
-    def __init__(self, shards: ShardDataset) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.shards)
-
-    @overload
-    def __getitem__(self, index: int) -> list[str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[str]]: ...
-    def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
-        """All captions of a sample, or of some."""
-        if isinstance(index, slice):
-            return [self.shards.meta(i)["captions"] for i in range(*index.indices(len(self)))]
-        return self.shards.meta(index)["captions"]
 
 
 class Captioned(Dataset[Batch]):
@@ -128,8 +141,8 @@ class Captioned(Dataset[Batch]):
 
     def __init__(self, shards: ShardDataset, config: "DataConfig", *, train: bool, seed: int) -> None:
         self.shards, self.config, self.train, self.seed = shards, config, train, seed
-        few = len(shards) <= CAPTIONS_IN_MEMORY
-        self.captions: Sequence[list[str]] = shards.captions() if few else Captions(shards)
+        self.captions = shards.captions() if len(shards) <= CAPTIONS_IN_MEMORY else None
+        """All captions of every sample; None = read when they are needed."""
         self.bad = BadSamples(shards.split, len(shards), config.max_bad_share)
 
     def __len__(self) -> int:
@@ -141,22 +154,26 @@ class Captioned(Dataset[Batch]):
         epoch, first = index if isinstance(index, tuple) else (0, index)
         for step in range(len(self)):
             place = (first + step) % len(self)
-            if place in self.bad.indices:
+            if place in self.bad.reasons:
                 continue
             rng = sample_rng(self.seed, epoch, place)
             try:
-                captions = self.captions[place]
+                captions = self.captions_of(place)
                 caption = pick_caption(captions, rng) if self.train else captions[0]
                 return {"caption": caption, "rng": rng, **self.load(place, rng)}
             except ValueError as error:
                 self.bad.add(place, error)
         raise ValueError(f"no sample of {self.shards.split!r} can be read")
 
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of a sample."""
+        return self.shards.meta(index)["captions"] if self.captions is None else self.captions[index]
+
     def some_captions(self) -> Iterator[str]:
         """Captions of as many samples as are kept in memory at most, evenly spread."""
         step = -(-len(self) // CAPTIONS_IN_MEMORY) or 1
         for index in range(0, len(self), step):
-            yield from self.captions[index]
+            yield from self.captions_of(index)
 
     def load(self, index: int, rng: random.Random) -> Batch:
         """What a sample is besides its caption.
@@ -165,6 +182,25 @@ class Captioned(Dataset[Batch]):
             ValueError: it cannot be read; names it.
         """
         raise NotImplementedError
+
+
+def check_size(folder: str | Path, stored: int | None, image_size: int, config: AugmentationConfig) -> None:
+    """Refuse pictures of another size than the model's, unless they may be scaled.
+
+    Args:
+        folder: where they are.
+        stored: side of the pictures in pixels; None where they differ.
+        image_size: side of the model's.
+        config: ``resize``.
+
+    Raises:
+        ValueError: another size and no resize; names both.
+    """
+    if stored is not None and stored != image_size and not config.resize:
+        raise ValueError(
+            f"the pictures of {folder} are {stored} x {stored} pixels, the model's {image_size} x {image_size}; use a "
+            "model of that image_size, or scale them with resize=true (in a training data.resize=true)"
+        )
 
 
 class Pictures(Captioned):
@@ -192,12 +228,7 @@ class Pictures(Captioned):
         seed: int = 0,
         start: int = 0,
     ) -> None:
-        stored = shards.image_size
-        if stored is not None and stored != image_size and not config.resize:
-            raise ValueError(
-                f"the pictures of {shards.folder} are {stored} x {stored} pixels, the model's {image_size} x "
-                f"{image_size}; use a model of that image_size, or scale them with data.resize=true"
-            )
+        check_size(shards.folder, shards.image_size, image_size, config)
         super().__init__(shards, config, train=train, seed=seed)
         self.image_size, self.start = image_size, start
         self.decoded = self._decode_all() if config.cache_decoded else None

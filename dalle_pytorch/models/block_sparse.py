@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from dalle_pytorch.models.patterns import pattern_mask
 
+CPU = torch.device("cpu")
 BLOCK = 64
 """Queries of a block. Of 64, 128 and 256 the fastest for all patterns at 320 and 1,280 positions on 2 CPU cores: larger
 ones compute more that is masked, and what 64 need stays in the cache."""
@@ -46,11 +47,32 @@ class Layout(NamedTuple):
     """The pattern in that order, True = visible."""
     share: float
     """Part of all pairs of positions that is computed."""
+    flex: BlockMask | None = None
+    """The mask as FlexAttention reads it, on a GPU."""
+
+    def on(self, device: torch.device) -> "Layout":
+        """The same with its tables on a device."""
+        if device.type == "cpu":
+            return self
+        place = lambda table: None if table is None else table.to(device)  # noqa: E731
+        return self._replace(
+            blocks=[block._replace(hidden=place(block.hidden)) for block in self.blocks],
+            order=place(self.order),
+            inverse=place(self.inverse),
+            flex=flex_mask(self.mask, device) if device.type == "cuda" else None,
+        )
 
 
 @functools.cache
 def layout(
-    pattern: str, text_length: int, grid_size: int, length: int, *, semantics: str = "paper", kernel: int = 11
+    pattern: str,
+    text_length: int,
+    grid_size: int,
+    length: int,
+    *,
+    semantics: str = "paper",
+    kernel: int = 11,
+    device: torch.device = CPU,
 ) -> Layout:
     """The cheapest layout of a pattern: positions as they are, or the picture by columns.
 
@@ -61,6 +83,7 @@ def layout(
         length: positions to compute, from the front of the stream.
         semantics: whose definition.
         kernel: side of the convolution's kernel.
+        device: where it will be used.
     """
     # on the CPU whatever the default device: a model may be under construction on the meta device
     with torch.device("cpu"):
@@ -72,9 +95,11 @@ def layout(
         blocks_by_column = _blocks(turned)
         pairs, pairs_by_column = _pairs(blocks), _pairs(blocks_by_column)
         if pairs <= pairs_by_column:
-            return Layout(length, blocks, None, None, mask, pairs / length**2)
-        inverse = by_column.argsort()
-        return Layout(length, blocks_by_column, by_column, inverse, turned, pairs_by_column / length**2)
+            found = Layout(length, blocks, None, None, mask, pairs / length**2)
+        else:
+            share = pairs_by_column / length**2
+            found = Layout(length, blocks_by_column, by_column, by_column.argsort(), turned, share)
+    return found.on(device)
 
 
 def block_attention(
@@ -82,13 +107,12 @@ def block_attention(
 ) -> Float[Tensor, "b h s e"]:
     """Attention under a pattern, with gradients; equal to the dense computation up to rounding."""
     if layout.order is not None:
-        order = layout.order.to(q.device)
-        q, k, v = (x.index_select(2, order) for x in (q, k, v))
-    if q.device.type == "cpu":
+        q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
+    if layout.flex is None:
         out = _BlockAttention.apply(q, k, v, layout.blocks)
     else:
-        out = _flex(layout.mask, q.device)(q, k, v)
-    return out if layout.inverse is None else out.index_select(2, layout.inverse.to(q.device))
+        out = _compiled_flex()(q, k, v, block_mask=layout.flex)
+    return out if layout.inverse is None else out.index_select(2, layout.inverse)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -180,15 +204,10 @@ def _runs(chosen: Tensor) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
 
-_FLEX: dict[tuple[int, torch.device], Callable[..., Tensor]] = {}
-
-
-def _flex(mask: Tensor, device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention compiled for one mask."""
-    key = id(mask), device  # layouts are cached and live on
-    if key not in _FLEX:
-        _FLEX[key] = functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=flex_mask(mask, device))
-    return _FLEX[key]
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled anew for each mask that it meets."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def flex_mask(mask: Bool[Tensor, "s s"], device: torch.device) -> BlockMask:

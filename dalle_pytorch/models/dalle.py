@@ -179,10 +179,11 @@ class DALLE(nn.Module):
         turns = None if config.positions == "learned" else self.rotary
         shifts = (text_length, self.grid_size) if config.shift_tokens else None
         length = text_length + self.num_image_tokens - 1  # the last image token predicts nothing
+        device = self.masks.device if self.masks.device.type != "meta" else torch.device("cpu")  # a plan's skeleton
         layouts = {
             pattern: layout(
                 pattern, text_length, self.grid_size, length,
-                semantics=config.attn_semantics, kernel=config.conv_kernel,
+                semantics=config.attn_semantics, kernel=config.conv_kernel, device=device,
             )
             for pattern in self.patterns
         }  # fmt: skip

@@ -23,7 +23,7 @@ MOST_TURNS = 1000  # times that a job asks for another turn after its time was u
 
 @dataclass(kw_only=True)
 class LauncherConfig:
-    """What to ask a scheduler for. Nodes and processes per node are trainer.num_nodes and trainer.devices."""
+    """What to ask SLURM for. Nodes and processes per node are trainer.num_nodes and trainer.devices."""
 
     cluster: str | None = None
     """"slurm", "local" (a process in the background), or null: run here and now."""
@@ -137,7 +137,6 @@ def _submit(job: Job, config: "RunConfig", out: Path) -> tuple[str, Path]:
 def _request(config: "RunConfig") -> dict[str, Any]:
     """Arguments of submitit's executor."""
     settings, trainer = config.launcher, config.trainer
-    request: dict[str, Any] = {"name": "dalle_pytorch", "timeout_min": settings.timeout_min}
     tasks = trainer.get("devices", 1)
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(f"a job needs the number of processes per node: set trainer.devices=8, not {tasks}")
@@ -145,19 +144,17 @@ def _request(config: "RunConfig") -> dict[str, Any]:
     if gpus is None:
         gpus = 0 if trainer.get("accelerator") == "cpu" else tasks
     names = ("partition", "account", "qos", "constraint")
-    slurm = {f"slurm_{name}": getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    if settings.mem_gb is not None:
-        request["mem_gb"] = settings.mem_gb
-    return (
-        request
-        | slurm
-        | {
-            "nodes": trainer.get("num_nodes", 1),
-            "tasks_per_node": tasks,
-            "gpus_per_node": gpus,
-            "cpus_per_task": settings.cpus_per_task,
-            "slurm_setup": settings.setup,
-            "slurm_signal_delay_s": settings.signal_delay_s,
-            "slurm_additional_parameters": settings.additional,
-        }
-    )
+    request = {
+        "name": "dalle_pytorch",
+        "timeout_min": settings.timeout_min,
+        "nodes": trainer.get("num_nodes", 1),
+        "tasks_per_node": tasks,
+        "gpus_per_node": gpus,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.mem_gb,
+        "slurm_setup": settings.setup,
+        "slurm_signal_delay_s": settings.signal_delay_s,
+        "slurm_additional_parameters": settings.additional,
+        **{f"slurm_{name}": getattr(settings, name) for name in names},
+    }
+    return {name: value for name, value in request.items() if value is not None}

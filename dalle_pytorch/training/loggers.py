@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric.utilities.rank_zero import _get_rank
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from dalle_pytorch.config import build
 
@@ -60,7 +60,7 @@ def _wandb_id(out: Path) -> str:
     if path.is_file():
         return path.read_text()
     name = uuid.uuid4().hex[:8]
-    if not _get_rank():  # the others log nothing
+    if not getattr(rank_zero_only, "rank", 0):  # the others log nothing
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     return name

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.rank_zero import _get_rank
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -218,7 +218,7 @@ class Run:
 
     def _write_finished(self, result: Path) -> None:
         """The result of a run that was killed after its last checkpoint."""
-        if result.is_file() or _get_rank():
+        if result.is_file() or getattr(rank_zero_only, "rank", 0):
             return
         best = self.out / "checkpoints" / "best.ckpt"
         keep = "best" if self.config.callbacks.keep == "best" and best.exists() else "last"
@@ -310,7 +310,7 @@ def _whole(net: nn.Module, first: bool) -> nn.Module:
 
 def _run_folder(kind: str, config: RunConfig) -> Path:
     """Choose and check the folder; the processes that Lightning starts take over that of the first."""
-    rank = _get_rank() or 0
+    rank = getattr(rank_zero_only, "rank", 0)  # Lightning sets it when it is imported
     if config.out is not None:
         out = Path(config.out)
     elif rank and OUT_VARIABLE in os.environ:

@@ -187,3 +187,15 @@ def test_few_files_are_open_at_a_time(path, monkeypatch):
     contents = [reader.read(0, 100) for reader in readers]
     assert sum(reader._descriptor is not None for reader in readers) <= 2
     assert [reader.read(0, 100) for reader in readers] == contents
+
+
+def test_captions_read_one_by_one_are_the_same(path, monkeypatch):
+    from dalle_pytorch.data import samples
+
+    kept = list(module(path).train_dataloader())
+    monkeypatch.setattr(samples, "CAPTIONS_IN_MEMORY", 4)
+    data = module(path, text=False)
+    assert data.train_set.captions is None
+    assert len(list(data.train_set.some_captions())) == 2 * 4  # two captions of every fourth of 13
+    read = list(data.train_dataloader())
+    assert [batch["captions"] for batch in read] == [batch["captions"] for batch in kept]

@@ -92,26 +92,18 @@ def test_norms_and_activation_scales_are_logged(train):
 
 @pytest.mark.parametrize(
     "option",
-    [
-        ["model.checkpoint_activations=true"],
-        ["trainer.accumulate_grad_batches=2", "data.batch_size=2"],
-    ],
+    [["model.checkpoint_activations=true"], ["trainer.accumulate_grad_batches=2", "data.batch_size=2"]],
 )
-def test_options_that_change_no_loss(train, option):
-    """Recomputed blocks, or a step in two parts, are the same training."""
-    settings = [
-        "trainer.max_steps=4",
-        "model.caption_dropout=0",
-        "model.loss_img_weight=1e9",
-        "optim.schedule=constant",
-    ]
-    plain, other = train("plain", *settings), train("other", *settings, *option)
-    losses = [[float(row["train/loss"]) for row in rows] for rows in (plain, other)]
-    if "accumulate" in option[0]:  # what is logged is the second half of each batch
-        assert len(losses[1]) == 4
-        assert losses[0] != losses[1]
-    else:
-        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+def test_options_that_change_no_training(train, tmp_path, option):
+    """Recomputed blocks, or a step in two halves, end with the same weights."""
+    # the image loss alone is a mean over equal halves; text loss has another divisor in each
+    settings = ["trainer.max_steps=4", "model.caption_dropout=0", "model.loss_img_weight=1e9"]
+    train("plain", *settings)
+    train("other", *settings, *option)
+    plain, other = (
+        dalle_pytorch.load(tmp_path / name / "dalle.safetensors").state_dict() for name in ("plain", "other")
+    )
+    assert all(torch.allclose(plain[name], other[name], atol=1e-5) for name in plain)
 
 
 @pytest.mark.parametrize("option", [["optim=muon"], ["optim=adamw8bit"], ["model.z_loss=1e-3"], ["model.gated=false"]])
