@@ -5,67 +5,44 @@
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dalle_pytorch.compat import CLIP, DALLE, DiscreteVAE
-from dalle_pytorch.models.clip import CLIPConfig
-from dalle_pytorch.models.dalle import DALLEConfig
-from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
-from dalle_pytorch.text import text_tokenizer_from_state
+from dalle_pytorch.header import KINDS, VERSION, Header, State, build, describe_tokenizer, header, make_header, role
+from dalle_pytorch.importers.reader import read
 
-Header: TypeAlias = dict[str, Any]
-State: TypeAlias = dict[str, Tensor]
-Model: TypeAlias = DiscreteVAE | DALLE | CLIP
+__all__ = [
+    "KINDS",
+    "Header",
+    "State",
+    "assemble",
+    "atomic",
+    "build",
+    "describe_tokenizer",
+    "header",
+    "is_ours",
+    "load",
+    "load_state",
+    "make_header",
+    "read_header",
+    "save",
+]
+
 Device: TypeAlias = str | torch.device
 
-VERSION = 1
-KINDS: dict[str, tuple[type[Any], type[Any]]] = {
-    "vae": (DiscreteVAE, DiscreteVAEConfig),
-    "dalle": (DALLE, DALLEConfig),
-    "clip": (CLIP, CLIPConfig),
-}
 METADATA_KEY = "dalle_pytorch"
 SHARDED_META = "meta.pt"  # Lightning's name of what is not sharded
+HUB_FILE = "model.safetensors"  # what the hub calls the weights of a repository
 HEADER_KEYS = ("kind", "version", "config", "text_tokenizer", "vae", "training")
-
-
-def header(model: nn.Module, training: Mapping[str, Any] | None = None) -> Header:
-    """What a checkpoint says about a model besides its weights; JSON can hold it.
-
-    Args:
-        model: a DiscreteVAE, DALLE or CLIP.
-        training: free notes (step, metrics, settings).
-
-    Raises:
-        ValueError: the model is of no known kind; names its class.
-    """
-    config: Any = getattr(model, "config", None)
-    kind = next((kind for kind, (_, config_class) in KINDS.items() if isinstance(config, config_class)), None)
-    if kind is None:
-        known = ", ".join(cls.__name__ for cls, _ in KINDS.values())
-        raise ValueError(f"{type(model).__name__} cannot be saved: not one of {known}")
-    tokenizer = getattr(model, "text_tokenizer", None)
-    vae = getattr(model, "vae", None)
-    return {
-        "kind": kind,
-        "version": VERSION,
-        "config": asdict(config),
-        "text_tokenizer": None if tokenizer is None else tokenizer.state(),
-        "vae": None if vae is None else header(vae),
-        "training": dict(training or {}),
-    }
 
 
 def save(
@@ -98,21 +75,20 @@ def save(
             torch.save({**head, "state_dict": state}, temporary)
 
 
-@overload
-def load(path: str | Path, *, map_location: Device = "cpu", kind: Literal["vae"]) -> DiscreteVAE: ...
-@overload
-def load(path: str | Path, *, map_location: Device = "cpu", kind: Literal["dalle"]) -> DALLE: ...
-@overload
-def load(path: str | Path, *, map_location: Device = "cpu", kind: Literal["clip"]) -> CLIP: ...
-@overload
-def load(path: str | Path, *, map_location: Device = "cpu", kind: None = None) -> Model: ...
-def load(path: str | Path, *, map_location: Device = "cpu", kind: str | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    map_location: Device = "cpu",
+    kind: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Any:
     """The model of a checkpoint: ours in either format, or the ``.ckpt`` of one of our runs, sharded or not.
 
     Args:
         path: the file.
         map_location: device of the weights.
-        kind: "vae", "dalle" or "clip" if nothing else will do; None = any.
+        kind: "vae" (any image tokenizer), "dalle" or "clip" if nothing else will do; None = any.
+        dtype: of the weights; None = as they are stored.
 
     Returns:
         The model in eval mode, with its text tokenizer; a DALLE with its image tokenizer as well.
@@ -122,13 +98,51 @@ def load(path: str | Path, *, map_location: Device = "cpu", kind: str | None = N
         ValueError: no checkpoint of ours, truncated, of another kind or version, or keys missing or left over.
     """
     head, state = _read(Path(path), map_location)
-    _check_kind(head, kind, Path(path))
+    return assemble(head, state, Path(path), map_location=map_location, kind=kind, dtype=dtype)
+
+
+def assemble(
+    head: Header,
+    state: State,
+    path: Path,
+    *,
+    map_location: Device = "cpu",
+    kind: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    release: Callable[[], None] = lambda: None,
+) -> Any:
+    """A model of what has been read; ``state`` is used up, so that no weight is in memory twice.
+
+    ``release`` is called after each weight that was converted to ``dtype``, and at the end.
+
+    Raises:
+        ValueError: as ``load``; names ``path``.
+    """
+    check_kind(head, kind, path)
     try:
         model = build(head)
+        for name in [name for name, tensor in state.items() if dtype is not None and tensor.is_floating_point()]:
+            if state[name].dtype != dtype:
+                state[name] = state[name].to(dtype)
+                release()
         load_state(model, state)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return model.to(map_location).eval()
+    model = model.to(map_location).eval()
+    release()
+    return model
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is a checkpoint of this package, whole or not."""
+    if path.is_dir():
+        return (path / SHARDED_META).is_file()
+    if path.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+        return False
+    content = read(path)
+    return isinstance(content, dict) and "kind" in content and "state_dict" in content
 
 
 def read_header(path: str | Path, *, kind: str | None = None) -> Header:
@@ -143,40 +157,25 @@ def read_header(path: str | Path, *, kind: str | None = None) -> Header:
         head = _read_sharded_header(path)
     else:
         head = _read_safetensors_header(path) if _is_safetensors(path) else _read(path, "cpu")[0]
-    _check_kind(head, kind, path)
+    check_kind(head, kind, path)
     return head
 
 
-def build(head: Header) -> Model:
-    """A model with fresh weights as a header describes it.
-
-    Raises:
-        ValueError: an unknown kind or setting, or a setting out of range; names it.
-    """
-    if head["kind"] not in KINDS:
-        raise ValueError(f"kind {head['kind']!r} is not one of {', '.join(KINDS)}")
-    model_class, config_class = KINDS[head["kind"]]
-    if left := set(head["config"]) - {item.name for item in fields(config_class)}:
-        raise ValueError(f"{config_class.__name__} has no {', '.join(sorted(left))}")
-    config = config_class(**head["config"])
-    parts = {"vae": build(head["vae"])} if head["kind"] == "dalle" else {}
-    model = model_class(config, **parts)
-    if head["text_tokenizer"] is not None:
-        model.text_tokenizer = text_tokenizer_from_state(head["text_tokenizer"])
-    return model
-
-
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load weights strictly; a name may be absent only where the model ties it to one that is there.
+    """Put weights into a model, strictly; a name may be absent only where the model ties it to one that is there.
+
+    The tensors themselves become the model's, without a copy: their type is its type.
 
     Raises:
         ValueError: keys missing or left over, or another shape; names them.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     full = dict(state)
     for names in tied(own):
         given = [name for name in names if name in state]
-        full.update((name, state[given[0]]) for name in names if given and name not in state)
+        if given and isinstance(own[names[0]], nn.Parameter):  # as one parameter, or they would go apart in training
+            shared = nn.Parameter(state[given[0]], requires_grad=own[names[0]].requires_grad)
+            full.update(dict.fromkeys(names, shared))
     missing, left = sorted(own.keys() - full.keys()), sorted(full.keys() - own.keys())
     if missing or left:
         raise ValueError(f"weights do not fit: missing {_some(missing)}, left over {_some(left)}")
@@ -185,34 +184,19 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"weight {name} is {tuple(full[name].shape)} in the file, {tuple(tensor.shape)} in the model"
             )
-    model.load_state_dict(full)
-
-
-def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
-    """What token shards say about the image tokenizer that they are of: kind, hashes, sizes; JSON can hold it.
-
-    Raises:
-        ValueError: an image tokenizer that cannot be saved, and so not be told from others.
-    """
-    head = header(vae)
-    settings = json.dumps(head["config"], sort_keys=True)
-    weights = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
-    hashes = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest(), "weights_sha256": weights.hexdigest()}
-    return {"kind": head["kind"], **hashes, **sizes}
+    model.load_state_dict(full, assign=True)
 
 
 def distinct(state: Mapping[str, Tensor]) -> State:
     """The tensors of a state, each once under the first of its names, contiguous and alone in memory."""
     first = {names[0] for names in tied(state)}
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-        if name in first
-    }
+    return {name: alone(tensor.detach()) for name, tensor in state.items() if name in first}
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The tensor if it is all of its storage, or else a copy that is."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tied(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -220,8 +204,8 @@ def tied(state: Mapping[str, Tensor]) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        # An empty tensor has no place of its own.
-        groups.setdefault(place if tensor.numel() else name, []).append(name)
+        # An empty tensor has no place of its own, one without memory only itself.
+        groups.setdefault(id(tensor) if tensor.is_meta else place if tensor.numel() else name, []).append(name)
     return list(groups.values())
 
 
@@ -308,10 +292,10 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
-def _check_kind(head: Header, kind: str | None, path: Path) -> None:
+def check_kind(head: Header, kind: str | None, path: Path) -> None:
     if head["version"] != VERSION:
         raise ValueError(f"{path} has format version {head['version']}, this program reads {VERSION}")
-    if kind is not None and head["kind"] != kind:
+    if kind is not None and head["kind"] in KINDS and role(head) != kind:
         raise ValueError(f"{path} holds a {head['kind']}, a {kind} is needed")
 
 

@@ -226,7 +226,8 @@ class DALLE(_dalle.DALLE):
         text_seq_len: text positions.
         heads: attention heads.
         dim_head: width of a head.
-        reversible: recompute activations in the backward pass (checkpointing in place of reversible layers).
+        reversible: reversible layers; activations are recomputed in the backward pass by checkpointing, which keeps one
+            tensor a block and is exact.
         attn_dropout: on the outputs of attention.
         ff_dropout: inside the feed-forward.
         sparse_attn: accepted and without effect, as in DALLE-pytorch; patterns are chosen with attn_types.
@@ -288,6 +289,7 @@ class DALLE(_dalle.DALLE):
                 stable=stable,
                 shared_attn_ids=None if shared_attn_ids is None else list(shared_attn_ids),
                 shared_ff_ids=None if shared_ff_ids is None else list(shared_ff_ids),
+                reversible=reversible,
                 checkpoint_activations=reversible,
                 text_vocab_size=num_text_tokens,
                 text_len=text_seq_len,
@@ -439,7 +441,7 @@ class DALLE(_dalle.DALLE):
         tokenizer = tokenizer or self.text_tokenizer
         if tokenizer is None:
             raise ValueError("generate_texts needs a tokenizer: this dalle carries none")
-        device = self.bos.device
+        device = self.image_emb.weight.device
         start = torch.tensor([tokenizer.encode(text or "")], dtype=torch.long, device=device).view(1, -1)
         source = "cpu" if generator is None else generator.device
         uniforms = torch.rand(1, self.config.text_len, generator=generator, device=source).to(device)

@@ -239,7 +239,7 @@ def test_two_processes_draw_what_one_draws(models, monkeypatch):
         (["image=nowhere.png"], "keep_rows=ROWS and keep_mask=FILE"),
         (["image=nowhere.png", "keep_rows=2"], "nowhere.png does not exist"),
         (["indices=[1,1]"], "indices must be different"),
-        (["precision=fp16"], "fp32, bf16, int8"),
+        (["precision=fp64"], "fp32, bf16, fp16, int8"),
         (["memory_gb=0"], "memory_gb"),
         (["min_distance=2"], "min_distance"),
         (["sampling.cfg_schedule=[1,2]"], "cfg_schedule"),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from dalle_pytorch.checkpoint import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
 from dalle_pytorch.evaluation.baselines import (
@@ -20,6 +19,7 @@ from dalle_pytorch.evaluation.baselines import (
     tokenizer_comparison,
 )
 from dalle_pytorch.generation.generator import text_tokenizer_of
+from dalle_pytorch.loading import load
 
 
 @dataclass(kw_only=True)

@@ -14,15 +14,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle_pytorch.checkpoint import load
-from dalle_pytorch.config import entry
+from dalle_pytorch.config import ConfigError, entry
 from dalle_pytorch.data.images import decode_image, to_pil
-from dalle_pytorch.generation.engine import Given
+from dalle_pytorch.generation.engine import AnyDALLE, Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
 from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.loading import load
 
 SHOWN = 8
 """Pictures in the animated preview."""
@@ -38,11 +37,14 @@ class GenerateConfig:
     """One prompt, or several with | between them."""
     prompts_file: str | None = None
     """Text file with a prompt a line, in place of ``prompt``."""
-    dalle: str = "???"
-    """Checkpoint of a DALLE; it carries its image and text tokenizers."""
+    weights: str | None = None
+    """What draws: a checkpoint of a DALLE, which carries its image and text tokenizers, or another program's weights: a
+    file, a folder, the name of a release or an id of the Hugging Face hub (docs/weights.md)."""
+    dalle: str | None = None
+    """The same under another name."""
     clip: str | None = None
-    """Checkpoint of the CLIP that ranks, or several with | between them, which vote; null = the candidates keep their
-    order."""
+    """The CLIP that ranks, found in the same ways, or several with | between them, which vote; null = the candidates
+    keep their order."""
     num_candidates: int = 64
     """Pictures drawn for each prompt (the paper: 512)."""
     num_keep: int = 8
@@ -56,6 +58,8 @@ class GenerateConfig:
     """The same seed gives the same pictures."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Temperature, truncation and guidance."""
+    negative_prompt: str = ""
+    """What guidance leads away from; nothing = the empty caption."""
     image: str | None = None
     """Picture to complete, with keep_rows or keep_mask."""
     keep_rows: int = 0
@@ -87,6 +91,8 @@ class GenerateConfig:
         Raises:
             ValueError: counts that do not fit; names them.
         """
+        if self.weights is not None and self.dalle is not None:
+            raise ValueError(f"weights={self.weights} and dalle={self.dalle} mean the same: give one")
         if not 1 <= self.num_keep <= self.num_candidates:
             raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
         if not 0 <= self.min_distance <= 1:
@@ -99,6 +105,16 @@ class GenerateConfig:
             raise ValueError(f"indices must be different numbers from 0 on, got {self.indices}")
         if (self.image is None) == bool(self.keep_rows or self.keep_mask) or (self.keep_rows and self.keep_mask):
             raise ValueError("completion needs image=FILE and one of keep_rows=ROWS and keep_mask=FILE")
+
+    def model(self) -> str:
+        """Where the model is.
+
+        Raises:
+            ConfigError: not given.
+        """
+        if (found := self.weights or self.dalle) is None:
+            raise ConfigError("weights= is missing: what draws, a checkpoint, folder or name (dalle= means the same)")
+        return found
 
     def drawn(self) -> list[int]:
         """Numbers of the candidates of each prompt."""
@@ -177,7 +193,7 @@ def read_picture(path: str, size: int) -> Float[Tensor, "3 H W"]:
     return decode_image(Path(path).read_bytes(), image_size=size, name=path)
 
 
-def to_complete(config: GenerateConfig, generator: Generator, dalle: DALLE) -> Given | None:
+def to_complete(config: GenerateConfig, generator: Generator, dalle: AnyDALLE) -> Given | None:
     """The part of ``image`` that stays.
 
     Raises:
@@ -248,6 +264,7 @@ def draw(
                 seed=config.seed,
                 sampling=config.sampling,
                 given=given,
+                negative_prompt=config.negative_prompt,
                 truncate=config.truncate,
                 preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
                 progress=bar.update,
@@ -284,7 +301,7 @@ def main(config: GenerateConfig) -> None:
     prompts, processes = config.prompts(), Processes()
     try:
         device = processes.device(config.device)
-        dalle = load(config.dalle, kind="dalle").to(device)
+        dalle = load(config.model(), kind="dalle").to(device)
         clips = [load(path.strip(), kind="clip").to(device) for path in (config.clip or "").split("|") if path.strip()]
         generator = Generator(
             dalle,

@@ -1,11 +1,15 @@
 """Train a DALLE on image or token shards: ``train_dalle.py vae=runs/vae/mine/vae.safetensors``."""
 
-from dalle_pytorch import DALLE
-from dalle_pytorch.checkpoint import describe_tokenizer, load
+from hydra.core.hydra_config import HydraConfig
+
 from dalle_pytorch.config import ConfigError, entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.header import describe_tokenizer
+from dalle_pytorch.loading import load
+from dalle_pytorch.training import initial
 from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
 from dalle_pytorch.training.launch import launch
+from dalle_pytorch.training.network import make_network, of_config
 from dalle_pytorch.training.plan import make_plan
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
@@ -14,22 +18,31 @@ from dalle_pytorch.training.text import make_tokenizer
 @entry("train_dalle", TrainDALLEConfig)
 def main(config: TrainDALLEConfig) -> None:
     """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
+    overrides = HydraConfig.get().overrides.task
+    if config.init is not None:
+        initial.take_sizes(config, initial.asked_for(overrides))
+    initial.check_network(config.network, overrides)
     if config.plan:
         print(make_plan(config))
         return
-    if config.vae is None:
+    if (origin := config.init or config.vae) is None:
         raise ConfigError("vae= is missing: the checkpoint of the image tokenizer")
     if launch("dalle", config, "dalle_pytorch.commands.train_dalle"):
         return
     run = Run("dalle", config)
-    vae = load(config.vae, kind="vae")
+    source = None if config.init is None else load(origin, kind="dalle")
+    vae = load(origin, kind="vae") if source is None else source.vae
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
     if data.tokenizer is not None:
-        data.check_tokenizer(describe_tokenizer(vae), config.vae)
-    tokenizer = make_tokenizer(config.text, data, run)
-    config.model.text_vocab_size = tokenizer.vocab_size
-    data.set_text(tokenizer, config.model.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
-    net = DALLE(config.model, vae=vae)
+        data.check_tokenizer(describe_tokenizer(vae), origin)
+    if source is None:
+        tokenizer = make_tokenizer(config.text, data, run)
+        net = make_network(config, vae, tokenizer)
+    else:
+        tokenizer = initial.tokenizer_of(source, config, data, run)
+        net = of_config(config.sizes(), vae)
+        initial.fill(net, source)
+    data.set_text(tokenizer, net.config.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
     net.text_tokenizer = tokenizer
     run.check(net)
     run.check_vae(vae)

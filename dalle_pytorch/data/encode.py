@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from dalle_pytorch.checkpoint import atomic, describe_tokenizer, load
+from dalle_pytorch.checkpoint import atomic, describe_tokenizer
 from dalle_pytorch.data.datamodule import ENCODE_BATCH, DataConfig
 from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index, sha256_file, write_json
 from dalle_pytorch.data.packing import SKIPPED_NAME, Skipped
@@ -33,6 +33,7 @@ from dalle_pytorch.data.samples import AugmentationConfig, Pictures, check_size
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tar import GZIP_SUFFIX
 from dalle_pytorch.data.tokens import TokenShards, smallest_type
+from dalle_pytorch.loading import load
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 
 log = logging.getLogger(__name__)

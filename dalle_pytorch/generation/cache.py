@@ -248,7 +248,7 @@ class StepView:
         ring[column], self.left[sublayer] = first, second
         return shifted
 
-    def turn(self, x: Float[Tensor, "r 1 two h e"]) -> Float[Tensor, "r 1 two h e"]:
+    def turn(self, x: Float[Tensor, "r 1 parts h e"]) -> Float[Tensor, "r 1 parts h e"]:
         """Rotated by the position's angles: one product of complex numbers in place of five operations."""
         if self.phases is None:
             return x

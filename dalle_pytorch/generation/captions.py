@@ -48,7 +48,7 @@ def draw_texts(
         sampling: temperature and truncation, over the text vocabulary; guidance has no meaning here.
 
     Raises:
-        ValueError: guidance is asked for, or the start fills the context.
+        ValueError: guidance is asked for, the start fills the context, or it is empty and the model has no <bos>.
     """
     config = dalle.config
     if sampling.guided():
@@ -59,11 +59,13 @@ def draw_texts(
         )
     if start_tokens.numel() and not 0 < int(start_tokens.min()) <= int(start_tokens.max()) < config.text_vocab_size:
         raise ValueError(f"the start must hold text tokens 1 to {config.text_vocab_size - 1}, without padding")
+    if not start_tokens.shape[1] and not config.bos:
+        raise ValueError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
     tokens = F.pad(start_tokens, (0, config.text_len - start_tokens.shape[1]))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with eval_mode(dalle):
         for position in range(start_tokens.shape[1], config.text_len):
-            inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + 1]
+            inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + int(config.bos)]
             scores = dalle.text_head(dalle.transformer(inputs, dalle.views())[:, -1])
             # a caption goes on with a token, or ends with the pad of this position: id 0 and other pads are never next
             words, pad = scores[:, 1 : config.text_vocab_size], scores[:, config.text_vocab_size + position, None]
@@ -113,7 +115,7 @@ def caption_picture(
     tokenizer = dalle.text_tokenizer
     if tokenizer is None:
         raise ValueError("this dalle carries no text tokenizer, so it cannot write captions; set dalle.text_tokenizer")
-    device = dalle.bos.device
+    device = dalle.image_emb.weight.device
     start = torch.tensor([tokenizer.encode(prompt)] * num_candidates, dtype=torch.long, device=device)
     start = start.reshape(num_candidates, -1)
     uniforms = [candidate_uniforms(prompt, seed, index, dalle.config.text_len) for index in range(num_candidates)]

@@ -33,13 +33,13 @@ class Decoder:
         self.transformer = prepare(dalle.transformer, precision, packed=not compiled)
         self.head = prepare(dalle.image_head, "fp32" if precision == "int8" else precision, packed=not compiled)
         self.fused = FusedStep(self.transformer, self.head) if compiled else None
-        self.device = dalle.bos.device
+        self.device = dalle.image_emb.weight.device
         # bf16 keys halve the memory; but torch reads them slower than fp32 on a CPU, unless a compiled program does
         half = precision != "fp32" and (compiled or self.device.type != "cpu")
         self.cache_dtype = torch.bfloat16 if half else torch.float32
-        self.turns = turns = dalle.rotary.float() if dalle.config.positions != "learned" else None
+        self.turns = turns = dalle.rotary.float() if dalle.config.rotated else None
         self.phases = None if turns is None else torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
-        self.text_length = 1 + dalle.config.text_len
+        self.text_length = dalle.config.text_length
         self.plans: dict[str, Plan] = {}
         """Cache slots of each pattern."""
         for pattern, mask in zip(dalle.patterns, dalle.masks.cpu(), strict=True):

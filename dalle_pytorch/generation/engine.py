@@ -4,15 +4,20 @@ Axes: p prompts, c candidates of a prompt, r = p * c rows in that order, n image
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dalle_pytorch.generation.bart import BartDecoder
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.sampling import SamplingConfig, guide
 from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.models.dalle_bart import DALLEBart
+
+AnyDALLE: TypeAlias = DALLE | DALLEBart
+AnyDecoder: TypeAlias = Decoder | BartDecoder
 
 
 class Given(NamedTuple):
@@ -28,12 +33,20 @@ class Given(NamedTuple):
     """Which of them stay."""
 
 
+def make_decoder(model: AnyDALLE, *, precision: str = "fp32", compiled: bool = False) -> AnyDecoder:
+    """The decoder of a model; the arguments are those of ``Decoder``."""
+    if isinstance(model, DALLEBart):
+        return BartDecoder(model, precision=precision, compiled=compiled)
+    return Decoder(model, precision=precision, compiled=compiled)
+
+
 def draw_image_tokens(
-    decoder: Decoder,
+    decoder: AnyDecoder,
     text_tokens: Int[Tensor, "p t"],
     uniforms: Float[Tensor, "r n"],
     sampling: SamplingConfig,
     given: Given | None = None,
+    null_tokens: Int[Tensor, "p t"] | None = None,
 ) -> Iterator[tuple[int, Int[Tensor, "r n"]]]:
     """Draw, and after each position give their number and the tokens so far (always the same tensor).
 
@@ -45,6 +58,7 @@ def draw_image_tokens(
         uniforms: a number in [0, 1) for every row and position; position i decides image token i.
         sampling: temperature, truncation and guidance.
         given: tokens that stay as they are.
+        null_tokens: what guidance leads away from; None = the empty caption.
 
     Raises:
         ValueError: shapes that do not fit; names them.
@@ -76,7 +90,8 @@ def draw_image_tokens(
     start, scales, guided = wanted[0], sampling.scales(count), sampling.guided()
     prefix = tokens[::candidates, :start]
     if guided:  # the null twins of the prompts are the lower half of the rows
-        text_tokens, prefix = torch.cat([text_tokens, torch.zeros_like(text_tokens)]), torch.cat([prefix, prefix])
+        null = torch.zeros_like(text_tokens) if null_tokens is None else null_tokens
+        text_tokens, prefix = torch.cat([text_tokens, null]), torch.cat([prefix, prefix])
     state, logits = decoder.start(text_tokens, candidates, prefix)
     for position in range(start, wanted[-1] + 1):
         if position > start:
@@ -91,7 +106,7 @@ def draw_image_tokens(
 
 
 def generate_image_tokens(
-    model: DALLE | Decoder,
+    model: AnyDALLE | AnyDecoder,
     text_tokens: Int[Tensor, "p t"],
     uniforms: Float[Tensor, "r n"],
     sampling: SamplingConfig,
@@ -101,7 +116,7 @@ def generate_image_tokens(
     """Sample the image tokens of captions; inputs and model are left as they were.
 
     Args:
-        model: a DALLE, or a Decoder of one where several calls follow.
+        model: a DALLE or DALLEBart, or the decoder of one where several calls follow.
         text_tokens: captions, 0 = padding.
         uniforms: a number in [0, 1) for every row and position; rows that share a caption lie together.
         sampling: temperature, truncation and guidance.
@@ -110,7 +125,7 @@ def generate_image_tokens(
     Raises:
         ValueError: shapes that do not fit; names them.
     """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = model if isinstance(model, Decoder | BartDecoder) else make_decoder(model)
     given = None
     if given_tokens is not None:
         decoder.dalle.check_image_tokens(given_tokens)

@@ -48,7 +48,7 @@ class FusedView:
         self.moved.append((x[..., :quarter], x[..., quarter : 2 * quarter]))
         return torch.cat([self.inputs.above[sublayer], self.inputs.left[sublayer], x[..., 2 * quarter :]], dim=-1)
 
-    def turn(self, x: Float[Tensor, "r 1 two h e"]) -> Float[Tensor, "r 1 two h e"]:
+    def turn(self, x: Float[Tensor, "r 1 parts h e"]) -> Float[Tensor, "r 1 parts h e"]:
         """Rotated by the position's angles."""
         return x if self.turns is None else rotate(x, self.turns)
 
@@ -101,21 +101,22 @@ class FusedStep:
         layers: list[LayerInputs],
         turns: Float[Tensor, "2 1 e"] | None,
         shape: tuple[int, int, int, int],
+        extra: dict[str, Any],
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Scores; and of each layer the keys, the values and the channels that move."""
         views = [FusedView(layer, turns, shape) for layer in layers]
-        scores = self.head(self.transformer(inputs, views)[:, 0])
+        scores = self.head(self.transformer(inputs, views=views, **extra)[:, 0])
         return scores, [view.keys for view in views], [view.values for view in views], [view.moved for view in views]
 
     def __call__(
-        self, inputs: Float[Tensor, "r 1 d"], views: list[StepView], turns: Float[Tensor, "2 s e"] | None
+        self, inputs: Float[Tensor, "r 1 d"], views: list[StepView], turns: Float[Tensor, "2 s e"] | None, **extra: Any
     ) -> Float[Tensor, "r k"]:
-        """Read a position; the views' caches are extended."""
+        """Read a position; the views' caches are extended. ``extra`` goes to the layers as it is."""
         first = views[0]
         at = first.text_length + first.position
         here = None if turns is None else turns[:, at : at + 1]
         layers = [layer_inputs(view) for view in views]
-        scores, keys, values, moved = self.compiled(inputs, layers, here, first.cache.shape)
+        scores, keys, values, moved = self.compiled(inputs, layers, here, first.cache.shape, extra)
         for view, k, v, shifted in zip(views, keys, values, moved, strict=True):
             view.cache.write(k, v, view.cache.plan.slots[view.position])
             column = view.position % view.grid_size

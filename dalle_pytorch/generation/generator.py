@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.generation.engine import Given, draw_image_tokens
-from dalle_pytorch.generation.rerank import Ranking, rank, score
+from dalle_pytorch.generation.engine import AnyDALLE, Given, draw_image_tokens, make_decoder
+from dalle_pytorch.generation.rerank import Ranking, Scorer, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.clip import CLIP
-from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.models.pretrained_clip import PretrainedCLIP
 from dalle_pytorch.text import TextTokenizer
 
 MOST = 256
@@ -65,6 +64,8 @@ class SampleOptions(TypedDict, total=False):
     """Temperature, truncation and guidance; None = as the model is."""
     given: Given | None
     """Image tokens that stay as they are; None = none."""
+    negative_prompt: str
+    """What guidance leads away from; "" = the empty caption."""
     truncate: bool
     """Cut a prompt longer than the context instead of raising; False."""
     preview_rows: int
@@ -92,8 +93,8 @@ class Generator:
 
     def __init__(
         self,
-        dalle: DALLE,
-        clip: CLIP | Sequence[CLIP] | None = None,
+        dalle: AnyDALLE,
+        clip: Scorer | Sequence[Scorer] | None = None,
         *,
         batch_size: int | None = None,
         memory_gb: float = 4.0,
@@ -101,7 +102,7 @@ class Generator:
         compiled: bool = False,
     ) -> None:
         self.dalle, self.batch_size, self.memory_gb = dalle, batch_size, memory_gb
-        self.clips = [] if clip is None else [clip] if isinstance(clip, CLIP) else list(clip)
+        self.clips = [] if clip is None else [clip] if isinstance(clip, CLIP | PretrainedCLIP) else list(clip)
         self.tokenizer = text_tokenizer_of(dalle, "dalle")
         for scorer in self.clips:
             text_tokenizer_of(scorer, "clip")
@@ -109,7 +110,7 @@ class Generator:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if memory_gb <= 0:
             raise ValueError(f"memory_gb must be positive, got {memory_gb}")
-        self.decoder = Decoder(dalle, precision=precision, compiled=compiled)
+        self.decoder = make_decoder(dalle, precision=precision, compiled=compiled)
 
     def check(self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, truncate: bool = False) -> None:
         """Refuse what cannot be drawn, before time is spent on the first prompt.
@@ -158,6 +159,7 @@ class Generator:
         seed: int = 0,
         sampling: SamplingConfig | None = None,
         given: Given | None = None,
+        negative_prompt: str = "",
         truncate: bool = False,
         preview_rows: int = 0,
         progress: Callable[[int], object] = lambda drawn: None,
@@ -180,7 +182,12 @@ class Generator:
             warnings.warn(
                 f"temperature=0 makes all {len(indices)} candidates of a prompt equal; use a positive one", stacklevel=2
             )
-        text = self.tokenizer.tokenize(prompt, dalle.config.text_len, truncate=truncate).to(self.decoder.device)
+        if negative_prompt and not sampling.guided():
+            raise ValueError(f"negative_prompt={negative_prompt!r} acts through guidance: set cfg_scale above 1")
+        text, null = (
+            self.tokenizer.tokenize(part, dalle.config.text_len, truncate=truncate).to(self.decoder.device)
+            for part in (prompt, negative_prompt)
+        )
         size = self.micro_batch(sampling)
         for first in range(0, len(indices), size):
             part = list(indices[first : first + size])
@@ -188,7 +195,7 @@ class Generator:
             if first and self.decoder.fused is not None:  # fill up: another size would be another program to translate
                 uniforms = torch.cat([uniforms, uniforms[:1].expand(size - len(part), -1)])
             done, tokens = 0, torch.empty(0)
-            for now, tokens in draw_image_tokens(self.decoder, text, uniforms.to(text.device), sampling, given):
+            for now, tokens in draw_image_tokens(self.decoder, text, uniforms.to(text.device), sampling, given, null):
                 progress((now - done) * len(part))
                 done = now
                 if preview_rows and done % (preview_rows * dalle.grid_size) == 0 and done < dalle.num_image_tokens:
@@ -270,7 +277,7 @@ def join(parts: Sequence[Candidates]) -> Candidates:
     )
 
 
-def text_tokenizer_of(model: DALLE | CLIP, kind: str) -> TextTokenizer:
+def text_tokenizer_of(model: AnyDALLE | Scorer, kind: str) -> TextTokenizer:
     """The tokenizer a model carries.
 
     Raises:

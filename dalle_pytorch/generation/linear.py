@@ -11,22 +11,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare(module: nn.Module, precision: str, *, packed: bool = True) -> nn.Module:
+def prepare(module: nn.Module, precision: str, *, packed: bool = True, consume: bool = False) -> nn.Module:
     """A copy of a network for sampling: its linear layers replaced, all else shared with the original, in eval mode.
 
     Args:
-        module: the network; not changed.
-        precision: "fp32", "bf16" (weights and inputs of linear layers rounded to 8 bits of mantissa) or "int8" (rounded
-            to integers; CPU only).
+        module: the network; not changed unless consumed.
+        precision: "fp32", "bf16" (weights and inputs of linear layers rounded to 8 bits of mantissa), "fp16" (to 11;
+            slow on a CPU), "int8" (rounded to integers; CPU only) or "stored" (see StoredLinear).
         packed: lay weights out for oneDNN on a CPU; what ``torch.compile`` reads must not be.
+        consume: take each weight out of the original once it is laid out, so that none is in memory twice.
 
     Raises:
         ValueError: unknown precision, or int8 elsewhere than on a CPU.
     """
-    if precision not in PRECISIONS:
+    if precision not in (*PRECISIONS, "stored"):
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     device = next(itertools.chain(module.parameters(), module.buffers())).device
     if precision == "int8" and device.type != "cpu":
@@ -36,7 +38,9 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True) -> nn.Mod
     def convert(part: nn.Module) -> nn.Module:
         if part not in done:
             if isinstance(part, nn.Linear):
-                done[part] = Int8Linear(part) if precision == "int8" else CastLinear(part, precision, packed=packed)
+                done[part] = lay_out(part, precision, packed)
+                if consume:
+                    part.weight = nn.Parameter(part.weight.to("meta"), requires_grad=False)
             else:
                 done[part] = copy.copy(part)
                 done[part]._modules = {name: convert(child) for name, child in part.named_children()}
@@ -46,8 +50,30 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True) -> nn.Mod
     return convert(module)
 
 
+def lay_out(linear: nn.Linear, precision: str, packed: bool) -> nn.Module:
+    """One linear layer in a precision."""
+    if precision == "stored":
+        return StoredLinear(linear)
+    return Int8Linear(linear) if precision == "int8" else CastLinear(linear, precision, packed=packed)
+
+
+class StoredLinear(nn.Module):
+    """A linear layer whose weight stays as it is stored, and is turned into its input's type at every call.
+
+    For what runs once a prompt: half the memory where 16 bits are stored and fp32 is computed.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
+        """``x @ weight.T + bias``."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class CastLinear(nn.Module):
-    """A linear layer that computes in fp32 or bf16 and answers in its input's type.
+    """A linear layer that computes in fp32, bf16 or fp16 and answers in its input's type.
 
     On a CPU the weight is laid out for oneDNN's kernels once: in fp32 they are twice as fast as what ``F.linear`` calls
     here, in bf16 1.1 to 1.3 times (benchmarks/sampling.py), and a row's result does not depend on the number of rows.
@@ -55,11 +81,13 @@ class CastLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, precision: str, *, packed: bool = True) -> None:
         super().__init__()
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = DTYPES[precision]
         weight = linear.weight.detach().to(self.dtype)
         on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        half = self.dtype == torch.bfloat16
-        self.packed = packed and on_cpu and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        known = self.dtype == torch.float32 or (
+            self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        self.packed = packed and on_cpu and known
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # laid out for 8 rows, fast at all
         # plain attributes: a parameter's look-up takes longer than some of the products

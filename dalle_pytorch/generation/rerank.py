@@ -4,7 +4,7 @@ Axes: m candidates, k kept, s scorers, c channels, H W pixels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.pretrained_clip import PretrainedCLIP
 
+Scorer: TypeAlias = CLIP | PretrainedCLIP
+"""What ranks: a CLIP of ours, or a released one."""
 SCORED_TOGETHER = 256
 """Pictures in one call of a scorer."""
 
@@ -29,7 +32,7 @@ class Ranking(NamedTuple):
     """The same for all candidates, in their order."""
 
 
-def score(images: Float[Tensor, "m c H W"], prompt: str, clips: Sequence[CLIP]) -> Float[Tensor, "s m"]:
+def score(images: Float[Tensor, "m c H W"], prompt: str, clips: Sequence[Scorer]) -> Float[Tensor, "s m"]:
     """Cosine of the prompt with every picture, as each scorer sees it.
 
     Args:

@@ -17,18 +17,35 @@ from torch import Tensor, nn
 from dalle_pytorch.models.block_sparse import Layout, block_attention
 from dalle_pytorch.models.linear import Linear
 
+ROTARIES = ("grid", "dalle_pytorch")
 
-def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "2 s e"]:
+
+def rotary_turns(text_length: int, grid_size: int, head_dim: int, rotary: str = "grid") -> Float[Tensor, "2 s e"]:
     """Cosine and signed sine of every position's rotation: text index, token row and column, a third of the pairs each.
 
     (x, y) turns to (x cos - y sin, y cos + x sin): the sines come negative for the first of a pair.
 
-    Text positions are (index, 0, 0), image positions (text_length, row, column), so that attention between image
-    tokens depends on their distance in rows and columns only. Base 10,000 for text, 100 for the short axes of the grid
-    (two octaves of base 10,000 would be flat over 32 rows).
+    Args:
+        text_length: text positions in front of the image, the <bos> included.
+        grid_size: token rows = columns.
+        head_dim: width of a head.
+        rotary: whose angles, "grid" (see ``grid_angles``) or "dalle_pytorch".
 
     Source:
         Su et al. 2021, https://arxiv.org/abs/2104.09864; the thirds are DALLE-pytorch's.
+    """
+    make = grid_angles if rotary == "grid" else dalle_pytorch_angles
+    angle = make(text_length, grid_size, head_dim)
+    cosine = angle.cos().repeat_interleave(2, dim=-1)
+    sine = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(-2)
+    return torch.stack([cosine, sine])  # not the angles: half precision would lose them
+
+
+def grid_angles(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "s pairs"]:
+    """Our angles: those of text by (index, 0, 0), those of image tokens by (text_length, row, column).
+
+    Attention between image tokens so depends on their distance in rows and columns only. Base 10,000 for text, 100 for
+    the short axes of the grid (two octaves of base 10,000 would be flat over 32 rows).
     """
     pairs = head_dim // 2
     per_axis = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
@@ -42,10 +59,29 @@ def rotary_turns(text_length: int, grid_size: int, head_dim: int) -> Float[Tenso
         coordinate[:, None] * base ** (-torch.arange(count) / max(count, 1))
         for coordinate, base, count in zip(coordinates, (10_000.0, 100.0, 100.0), per_axis, strict=True)
     ]
-    angle = torch.cat(angles, dim=-1)
-    cosine = angle.cos().repeat_interleave(2, dim=-1)
-    sine = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(-2)
-    return torch.stack([cosine, sine])  # not the angles: half precision would lose them
+    return torch.cat(angles, dim=-1)
+
+
+def dalle_pytorch_angles(text_length: int, grid_size: int, head_dim: int) -> Float[Tensor, "s pairs"]:
+    """DALLE-pytorch's angles: image tokens stand at 8192 of the text, and text at -10 of a grid over [-1, 1].
+
+    Each axis has a third of the head, rounded down to pairs; what is left over is not turned.
+
+    Source:
+        DALLE-pytorch 1.6.6, transformer.py; the frequencies "lang" and "pixel" are rotary-embedding-torch's. Computed
+        in the same order: angles up to 8192 show the last bit of a frequency.
+    """
+    third, tokens = head_dim // 3, grid_size**2
+    count = third // 2
+    lang = 1.0 / (10_000 ** (torch.arange(0, third, 2)[:count].float() / third))
+    pixel = torch.linspace(1.0, 5.0, count) * math.pi
+    index = torch.cat([torch.arange(text_length), torch.full((tokens,), 8192)]).float()
+    along = torch.linspace(-1, 1, grid_size)
+    outside = torch.full((text_length,), -10.0)
+    row = torch.cat([outside, along.repeat_interleave(grid_size)])
+    column = torch.cat([outside, along.repeat(grid_size)])
+    angles = [index[:, None] * lang, row[:, None] * pixel, column[:, None] * pixel]
+    return F.pad(torch.cat(angles, dim=-1), (0, head_dim // 2 - 3 * count))
 
 
 def rotate(x: Float[Tensor, "b q *h e"], turns: Float[Tensor, "2 q e"]) -> Float[Tensor, "b q *h e"]:
@@ -63,8 +99,8 @@ class LayerView(Protocol):
         """Input of attention (0) or feed-forward (1), with channels of earlier positions where the model shifts."""
         ...
 
-    def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
-        """Queries and keys, rotated where the model has rotary positions."""
+    def turn(self, x: Float[Tensor, "b q parts h e"]) -> Float[Tensor, "b q parts h e"]:
+        """Queries and keys (or values), rotated where the model has rotary positions."""
         ...
 
     def attend(
@@ -85,7 +121,7 @@ class EncoderView:
         """Unchanged."""
         return x
 
-    def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
+    def turn(self, x: Float[Tensor, "b q parts h e"]) -> Float[Tensor, "b q parts h e"]:
         """Unchanged."""
         return x
 
@@ -113,7 +149,7 @@ class StreamView:
         """As ``shift_tokens``."""
         return x if self.shifts is None else shift_tokens(x, *self.shifts)
 
-    def turn(self, x: Float[Tensor, "b q two h e"]) -> Float[Tensor, "b q two h e"]:
+    def turn(self, x: Float[Tensor, "b q parts h e"]) -> Float[Tensor, "b q parts h e"]:
         """Rotated by the angles of the positions."""
         return x if self.turns is None else rotate(x, self.turns[:, : x.shape[1]])
 
@@ -141,16 +177,27 @@ class Attention(nn.Module):
             they do not overflow in fp16.
         qk_norm: RMS-normalise queries and keys, which bounds the scores; without gains, as in nanochat (with them mixed
             precision leaves the fused kernel).
+        qkv_bias: add biases to queries, keys and values.
+        rotate_values: rotate values like queries and keys.
     """
 
     def __init__(
-        self, dim: int, heads: int, head_dim: int, *, dropout: float = 0.0, stable: bool = False, qk_norm: bool = False
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dropout: float = 0.0,
+        stable: bool = False,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        rotate_values: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.stable, self.dropout = heads, head_dim, stable, dropout
-        self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=qkv_bias)
         self.to_out = Linear(heads * head_dim, dim)
-        self.qk_norm = qk_norm
+        self.qk_norm, self.rotate_values = qk_norm, rotate_values
 
     def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
         """Attend to what the view lets this layer see."""
@@ -159,6 +206,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))
         q, k = view.turn(qk).permute(2, 0, 3, 1, 4)  # [2, b, h, q, e]
+        if self.rotate_values:
+            v = view.turn(v)
         out = view.attend(q, k, v.squeeze(2).transpose(1, 2), self.stable)
         out = self.to_out(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout) if self.training else out

@@ -4,9 +4,11 @@ Paper: Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 2.2 and app
 
 The stream is <bos>, ``text_len`` text positions, then the image tokens in raster order; the output at a position
 predicts the next one. Text and image have a head each, so no probability is spent on, and no time spent on, the other's
-vocabulary. A caption shorter than ``text_len`` is filled with a pad of its own for each position (section 2.2).
+vocabulary. A caption shorter than ``text_len`` is filled with a pad of its own for each position (section 2.2). Models
+of others may lack the <bos> (``bos=False``): their first text token is given, never predicted.
 
-Axes: b batch, t text_len, n image tokens, s = 1 + t + n stream positions, d width, v text vocabulary, k codebook_size.
+Axes: b batch, t text_len, n image tokens, s = 1 + t + n stream positions, d width, v text vocabulary, k codebook_size,
+p = t predicted text tokens, t - 1 without <bos>.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.attention import StreamView, rotary_turns
+from dalle_pytorch.models.attention import ROTARIES, StreamView, rotary_turns
 from dalle_pytorch.models.block_sparse import layout
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.linear import Linear
@@ -27,7 +29,7 @@ from dalle_pytorch.models.patterns import pattern_mask
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
 
-POSITIONS = ("rotary", "learned", "both")
+POSITIONS = ("rotary", "learned", "both", "flat")
 
 
 @dataclass(kw_only=True)
@@ -45,13 +47,20 @@ class DALLEConfig(TransformerConfig):
     conv_kernel: int = 11
     """Kernel of conv_like (the paper: 11; DALLE-pytorch: 5)."""
     positions: str = "rotary"
-    """"rotary" (relative), "learned" (text + row + column embeddings, the paper's) or "both"."""
+    """"rotary" (relative), "learned" (text + row + column embeddings, the paper's), "both", or "flat" (text + one
+    embedding for each image token)."""
+    rotary: str = "grid"
+    """Whose rotary angles: "grid" (ours) or "dalle_pytorch" (see attention.dalle_pytorch_angles)."""
     shift_tokens: bool = True
     """Feed each sublayer a quarter of the channels from the token above and from the left."""
     loss_img_weight: float = 7.0
     """Image loss over text loss; the paper weighs them 7/8 : 1/8."""
     tie_embeddings: bool = False
     """Use the input embeddings as output heads."""
+    head_bias: bool | None = None
+    """Biases of the output heads; None = unless tied."""
+    bos: bool = True
+    """Begin with a learned <bos>; otherwise the first text token is not predicted."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the empty one in training, for guidance; in [0, 1)."""
     token_dropout: float = 0.0
@@ -75,6 +84,8 @@ class DALLEConfig(TransformerConfig):
             pattern_mask(pattern, 1, 1, semantics=self.attn_semantics, kernel=self.conv_kernel)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if self.rotary not in ROTARIES:
+            raise ValueError(f"rotary must be one of {', '.join(ROTARIES)}, got {self.rotary!r}")
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -83,6 +94,21 @@ class DALLEConfig(TransformerConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.shift_tokens and self.dim % 4:
             raise ValueError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
+
+    @property
+    def text_length(self) -> int:
+        """Text positions of the stream, the <bos> included."""
+        return self.text_len + int(self.bos)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.positions in ("rotary", "both")
+
+    @property
+    def biased_heads(self) -> bool:
+        """Whether the output heads have biases."""
+        return not self.tie_embeddings if self.head_bias is None else self.head_bias
 
 
 class DALLELoss(NamedTuple):
@@ -97,9 +123,12 @@ class DALLELoss(NamedTuple):
 
 
 class DALLELogits(NamedTuple):
-    """Scores of the next token. Position i of each predicts token i of its kind: no shift is left to the caller."""
+    """Scores of the next token. Position i of each predicts token i of its kind: no shift is left to the caller.
 
-    text: Float[Tensor, "b t v"]
+    Without <bos> nothing predicts the first text token, and position i of text predicts token i + 1.
+    """
+
+    text: Float[Tensor, "b p v"]
     """Over the text ids and then the pad of each position."""
     image: Float[Tensor, "b n k"]
 
@@ -132,26 +161,30 @@ class DALLE(nn.Module):
         self.num_image_tokens = self.grid_size**2
         self.text_emb = nn.Embedding(config.text_vocab_size + config.text_len, config.dim)  # ids, then the pads
         self.image_emb = nn.Embedding(self.codebook_size, config.dim)
-        self.bos = nn.Parameter(torch.zeros(config.dim))
+        self.bos = nn.Parameter(torch.zeros(config.dim)) if config.bos else None
         if config.positions != "rotary":
-            self.text_pos = nn.Embedding(1 + config.text_len, config.dim)
+            self.text_pos = nn.Embedding(config.text_length, config.dim)
+        if config.positions == "flat":
+            self.image_pos = nn.Embedding(self.num_image_tokens, config.dim)
+        elif config.positions != "rotary":
             self.row_pos = nn.Embedding(self.grid_size, config.dim)
             self.col_pos = nn.Embedding(self.grid_size, config.dim)
         self.transformer = Transformer(config)
-        self.text_head = Linear(config.dim, self.text_emb.num_embeddings, bias=not config.tie_embeddings)
-        self.image_head = Linear(config.dim, self.codebook_size, bias=not config.tie_embeddings)
+        self.text_head = Linear(config.dim, self.text_emb.num_embeddings, bias=config.biased_heads)
+        self.image_head = Linear(config.dim, self.codebook_size, bias=config.biased_heads)
         self.init_weights()
         if config.tie_embeddings:
             self.text_head.weight, self.image_head.weight = self.text_emb.weight, self.image_emb.weight
 
-        text_length = 1 + config.text_len
+        text_length = config.text_length
         self.patterns = list(dict.fromkeys(config.attn_types))
         masks = [
             pattern_mask(p, text_length, self.grid_size, semantics=config.attn_semantics, kernel=config.conv_kernel)
             for p in self.patterns
         ]
         self.register_buffer("masks", torch.stack(masks), persistent=False)
-        self.register_buffer("rotary", rotary_turns(text_length, self.grid_size, config.head_dim), persistent=False)
+        turns = rotary_turns(text_length, self.grid_size, config.head_dim, config.rotary)
+        self.register_buffer("rotary", turns, persistent=False)
 
     def init_weights(self) -> None:
         """N(0, 0.02) for embeddings and linear layers, residual outputs scaled by 1 / sqrt(2 depth) (GPT-2)."""
@@ -165,7 +198,8 @@ class DALLE(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.bos, std=0.02)
+        if self.bos is not None:
+            nn.init.normal_(self.bos, std=0.02)
 
     def train(self, mode: bool = True) -> "DALLE":
         """Switch the transformer's mode; the image tokenizer stays in eval mode."""
@@ -175,8 +209,8 @@ class DALLE(nn.Module):
 
     def views(self) -> list[StreamView]:
         """What each layer sees when all positions are there."""
-        config, text_length = self.config, 1 + self.config.text_len
-        turns = None if config.positions == "learned" else self.rotary
+        config, text_length = self.config, self.config.text_length
+        turns = self.rotary if config.rotated else None
         shifts = (text_length, self.grid_size) if config.shift_tokens else None
         length = text_length + self.num_image_tokens - 1  # the last image token predicts nothing
         device = self.masks.device if self.masks.device.type != "meta" else torch.device("cpu")  # a plan's skeleton
@@ -222,8 +256,9 @@ class DALLE(nn.Module):
         self, padded_text: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b m"] | None = None
     ) -> Float[Tensor, "b q d"]:
         """Inputs of <bos>, the text and the first m image tokens."""
-        batch = padded_text.shape[0]
-        x = torch.cat([self.bos.expand(batch, 1, -1), self.text_emb(padded_text)], dim=1)
+        x = self.text_emb(padded_text)
+        if self.bos is not None:
+            x = torch.cat([self.bos.expand(len(x), 1, -1), x], dim=1)
         if self.config.positions != "rotary":
             x = x + self.text_pos.weight
         if image_tokens is not None and image_tokens.shape[1]:
@@ -235,6 +270,8 @@ class DALLE(nn.Module):
         x = self.image_emb(image_tokens)
         if self.config.positions != "rotary":
             position = torch.arange(start, start + image_tokens.shape[1], device=x.device)
+            if self.config.positions == "flat":
+                return x + self.image_pos(position)
             x = x + self.row_pos(position // self.grid_size) + self.col_pos(position % self.grid_size)
         return x
 
@@ -271,11 +308,11 @@ class DALLE(nn.Module):
             image_tokens: the first m tokens, 0 <= m <= n.
 
         Returns:
-            Text logits ``[b, text_len, v]`` and image logits ``[b, min(m + 1, n), k]``.
+            Text logits ``[b, p, v]`` and image logits ``[b, min(m + 1, n), k]``.
         """
         _, h = self.hidden(text_tokens, image_tokens)
-        text_len = self.config.text_len
-        return DALLELogits(self.text_head(h[:, :text_len]), self.image_head(h[:, text_len:]))
+        last = self.config.text_length - 1  # the last text position predicts the first image token
+        return DALLELogits(self.text_head(h[:, :last]), self.image_head(h[:, last:]))
 
     def loss(
         self,
@@ -303,20 +340,19 @@ class DALLE(nn.Module):
             raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
         text_tokens, inputs = self.corrupt(text_tokens, image_tokens, generator)
         padded, h = self.hidden(text_tokens, inputs)
-        text_len = self.config.text_len
+        last = self.config.text_length - 1
+        targets = padded[:, self.config.text_len - last :]
 
-        is_pad = padded >= self.config.text_vocab_size
+        is_pad = targets >= self.config.text_vocab_size
         # the caption and the one pad that ends it: later pads are certain and would only water the mean down
         counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
         # Chowdhery et al. 2022 (PaLM), section 5; validation reports the plain cross entropy
         z_loss = self.config.z_loss if self.training else 0.0
-        text = linear_cross_entropy(h[:, :text_len][counted], self.text_head, padded[counted], z_loss=z_loss)
+        text = linear_cross_entropy(h[:, :last][counted], self.text_head, targets[counted], z_loss=z_loss)
         if mean is not None:
             count = counted.sum().float()
             text = text * (count / mean(count))
-        image = linear_cross_entropy(
-            h[:, text_len:].flatten(0, 1), self.image_head, image_tokens.flatten(), z_loss=z_loss
-        )
+        image = linear_cross_entropy(h[:, last:].flatten(0, 1), self.image_head, image_tokens.flatten(), z_loss=z_loss)
         weight = self.config.loss_img_weight
         return DALLELoss((text + weight * image) / (1 + weight), text, image)
 

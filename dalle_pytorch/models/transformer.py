@@ -49,6 +49,17 @@ class TransformerConfig:
     """Recompute each block in the backward pass: memory independent of depth but for one tensor a block."""
     gradient_scaling: bool = False
     """A gradient scale for each residual branch, for training in fp16; moved by gradient_scaling.update_scales."""
+    layer_scale: bool = False
+    """A learned factor for each channel of a sublayer's output (CaiT's LayerScale), small at first."""
+    reversible: bool = False
+    """Two residual streams, each read by one kind of sublayer and added to by the other; their mean is the output
+    (RevNet). Another function than one stream; memory is saved by checkpoint_activations, with or without it."""
+    divide_max: bool = False
+    """The output divided by its largest channel before the last norm (DALLE-pytorch's, CogView's advice for fp16)."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    rotate_values: bool = False
+    """Rotary positions turn values as well as queries and keys (DALLE-pytorch)."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -89,25 +100,64 @@ class FeedForward(nn.Module):
         return self.to_out(F.dropout(hidden, self.dropout) if self.training else hidden)
 
 
+class LayerScale(nn.Module):
+    """What follows a sublayer, and then a learned factor for each channel.
+
+    Source:
+        Touvron et al. 2021, https://arxiv.org/abs/2103.17239, section 3; first factors by depth as there.
+    """
+
+    def __init__(self, dim: int, depth: int, inner: nn.Module) -> None:
+        super().__init__()
+        start = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
+        self.inner, self.factor = inner, nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:
+        """Same shape in and out."""
+        return self.inner(x) * self.factor
+
+
 class Block(nn.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, config: TransformerConfig, attention: Attention, feed_forward: FeedForward) -> None:
         super().__init__()
         self.attn_norm, self.ff_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        sandwich = config.sandwich_norm
-        self.attn_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
-        self.ff_post = nn.LayerNorm(config.dim) if sandwich else nn.Identity()
+        self.attn_post, self.ff_post = _after(config), _after(config)
         self.attention, self.feed_forward = attention, feed_forward
         self.attn_scale = GradientScale() if config.gradient_scaling else None
         self.ff_scale = GradientScale() if config.gradient_scaling else None
 
+    def attend(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
+        """What attention adds to the residual stream."""
+        norm, attention, post = branch(self.attn_scale, x, self.attn_norm, self.attention, self.attn_post)
+        return post(attention(view.shift(norm(x), 0), view))
+
+    def feed(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
+        """What the feed-forward adds to the residual stream."""
+        norm, feed_forward, post = branch(self.ff_scale, x, self.ff_norm, self.feed_forward, self.ff_post)
+        return post(feed_forward(view.shift(norm(x), 1)))
+
     def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
         """One block over the positions that the view shows it."""
-        norm, attention, post = branch(self.attn_scale, x, self.attn_norm, self.attention, self.attn_post)
-        x = x + post(attention(view.shift(norm(x), 0), view))
-        norm, feed_forward, post = branch(self.ff_scale, x, self.ff_norm, self.feed_forward, self.ff_post)
-        return x + post(feed_forward(view.shift(norm(x), 1)))
+        x = x + self.attend(x, view)
+        return x + self.feed(x, view)
+
+
+class ReversibleBlock(Block):
+    """A block of two residual streams: attention reads the second, the feed-forward the first.
+
+    Source:
+        Gomez et al. 2017, https://arxiv.org/abs/1707.04585, equation 6; which stream is read, and that both start
+        alike, as in DALLE-pytorch 1.6.6, reversible.py.
+    """
+
+    def forward(self, x: Float[Tensor, "b q two_d"], view: LayerView) -> Float[Tensor, "b q two_d"]:
+        """One block over both streams, side by side."""
+        first, second = x.chunk(2, dim=-1)
+        first = first + self.attend(second, view)
+        second = second + self.feed(first, view)
+        return torch.cat([first, second], dim=-1)
 
 
 class Transformer(nn.Module):
@@ -134,21 +184,37 @@ class Transformer(nn.Module):
                     dropout=config.attn_dropout,
                     stable=config.stable,
                     qk_norm=config.qk_norm,
+                    qkv_bias=config.qkv_bias,
+                    rotate_values=config.rotate_values,
                 )
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config.dim, config.ff_dropout, gated=config.gated)
-            blocks.append(Block(config, attentions[attn_id], feed_forwards[ff_id]))
+            block = ReversibleBlock if config.reversible else Block
+            blocks.append(block(config, attentions[attn_id], feed_forwards[ff_id]))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Float[Tensor, "b q d"], views: Sequence[LayerView]) -> Float[Tensor, "b q d"]:
         """Run the stack; ``views`` says for each layer what it sees."""
+        if self.config.reversible:
+            x = torch.cat([x, x], dim=-1)
         for block, view in zip(self.blocks, views, strict=True):
             if self.config.checkpoint_activations and self.training:
                 x = checkpoint(block, x, view, use_reentrant=False)
             else:
                 x = block(x, view)
+        if self.config.reversible:
+            first, second = x.chunk(2, dim=-1)
+            x = (first + second) / 2
+        if self.config.divide_max:
+            x = x / x.amax(dim=-1, keepdim=True).detach()
         return self.norm(x)
+
+
+def _after(config: TransformerConfig) -> nn.Module:
+    """What follows a sublayer."""
+    norm = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
+    return LayerScale(config.dim, config.depth, norm) if config.layer_scale else norm
 
 
 def branch(

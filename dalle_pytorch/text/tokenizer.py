@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from dalle_pytorch.text.bart import BartTokenizer
 from dalle_pytorch.text.base import TextTokenizer, clean_caption
 from dalle_pytorch.text.bpe import BPETokenizer
+from dalle_pytorch.text.cleaned import CleanedTokenizer
 from dalle_pytorch.text.clip_bpe import CLIPTokenizer
 from dalle_pytorch.text.hf import HFDirectoryTokenizer, HFTokenizer
 
@@ -14,6 +16,8 @@ KINDS: dict[str, type[TextTokenizer]] = {
     "clip": CLIPTokenizer,
     "hf": HFTokenizer,
     "hf_directory": HFDirectoryTokenizer,
+    "hf_cleaned": CleanedTokenizer,
+    "bart": BartTokenizer,
 }
 
 

@@ -7,9 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
-from dalle_pytorch.models.dalle import DALLE, DALLEConfig
+from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.plan import ClusterConfig
@@ -26,24 +27,36 @@ class TrainDALLEConfig(RunConfig):
 
     vae: str | None = None
     """Checkpoint of the image tokenizer; it says the size of pictures, grid and codebook. Only a plan does without."""
+    init: str | None = None
+    """Checkpoint of a DALLE whose weights to start from, with a new optimiser. It brings its sizes, image tokenizer and
+    text tokenizer; model settings that say how to train (dropouts, weights of losses) may still be given."""
     plan: bool = False
     """Only print what the training would cost: parameters, arithmetic, memory, days."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The machines that a plan is for."""
     model: DALLEConfig = field(default_factory=DALLEConfig)
     """Sizes of the DALLE; text_vocab_size is filled from the text tokenizer."""
+    network: str = "dalle"
+    """What is trained: "dalle" (settings in model) or "dalle_bart", a DALL·E mini (settings in bart); model=dalle_mini
+    and init= choose it."""
+    bart: DALLEBartConfig = field(default_factory=DALLEBartConfig)
+    """Sizes of a DALL·E mini; vocabulary, grid and codebook are filled from the tokenizers."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the pictures to look at are drawn."""
 
+    def sizes(self) -> DALLEConfig | DALLEBartConfig:
+        """The settings of the network that is trained."""
+        return self.bart if self.network == "dalle_bart" else self.model
 
-class LitDALLE(LitBase[DALLE]):
-    """Trains a DALLE; its VAE stays as it is."""
+
+class LitDALLE(LitBase[AnyDALLE]):
+    """Trains a DALLE or a DALLEBart; its VAE stays as it is."""
 
     monitor = "val/loss"
 
-    def __init__(self, net: DALLE, config: TrainDALLEConfig) -> None:
+    def __init__(self, net: AnyDALLE, config: TrainDALLEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.prompts, self.sampling = config.callbacks.prompts, config.sampling
 
@@ -53,15 +66,13 @@ class LitDALLE(LitBase[DALLE]):
         result = self.net.loss(
             batch["text_tokens"], self.image_tokens(batch), generator=generator, mean=self.mean_over_processes()
         )
-        values = {"loss": result.loss, "text": result.text, "image": result.image}
-        self.log_losses("train", values, len(batch["captions"]))
+        self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss without dropout, nats per token."""
         result = self.net.loss(batch["text_tokens"], self.image_tokens(batch))
-        values = {"loss": result.loss, "text": result.text, "image": result.image}
-        self.log_losses("val", values, len(batch["captions"]), bar="image")
+        self.log_losses("val", result._asdict(), len(batch["captions"]), bar="image")
 
     def image_tokens(self, batch: Batch) -> Int[Tensor, "b n"]:
         """The batch's image tokens, cached or new."""

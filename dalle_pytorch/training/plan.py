@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoint import Header
+from dalle_pytorch.loading import read_header
 from dalle_pytorch.models.attention import Attention
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
@@ -93,9 +95,9 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def skeleton(config: DALLEConfig, vae: str | None, cluster: ClusterConfig) -> DALLE:
-    """The model on the meta device: names, shapes, no memory."""
-    head = None if vae is None else checkpoint.read_header(vae, kind="vae")
+def skeleton(config: DALLEConfig, vae: str | Header | None, cluster: ClusterConfig) -> DALLE:
+    """The model on the meta device: names, shapes, no memory; its image tokenizer from a file, a header or cluster."""
+    head = read_header(vae, kind="vae") if isinstance(vae, str) else vae
     with torch.device("meta"):
         sizes: nn.Module = (
             Sizes(cluster.image_size, cluster.grid_size, cluster.codebook_size)
@@ -110,7 +112,8 @@ def parameters(net: DALLE) -> dict[str, int]:
     parts = {
         "attention": [p for m in net.modules() if isinstance(m, Attention) for p in m.parameters()],
         "feed-forward": [p for m in net.modules() if isinstance(m, FeedForward) for p in m.parameters()],
-        "embeddings": [p for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()] + [net.bos],
+        "embeddings": [p for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+        + [p for p in [net.bos] if p is not None],
         "heads": [*net.text_head.parameters(), *net.image_head.parameters()],
         "image tokenizer (frozen)": list(net.vae.parameters()),
     }
@@ -129,7 +132,7 @@ def flops(net: DALLE) -> tuple[float, float]:
 
     Forward and twice as much backward; of attention only the pairs that its pattern shows.
     """
-    config, text_length = net.config, 1 + net.config.text_len
+    config, text_length = net.config, net.config.text_length
     length = text_length + net.num_image_tokens - 1
     pairs = {
         pattern: int(
@@ -141,7 +144,7 @@ def flops(net: DALLE) -> tuple[float, float]:
     }
     attention = sum(4 * config.heads * config.head_dim * pairs[net.pattern(layer)] for layer in range(config.depth))
     text, image = net.text_head.weight.numel(), net.image_head.weight.numel()
-    heads = 2 * (text * config.text_len + image * net.num_image_tokens)
+    heads = 2 * (text * (text_length - 1) + image * net.num_image_tokens)
     return 3.0 * (2 * matrices(net) * length + attention), 3.0 * heads
 
 
@@ -186,7 +189,7 @@ def _kept(net: DALLE, patterns: list[str], batch: int, half: bool) -> int:
         # the model's tables may be on the meta device; only their shapes matter
         like = lambda table: None if table is None else torch.empty(table.shape, dtype=table.dtype)  # noqa: E731
         views = [dataclasses.replace(view, mask=like(view.mask), turns=like(view.turns)) for view in real]
-        x = torch.empty(batch, config.text_len + net.num_image_tokens, config.dim, requires_grad=True)
+        x = torch.empty(batch, config.text_length - 1 + net.num_image_tokens, config.dim, requires_grad=True)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), autocast:
             transformer(x, views)
@@ -224,11 +227,12 @@ def memory(
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.vae.parameters())
     share = gpus if sharded else 1
-    config, length = net.config, net.config.text_len + net.num_image_tokens
+    config, length = net.config, net.config.text_length - 1 + net.num_image_tokens
     activations, largest = saved(net, batch, half=half)
     copies = 2 * matrices(net) if half else 0
     if checkpointing:  # the input of every block, and one block at a time
-        activations = 4 * batch * length * config.dim * config.depth + largest
+        streams = 2 if config.reversible else 1
+        activations = 4 * batch * length * streams * config.dim * config.depth + largest
     if sharded:  # the weights of two blocks, and of what is no block, gathered; in 16 bits, or as they are
         block = sum(p.numel() for p in net.transformer.blocks[0].parameters())
         rest = trained - sum(p.numel() for p in net.transformer.blocks.parameters())
@@ -261,8 +265,13 @@ def make_plan(config: Any) -> str:
         ValueError: the training does not fit on the GPUs; says what it needs, and what would help.
     """
     cluster, section = config.cluster, config.trainer
-    model = dataclasses.replace(config.model, text_vocab_size=vocabulary(config.text))
-    net = skeleton(model, config.vae, cluster)
+    if config.network != "dalle":
+        raise ValueError("plan=true counts the DALLE only, not a DALL·E mini (bart.*)")
+    if config.init is None:
+        model = dataclasses.replace(config.model, text_vocab_size=vocabulary(config.text))
+        net = skeleton(model, config.vae, cluster)
+    else:
+        net = skeleton(config.model, read_header(config.init)["vae"], cluster)
     batch, accumulated = config.data.batch_size, section.get("accumulate_grad_batches", 1)
     if batch % cluster.gpus:
         raise ValueError(f"data.batch_size ({batch}) must be a multiple of cluster.gpus ({cluster.gpus})")
@@ -311,7 +320,7 @@ def _smaller(need: Memory, room: float, each: int, gpus: int, accumulated: int) 
 def vocabulary(text: TextConfig) -> int:
     """Text ids of a training with these settings; of an own BPE the most that it may have."""
     if text.tokenizer_from is not None:
-        return text_tokenizer_from_state(checkpoint.read_header(text.tokenizer_from)["text_tokenizer"]).vocab_size
+        return text_tokenizer_from_state(read_header(text.tokenizer_from)["text_tokenizer"]).vocab_size
     if text.tokenizer == "bpe":
         return text.vocab_size
     return load_tokenizer(text).vocab_size

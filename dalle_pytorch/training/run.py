@@ -22,6 +22,7 @@ from dalle_pytorch import checkpoint
 from dalle_pytorch.checkpoint import Header, atomic
 from dalle_pytorch.config import build
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.models.bart import Block as BartBlock
 from dalle_pytorch.models.transformer import Block
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
@@ -201,7 +202,7 @@ class Run:
             pictures = len(data.train_set)
             log.info("%s: %.2f M parameters, %d training pictures, %s", self.kind, count, pictures, self.out)
         if config.compile:
-            for block in (part for part in lit.net.modules() if isinstance(part, Block)):
+            for block in (part for part in lit.net.modules() if isinstance(part, Block | BartBlock)):
                 block.compile()
         try:
             trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)
@@ -278,7 +279,7 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
 
 def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     # what a header of an earlier version lacks is at its default
-    config_class = checkpoint.KINDS[before["kind"]][1]
+    config_class = checkpoint.KINDS[before["kind"]].config
     yield from differences(asdict(config_class(**before["config"])), now["config"], prefix)
     if before["vae"] is not None and now["vae"] is not None:
         yield from _model_differences(before["vae"], now["vae"], "vae.")

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dalle_pytorch.models.bart import Block as BartBlock
 from dalle_pytorch.models.transformer import Block
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class ActivationScales(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the blocks."""
-        blocks = [(name, part) for name, part in pl_module.named_modules() if isinstance(part, Block)]
+        blocks = [(name, part) for name, part in pl_module.named_modules() if isinstance(part, Block | BartBlock)]
         for number, (_, block) in enumerate(blocks):
             self.hooks.append(block.register_forward_hook(self._note(f"scale/block_{number:02d}")))
 

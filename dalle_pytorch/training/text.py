@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dalle_pytorch import checkpoint
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.loading import read_header
 from dalle_pytorch.text import (
     BPETokenizer,
     CLIPTokenizer,
@@ -64,7 +64,7 @@ def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: "Run") ->
     if run.header is not None:
         return text_tokenizer_from_state(run.header["text_tokenizer"])
     if config.tokenizer_from is not None:
-        state = checkpoint.read_header(config.tokenizer_from)["text_tokenizer"]
+        state = read_header(config.tokenizer_from)["text_tokenizer"]
         if state is None:
             raise ValueError(f"text.tokenizer_from={config.tokenizer_from} has no text tokenizer")
         return text_tokenizer_from_state(state)

@@ -32,3 +32,22 @@ def make_mixed(make_dalle):
         return make_dalle(attn_types=patterns, conv_kernel=3, depth=max(len(patterns), 2), **settings)
 
     return make
+
+
+@pytest.fixture(
+    params=[
+        {"layer_scale": True, "sandwich_norm": True},
+        {"reversible": True, "layer_scale": True, "shared_attn_ids": [0], "shared_ff_ids": [0, 1]},
+        {"divide_max": True, "stable": True},
+        {"rotary": "dalle_pytorch"},
+        {"rotary": "dalle_pytorch", "rotate_values": True, "positions": "both", "qk_norm": True},
+        {"qkv_bias": True, "rotate_values": True},
+        {"tie_embeddings": True, "head_bias": True},
+        {"bos": False},
+        {"bos": False, "positions": "flat", "qkv_bias": True, "gated": False, "shift_tokens": False},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def options_of_others(request):
+    """Settings that models of others need."""
+    return request.param

@@ -45,6 +45,12 @@ def test_cached_equals_uncached(make_mixed, assert_exact, patterns, shift, posit
     assert_exact(Decoder(dalle), (1, 0), (1, 6), (3, 1), (40, 9))
 
 
+@pytest.mark.parametrize("patterns", [["full"], list(PATTERNS)])
+def test_cached_equals_uncached_with_options_of_others(make_mixed, assert_exact, patterns, options_of_others):
+    dalle = make_mixed(patterns, attn_semantics="dalle_pytorch", **options_of_others)
+    assert_exact(Decoder(dalle), (1, 0), (1, 6), (3, 1), (40, 9))
+
+
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("patterns", MIXED)
 @pytest.mark.parametrize("given", [0, 5])

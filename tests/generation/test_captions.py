@@ -103,3 +103,17 @@ def test_misfits_are_named(make_dalle):
         draw_texts(dalle, torch.tensor([[0, 3]]), torch.rand(1, 5), SamplingConfig())
     with pytest.raises(ValueError, match="no text tokenizer"):
         caption_picture(dalle, torch.rand(3, 16, 16))
+
+
+def test_without_bos_a_caption_needs_its_first_word(make_dalle):
+    """Then the next word is drawn from what the logits say after it."""
+    dalle, count = make_dalle(bos=False), 4000
+    with pytest.raises(ValueError, match="no <bos>"):
+        draw_texts(dalle, NONE, torch.rand(1, 5), SamplingConfig())
+    uniforms = torch.rand(count, 5)
+    uniforms[:, 1] = (torch.arange(count) + 0.5) / count
+    start = torch.tensor([[7]])
+    texts = draw_texts(dalle, start.expand(count, -1), uniforms, SamplingConfig())
+    scores = dalle.logits(start, NONE).text[0, 0]
+    allowed = torch.cat([scores[10:11], scores[1:9]])  # the second position's pad, then the words
+    torch.testing.assert_close(torch.bincount(texts[:, 1], minlength=9) / count, allowed.softmax(0), atol=1e-3, rtol=0)

@@ -23,6 +23,12 @@ def test_the_program_equals_uncached(make_mixed, assert_exact, patterns, shift, 
     assert_exact(decoder, (1, 0), (1, 6), (3, 9))
 
 
+def test_the_program_equals_uncached_with_options_of_others(make_mixed, assert_exact, options_of_others):
+    decoder = Decoder(make_mixed(list(PATTERNS), attn_semantics="dalle_pytorch", **options_of_others), compiled=True)
+    decoder.fused.compiled = decoder.fused.program
+    assert_exact(decoder, (1, 0), (1, 6), (3, 9))
+
+
 PROGRAM = """
 import json, sys, torch
 from dalle_pytorch import load

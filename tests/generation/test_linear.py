@@ -55,7 +55,7 @@ def test_shared_layers_stay_shared_and_the_model_untouched(make_dalle):
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.1)])
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01), ("int8", 0.1), ("stored", 1e-5)])
 def test_logits_of_each_precision_are_near(make_dalle, precision, error):
     dalle = make_dalle(dim=64)
     expected = dalle.logits(TEXT, torch.zeros(2, 0, dtype=torch.long)).image[:, 0]
@@ -64,5 +64,5 @@ def test_logits_of_each_precision_are_near(make_dalle, precision, error):
 
 
 def test_unknown_precision_is_named(make_dalle):
-    with pytest.raises(ValueError, match=r"fp32, bf16, int8, got 'fp16'"):
-        Decoder(make_dalle(), precision="fp16")
+    with pytest.raises(ValueError, match=r"fp32, bf16, fp16, int8, got 'fp64'"):
+        Decoder(make_dalle(), precision="fp64")

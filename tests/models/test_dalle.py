@@ -3,11 +3,27 @@
 import pytest
 import torch
 
-from dalle_pytorch import DALLE, DALLEConfig
+from dalle_pytorch import DALLE, DALLEConfig, load, save
 from dalle_pytorch.models.patterns import PATTERNS
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 IMAGE = torch.arange(32).reshape(2, 16) * 5 % 12
+
+OTHERS = {  # options that models of others need
+    "layer_scale": {"layer_scale": True},
+    "layer_scale_sandwich": {"layer_scale": True, "sandwich_norm": True},
+    "reversible": {"reversible": True},
+    "reversible_shared": {"reversible": True, "layer_scale": True, "shared_attn_ids": [0], "shared_ff_ids": [0, 1]},
+    "divide_max": {"divide_max": True, "stable": True},
+    "rotary": {"rotary": "dalle_pytorch"},
+    "rotate_values": {"rotary": "dalle_pytorch", "rotate_values": True},
+    "qkv_bias": {"qkv_bias": True},
+    "head_bias": {"tie_embeddings": True, "head_bias": True},
+    "no_bos": {"bos": False},
+    "flat": {"positions": "flat"},
+    "mindalle": {"bos": False, "positions": "flat", "qkv_bias": True, "gated": False, "shift_tokens": False},
+}
+EACH_OF_OTHERS = pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS.keys())
 
 
 @pytest.mark.parametrize("semantics", ["paper", "dalle_pytorch"])
@@ -164,3 +180,119 @@ def test_misfits_are_named(make_dalle, tiny_vae):
         DALLE(DALLEConfig(), vae=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="full, axial_row"):
         DALLEConfig(attn_types=["sparse"])
+
+
+@EACH_OF_OTHERS
+def test_options_of_others_read_no_future_and_the_whole_text(make_dalle, settings):
+    dalle = make_dalle(attn_types=["full", "axial_row"], **settings)
+    embedded = dalle.embed(dalle.pad_text(TEXT), IMAGE[:, :-1]).detach().requires_grad_()
+    outputs, length = dalle.transformer(embedded, dalle.views()), dalle.config.text_length
+    assert length == (6 if dalle.config.bos else 5)
+    assert outputs.shape[1] == length + 15
+    for position in (0, 1, length - 1, length, length + 7, length + 14):
+        (gradient,) = torch.autograd.grad(outputs[:, position].square().sum(), embedded, retain_graph=True)
+        per_input = gradient.abs().sum(dim=(0, 2))
+        assert per_input[position + 1 :].sum() == 0, position
+        assert (per_input[: min(position + 1, length)] > 0).all(), position
+
+
+@EACH_OF_OTHERS
+def test_options_of_others_are_saved(make_dalle, settings, tmp_path):
+    """The file alone brings the same model back."""
+    dalle = make_dalle(**settings)
+    expected = dalle.logits(TEXT, IMAGE)
+    save(dalle, tmp_path / "dalle.safetensors")
+    loaded = load(tmp_path / "dalle.safetensors")
+    assert loaded.config == dalle.config
+    for logits, wanted in zip(loaded.logits(TEXT, IMAGE), expected, strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["reversible", "rotary", "rotate_values", "divide_max"])
+def test_options_without_weights_change_the_function(make_dalle, name):
+    """The same weights; what reaches the last norm is another tensor, and for divide_max a known one."""
+    plain, other, seen = make_dalle(depth=1), make_dalle(depth=1, **OTHERS[name]), []
+    other.load_state_dict(plain.state_dict())
+    for dalle in (plain, other):
+        dalle.transformer.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        dalle.logits(TEXT, IMAGE)
+    assert not torch.allclose(seen[0], seen[1], rtol=1e-2, atol=1e-2)
+    if name == "divide_max":
+        torch.testing.assert_close(seen[1], seen[0] / seen[0].amax(dim=-1, keepdim=True))
+
+
+def test_reversible_streams_in_closed_form(make_dalle):
+    """One block: attention of the input, the feed-forward of what it made; the mean of both streams."""
+    dalle = make_dalle(depth=1, reversible=True)
+    inputs, (view,) = dalle.embed(dalle.pad_text(TEXT), IMAGE[:, :-1]), dalle.views()
+    block = dalle.transformer.blocks[0]
+    first = inputs + block.attend(inputs, view)
+    second = inputs + block.feed(first, view)
+    torch.testing.assert_close(dalle.transformer(inputs, [view]), dalle.transformer.norm((first + second) / 2))
+
+
+@EACH_OF_OTHERS
+def test_options_of_others_learn(make_dalle, settings):
+    """Every weight of the blocks and every new one has a gradient, and recomputed activations change none."""
+    dalle, gradients = make_dalle(**settings).train(), []
+    for checkpointed in (False, True):
+        dalle.config.checkpoint_activations = checkpointed
+        dalle.zero_grad()
+        dalle.loss(TEXT, IMAGE).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in dalle.named_parameters() if p.grad is not None})
+    names = {name for name, p in dalle.named_parameters() if p.requires_grad}
+    assert gradients[0].keys() == names
+    for name in names:
+        assert gradients[0][name].abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradients[0][name])
+
+
+@EACH_OF_OTHERS
+def test_options_of_others_go_with_gradient_scales(make_dalle, settings):
+    plain = make_dalle(**settings).train()
+    scaled = make_dalle(**settings, gradient_scaling=True).train()
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    for dalle in (plain, scaled):
+        dalle.loss(TEXT, IMAGE).loss.backward()
+    own = dict(scaled.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(own[name].grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_bos_the_first_text_token_is_not_predicted(make_dalle):
+    dalle = make_dalle(bos=False)
+    logits, loss = dalle.logits(TEXT, IMAGE), dalle.loss(TEXT, IMAGE)
+    assert logits.text.shape == (2, 4, 9 + 5)
+    assert logits.image.shape == (2, 16, 12)
+    log_probs = logits.text.log_softmax(-1)
+    picked = [(0, 0, 1), (0, 1, 4), (0, 2, 9 + 3), (1, 0, 5), (1, 1, 9 + 2)]  # (sample, output, next token or pad)
+    torch.testing.assert_close(loss.text, -torch.stack([log_probs[index] for index in picked]).mean())
+    image = -logits.image.log_softmax(-1).gather(2, IMAGE[..., None]).mean()
+    torch.testing.assert_close(loss.image, image)
+    assert dalle.loss(torch.zeros_like(TEXT), IMAGE).text.isfinite()
+
+
+def test_a_checkpoint_of_before_the_options_loads(make_dalle, tmp_path):
+    """Its config names none of them: they are off."""
+    dalle = make_dalle(positions="both", sandwich_norm=True)
+    save(dalle, tmp_path / "dalle.pt")
+    content = torch.load(tmp_path / "dalle.pt", weights_only=True)
+    new = {name for settings in OTHERS.values() for name in settings} - {"sandwich_norm", "stable", "shared_attn_ids"}
+    new -= {"shared_ff_ids", "tie_embeddings", "positions", "gated", "shift_tokens"}
+    assert new == {
+        *("layer_scale", "reversible", "divide_max", "rotary", "rotate_values", "qkv_bias", "head_bias", "bos"),
+    }
+    for name in new:
+        del content["config"][name]
+    torch.save(content, tmp_path / "old.pt")
+    loaded = load(tmp_path / "old.pt")
+    assert loaded.config == dalle.config
+    torch.testing.assert_close(loaded.logits(TEXT, IMAGE).image, dalle.logits(TEXT, IMAGE).image, rtol=0, atol=0)
+
+
+def test_reversible_means_what_it_did_in_dalle_pytorch(tiny_vae):
+    """Its keyword makes its function, two streams; and saves memory, as it did."""
+    config = DALLE(dim=32, depth=1, heads=2, dim_head=16, num_text_tokens=9, vae=tiny_vae, reversible=True).config
+    assert config.reversible
+    assert config.checkpoint_activations

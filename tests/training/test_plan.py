@@ -35,7 +35,14 @@ def make(**settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gated": False, "positions": "learned"}, {"tie_embeddings": True}, {"shared_attn_ids": [0, 0, 1]}],
+    [
+        {},
+        {"gated": False, "positions": "learned"},
+        {"tie_embeddings": True},
+        {"shared_attn_ids": [0, 0, 1]},
+        {"bos": False, "positions": "flat", "qkv_bias": True},
+        {"layer_scale": True, "reversible": True, "tie_embeddings": True, "head_bias": True},
+    ],
 )
 def test_counts_are_those_of_the_model(settings):
     config, cluster = make(**settings)
@@ -57,9 +64,10 @@ def test_the_papers_model_has_12_billion_weights(plan):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("patterns", [["full"], ["axial_row", "axial_col"]])
-def test_bytes_are_those_that_a_step_keeps(half, patterns):
+@pytest.mark.parametrize("settings", [{}, {"reversible": True, "layer_scale": True, "rotate_values": True}])
+def test_bytes_are_those_that_a_step_keeps(half, patterns, settings):
     """Found on tensors without memory; counted here on real ones, with autograd's hooks around the real model."""
-    config, cluster = make(attn_types=patterns)
+    config, cluster = make(attn_types=patterns, **settings)
     net = DALLE(config, vae=Sizes(32, 4, 20)).train()
     found = {}
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}

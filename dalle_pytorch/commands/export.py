@@ -1,0 +1,126 @@
+"""A folder for the Hugging Face hub: ``python -m dalle_pytorch.commands.export weights=… out=…``.
+
+It holds ``model.safetensors`` (a checkpoint of ours), ``config.json`` (what its header says, to be read by people and
+programs) and ``README.md`` (the model card). ``dalle_pytorch.load`` takes the folder, or its id once it is pushed.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dalle_pytorch import checkpoint
+from dalle_pytorch.config import entry
+from dalle_pytorch.header import Header, role
+from dalle_pytorch.loading import load, locate
+
+log = logging.getLogger(__name__)
+
+TASKS = {"dalle": "text-to-image", "clip": "zero-shot-image-classification", "vae": "image-feature-extraction"}
+"""The hub's names of what a model does, by role."""
+USES = {
+    "dalle": 'generator = dalle_pytorch.Generator(model)\n'
+    'candidates, _ = generator.generate("a red apple", num_candidates=8, num_keep=8)',
+    "clip": 'generator = dalle_pytorch.Generator(dalle, model)  # ranks what a dalle draws',
+    "vae": "tokens = model.encode(images)  # [b, n]\nimages = model.decode(tokens)  # [b, 3, H, W] in [0, 1]",
+}  # fmt: skip
+
+
+@dataclass
+class ExportConfig:
+    """Settings of ``export``."""
+
+    weights: str = "???"
+    """What ``dalle_pytorch.load`` takes: a checkpoint, a foreign file, a name or an id of the hub."""
+    out: str = "???"
+    """Folder to make; must not hold files."""
+    name: str | None = None
+    """What the card calls the model; null = the name of the folder."""
+    license: str | None = None
+    """Licence of the weights, in the hub's spelling (mit, apache-2.0, ...); null = the card says that none is known."""
+    description: str = ""
+    """A paragraph for the card."""
+    push: str | None = None
+    """Id of the hub, owner/name, to upload to; null = upload nothing. Needs HF_TOKEN."""
+    private: bool = True
+    """Make the repository private, if it is new."""
+
+
+@entry("export", ExportConfig)
+def main(config: ExportConfig) -> None:
+    """Write the folder, and upload it where asked."""
+    folder = Path(config.out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
+    model = load(config.weights, dtype=None)
+    path, _ = locate(config.weights, None)
+    training = checkpoint.read_header(path)["training"] if checkpoint.is_ours(path) else {}
+    head = checkpoint.header(model, training)
+    checkpoint.save(model, folder / checkpoint.HUB_FILE, training=training)
+    (folder / "config.json").write_text(json.dumps(without_tokenizer(head), indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(model, head, config), encoding="utf-8")
+    log.info("%s: %s", head["kind"], folder)
+    if config.push is not None:
+        log.info("%s", push(folder, config.push, private=config.private))
+
+
+def without_tokenizer(head: Header) -> dict[str, Any]:
+    """A header in which a text tokenizer is its kind only: vocabularies are long, and in the weights' file."""
+    tokenizer = head["text_tokenizer"]
+    return {**head, "text_tokenizer": None if tokenizer is None else tokenizer["kind"]}
+
+
+def card(model: nn.Module, head: Header, config: ExportConfig) -> str:
+    """The model card."""
+    name, kind = config.name or Path(config.out).name, head["kind"]
+    front = {"library_name": "dalle-pytorch", "pipeline_tag": TASKS[role(head)], "license": config.license or "unknown"}
+    lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", "", f"# {name}", ""]
+    if config.description:
+        lines += [config.description, ""]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    lines += [f"A `{kind}` of {count:,} parameters, image tokenizer included.", ""]
+    settings = {
+        **head["config"],
+        **{f"vae.{key}": value for key, value in (head["vae"] or {}).get("config", {}).items()},
+    }
+    rows = [("setting", "value"), ("---", "---"), *((f"`{key}`", f"`{value}`") for key, value in settings.items())]
+    lines += [f"| {key} | {value} |" for key, value in rows]
+    if head["training"]:
+        lines += [
+            "",
+            "Notes of its training: " + ", ".join(f"{key} {value}" for key, value in head["training"].items()),
+        ]
+    where = config.push or config.out
+    lines += ["", "```python", "import dalle_pytorch", "", f'model = dalle_pytorch.load("{where}")', USES[role(head)]]
+    return "\n".join([*lines, "```", ""])
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: the hub refuses or cannot be reached; says why.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repo))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"push={repo} failed ({reason}); {folder} is complete: set HF_TOKEN to a token that may write, and then: "
+            f"hf upload {repo} {folder}"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

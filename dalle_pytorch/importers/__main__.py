@@ -1,0 +1,62 @@
+"""Others' weights as a checkpoint of ours: ``python -m dalle_pytorch.importers SOURCE PATH --out FILE``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dalle_pytorch import checkpoint
+from dalle_pytorch.importers.sources import SOURCES
+from dalle_pytorch.loading import load
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    rows = "\n".join(f"  {name:18} {row.what}" for name, row in SOURCES.items())
+    arguments = argparse.ArgumentParser(
+        prog="python -m dalle_pytorch.importers",
+        description="Weights of other programs as a checkpoint of dalle_pytorch. Nothing in a file is executed.",
+        epilog=f"sources:\n{rows}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("source", choices=["auto", *SOURCES], help="format of the weights; auto: find out")
+    arguments.add_argument("path", help="file, folder, name of a release or id of the Hugging Face hub")
+    arguments.add_argument("options", nargs="*", metavar="name=value", help="what the source's convert() takes beyond")
+    arguments.add_argument("--out", type=Path, required=True, help="file to write, .safetensors; must not exist")
+    return arguments
+
+
+def main() -> None:
+    """Import and save; errors in one line."""
+    arguments = parser().parse_intermixed_args()
+    try:
+        options = dict(parse(option) for option in arguments.options)
+        if arguments.out.exists():
+            raise FileExistsError(f"{arguments.out} exists; choose another --out")
+        source = None if arguments.source == "auto" else arguments.source
+        model = load(arguments.path, source=source, dtype=None, **options)
+        checkpoint.save(model, arguments.out)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{arguments.out}: {checkpoint.header(model)['kind']}, {count:,} parameters")
+
+
+def parse(option: str) -> tuple[str, Any]:
+    """Name and value; numbers, true, false and null as in JSON, anything else as text.
+
+    Raises:
+        ValueError: no ``=`` in it.
+    """
+    name, separator, value = option.partition("=")
+    if not separator:
+        raise ValueError(f"{option!r} is not name=value")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+if __name__ == "__main__":
+    main()

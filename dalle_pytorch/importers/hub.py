@@ -1,0 +1,137 @@
+"""Released weights by name: downloaded once, checked, and from then on read from the cache, also without a network."""
+
+import logging
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+log = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/dalle_pytorch").expanduser()
+"""Where files come to lie that are not on the hub."""
+
+
+class Release(NamedTuple):
+    """Where a set of weights is, and what reads it."""
+
+    source: str
+    """Name in ``sources.SOURCES``."""
+    repo: str | None = None
+    """Repository of the Hugging Face hub."""
+    files: tuple[str, ...] = ()
+    """Files of the repository that are needed; all where empty."""
+    urls: tuple[tuple[str, str, str], ...] = ()
+    """Or files elsewhere: name, address, the first digits of its SHA-256 or ""."""
+
+
+MIN_DALLE = "kuprel/min-dalle"
+RELEASES: dict[str, Release] = {
+    "openai_dvae": Release(
+        "openai_dvae",
+        urls=(  # OpenAI publishes no hashes of these
+            ("encoder.pkl", "https://cdn.openai.com/dall-e/encoder.pkl", ""),
+            ("decoder.pkl", "https://cdn.openai.com/dall-e/decoder.pkl", ""),
+        ),
+    ),
+    "vqgan_f16_1024": Release(
+        "taming",
+        urls=(
+            ("vqgan.ckpt", "https://heibox.uni-heidelberg.de/f/140747ba53464f49b476/?dl=1", ""),
+            ("vqgan.yaml", "https://heibox.uni-heidelberg.de/f/6ecf2af6c658432c8298/?dl=1", ""),
+        ),
+    ),
+    "dalle_mini": Release(
+        "min_dalle",
+        MIN_DALLE,
+        ("encoder_mini.pt", "decoder_mini.pt", "vocab_mini.json", "merges_mini.txt", "detoker.pt"),
+    ),
+    "dalle_mega": Release(
+        "min_dalle", MIN_DALLE, ("encoder.pt", "decoder.pt", "vocab.json", "merges.txt", "detoker.pt")
+    ),
+    "clip_vit_b32": Release(
+        "openai_clip",
+        urls=(
+            (
+                "ViT-B-32.pt",
+                "https://openaipublic.azureedge.net/clip/models/"
+                "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+                "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+            ),
+        ),
+    ),
+}  # fmt: skip
+"""What ``dalle_pytorch.load`` knows by name; anything else on the hub goes by its id."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text can be an id of the hub, ``owner/name``, perhaps with ``@revision``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None and not name.startswith((".", "/"))
+
+
+def fetch(name: str) -> Path:
+    """The folder of released weights, downloaded unless it is there already.
+
+    Broken-off downloads go on where they stopped (hub only). ``HF_HUB_OFFLINE=1`` never asks the network.
+
+    Args:
+        name: one of RELEASES, or an id of the hub: ``owner/name`` or ``owner/name@revision``.
+
+    Raises:
+        ValueError: no such name or repository, a file whose checksum is wrong, or no network; says which and the mend.
+    """
+    release = RELEASES.get(name)
+    if release is not None and release.urls:
+        folder = CACHE / name
+        for file, url, digest in release.urls:
+            _download(url, folder / file, digest)
+        return folder
+    repo, _, revision = (name if release is None else str(release.repo)).partition("@")
+    return _snapshot(repo, revision or None, list(release.files) if release is not None else None)
+
+
+def _snapshot(repo: str, revision: str | None, files: list[str] | None) -> Path:
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        log.info("%s is not in the cache: downloading", repo)
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        found = HfApi().verify_repo_checksums(repo, revision=folder.name)
+    except HFValidationError as error:
+        raise ValueError(f"{repo} is no id of the hub: {_line(error)}") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{repo} is not on the hub, or private: set HF_TOKEN to read a private one") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{repo} is not in the cache, and the hub cannot be reached ({_line(error)}); download it where there is a "
+            "network, and give the folder in place of the name"
+        ) from error
+    if found.mismatches:
+        names = ", ".join(str(mismatch["path"]) for mismatch in found.mismatches)
+        raise ValueError(f"{repo}: the checksum of {names} is wrong; delete {folder} and try again")
+    return folder
+
+
+def _download(url: str, path: Path, digest: str) -> None:
+    """One file from an address, unless it is there; whole or not at all."""
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.info("downloading %s to %s", url, path)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest or None)
+    except OSError as error:
+        raise ValueError(
+            f"{url} cannot be reached ({_line(error)}); download it where there is a network, put it at {path}, "
+            "or give your file in place of the name"
+        ) from error
+    except RuntimeError as error:  # a wrong hash
+        raise ValueError(f"{url}: {_line(error)}; try again") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,91 @@
+"""Training of DALL·E mini: from nothing, and on from weights that min-dalle or dalle-mini had."""
+
+import re
+
+import pytest
+import torch
+
+import dalle_pytorch
+from dalle_pytorch.commands import train_dalle
+from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
+from dalle_pytorch.text import BartTokenizer
+
+COMMON = [
+    "trainer=cpu",
+    "data.batch_size=4",
+    "trainer.val_check_interval=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.ema_decay=0",
+    "logger=none",
+]
+SMALL = [
+    "model=dalle_mini", "bart.dim=32", "bart.encoder_layers=1", "bart.decoder_layers=2", "bart.heads=2",
+    "bart.ffn_dim=40", "bart.text_positions=30", "text.vocab_size=262",
+]  # fmt: skip
+
+
+def test_it_trains_from_nothing(shards, vae_file, tmp_path, run_command):
+    more = [f"data.path={shards}", f"out={tmp_path / 'run'}", f"vae={vae_file}", "trainer.max_steps=2"]
+    printed = run_command(train_dalle.main, *COMMON, *SMALL, *more)
+    net = dalle_pytorch.load(printed, kind="dalle")
+    assert isinstance(net, DALLEBart)
+    vae, ids = dalle_pytorch.load(vae_file), net.text_tokenizer.vocab_size
+    sizes = net.config
+    assert (sizes.grid_size, sizes.image_vocab_size, sizes.bos_id) == (vae.grid_size, *[vae.codebook_size] * 2)
+    assert (sizes.text_vocab_size, sizes.text_bos, sizes.text_pad, sizes.text_eos) == (ids + 2, 0, ids, ids + 1)
+    generator = dalle_pytorch.Generator(net)
+    sampling = dalle_pytorch.SamplingConfig(cfg_scale=3.0)
+    candidates, _ = generator.generate("a red square", num_candidates=2, num_keep=1, sampling=sampling)
+    assert candidates.images.shape == (2, 3, vae.image_size, vae.image_size)
+
+
+@pytest.fixture
+def mini(tmp_path, vae_file):
+    """A DALL·E mini with BART's kind of tokenizer."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "\u0120", *letters, *("\u0120" + letter for letter in letters)]
+    vae = dalle_pytorch.load(vae_file)
+    config = DALLEBartConfig(
+        dim=32, encoder_layers=1, decoder_layers=2, heads=2, ffn_dim=40, text_vocab_size=len(symbols) + 5,
+        text_positions=40, image_vocab_size=vae.codebook_size + 3, bos_id=vae.codebook_size, grid_size=vae.grid_size,
+    )  # fmt: skip
+    net = DALLEBart(config, vae)
+    net.text_tokenizer = BartTokenizer({symbol: at for at, symbol in enumerate(symbols)}, [])
+    dalle_pytorch.save(net, tmp_path / "mini.safetensors")
+    return tmp_path / "mini.safetensors"
+
+
+def test_it_trains_on_and_resumes(shards, mini, tmp_path, run_command):
+    out = tmp_path / "run"
+    more = [f"data.path={shards}", f"out={out}", f"init={mini}", "optim.warmup_steps=0", "bart.dropout=0.1"]
+    first = dalle_pytorch.load(run_command(train_dalle.main, *COMMON, *more, "trainer.max_steps=1"))
+    before = dalle_pytorch.load(mini)
+    assert first.text_tokenizer.state() == before.text_tokenizer.state()
+    assert first.config == DALLEBartConfig(**{**vars(before.config), "dropout": 0.1})
+    assert not torch.equal(first.image_head.weight, before.image_head.weight)
+    again = dalle_pytorch.load(run_command(train_dalle.main, *COMMON, *more, "trainer.max_steps=2", "resume=true"))
+    assert not torch.equal(again.image_head.weight, first.image_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["model=dalle_mini", "bart.dim=64"], r"bart\.\w+=\d+, bart\.\w+=\d+ contradicts"),
+        (["model.dim=64"], r"model\.dim is no setting of this network, whose settings are bart\.\*"),
+        (["text.tokenizer=clip"], "brings its text tokenizer"),
+    ],
+)
+def test_what_contradicts_the_weights_is_refused(shards, mini, tmp_path, run_command, more, message):
+    code, error = run_command(
+        train_dalle.main, *COMMON, *more, f"data.path={shards}", f"out={tmp_path / 'run'}", f"init={mini}"
+    )
+    assert code == 2
+    assert re.search(message, error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_other_network_are_refused(shards, vae_file, tmp_path, run_command):
+    more = [f"data.path={shards}", f"out={tmp_path / 'run'}", f"vae={vae_file}", "model.depth=3"]
+    code, error = run_command(train_dalle.main, *COMMON, *SMALL, *more)
+    assert code == 2
+    assert "model.depth is no setting of this network, whose settings are bart.*" in error
