@@ -121,9 +121,10 @@ def assemble(
     check_kind(head, kind, path)
     try:
         model = build(head)
-        for name in [name for name, tensor in state.items() if dtype is not None and tensor.is_floating_point()]:
-            if state[name].dtype != dtype:
-                state[name] = state[name].to(dtype)
+        for name, tensor in state.items():
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            if wanted != tensor.dtype or not tensor.is_contiguous():  # some formats store transposed matrices
+                state[name] = tensor.to(wanted, memory_format=torch.contiguous_format, copy=True)
                 release()
         load_state(model, state)
     except (ValueError, TypeError) as error:

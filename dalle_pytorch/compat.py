@@ -16,7 +16,7 @@ What differs by design:
 - patterns default to the paper's definitions (``attn_semantics="dalle_pytorch"`` brings the others back);
 - CLIP does not read id 0 unless ``text_mask`` says so, its scale starts at 1 / 0.07, its heads are dim / heads wide.
 
-Not here yet: ``OpenAIDiscreteVAE`` and ``VQGanVAE``.
+``OpenAIDiscreteVAE`` and ``VQGanVAE`` are in pretrained_vaes.py.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """``dalle_pytorch.load``: a model from our file, from somebody else's, or from the hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ def load(
         FileNotFoundError: no such file, name or id.
         ValueError: it cannot be read, is of another kind, or its weights do not fit; names the culprit.
     """
-    path, source = locate(weights, source)
+    path, source, told = locate(weights, source)
     if source is None and checkpoint.is_ours(path):
         if options:
             raise ValueError(f"{path} is a checkpoint of ours, which takes no {', '.join(options)}")
         return checkpoint.load(path, map_location=map_location, kind=kind, dtype=dtype)
     with Mappings() as mappings:
-        head, state = sources.convert(path, source, **options)
+        head, state = sources.convert(path, source, **{**told, **options})
+        mappings.release()
         return checkpoint.assemble(
             head, state, path, map_location=map_location, kind=kind, dtype=dtype, release=mappings.release
         )
@@ -57,29 +59,31 @@ def read_header(weights: str | Path, *, kind: str | None = None) -> Header:
         FileNotFoundError: as ``load``.
         ValueError: as ``load``.
     """
-    path, source = locate(weights, None)
+    path, source, options = locate(weights, None)
     if source is None and checkpoint.is_ours(path):
         return checkpoint.read_header(path, kind=kind)
-    head, _ = sources.convert(path, source)
+    head, _ = sources.convert(path, source, **options)
     checkpoint.check_kind(head, kind, path)
     return head
 
 
-def locate(weights: str | Path, source: str | None) -> tuple[Path, str | None]:
-    """Where the weights lie, downloaded if need be, and their format as far as it is known.
+def locate(weights: str | Path, source: str | None) -> tuple[Path, str | None, Mapping[str, Any]]:
+    """Where the weights lie, downloaded if need be, their format as far as it is known, and options of its importer.
 
     Raises:
         FileNotFoundError: neither a file nor a name nor an id of the hub.
         ValueError: it cannot be downloaded.
     """
     path, name = Path(weights), str(weights)
+    options: Mapping[str, Any] = {}
     if not path.exists():
         if name not in hub.RELEASES and not hub.is_hub_id(name):
             raise FileNotFoundError(
                 f"no file or folder {weights}, nor a released model of that name ({', '.join(hub.RELEASES)})"
             )
         path = hub.fetch(name)
-        source = source or (hub.RELEASES[name].source if name in hub.RELEASES else None)
+        if name in hub.RELEASES:
+            source, options = source or hub.RELEASES[name].source, hub.RELEASES[name].options
     if path.is_dir() and (path / checkpoint.HUB_FILE).is_file() and checkpoint.is_ours(path / checkpoint.HUB_FILE):
         path = path / checkpoint.HUB_FILE
-    return path, source
+    return path, source, options

@@ -114,7 +114,7 @@ class MinDalle:
     def _load(self) -> BartDecoder:
         name = "mega" if self.is_mega else "mini"
         folder = self.models_root / f"dalle_bart_{name}"
-        weights = folder if folder.is_dir() else f"dalle_{name}"
+        weights: Path | str = folder if folder.is_dir() else f"dalle_{name}"
         self._say(f"reading {weights} for {self.device}")
         dalle: DALLEBart = load(
             weights, kind="dalle", source="min_dalle", map_location=self.device, dtype=None, **self.options

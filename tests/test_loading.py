@@ -142,7 +142,7 @@ class FakeHub:
         self.folder, self.mismatches, self.error = folder, list(mismatches), error
         self.calls: list[bool] = []
 
-    def snapshot_download(self, repo, *, revision, allow_patterns, local_files_only=False):
+    def snapshot_download(self, repo, *, revision, allow_patterns, ignore_patterns, local_files_only=False):
         self.calls.append(local_files_only)
         if local_files_only and self.calls.count(False) == 0:
             raise LocalEntryNotFoundError("not there")

@@ -56,7 +56,7 @@ def main(config: ExportConfig) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
     model = load(config.weights, dtype=None)
-    path, _ = locate(config.weights, None)
+    path, _, _ = locate(config.weights, None)
     training = checkpoint.read_header(path)["training"] if checkpoint.is_ours(path) else {}
     head = checkpoint.header(model, training)
     checkpoint.save(model, folder / checkpoint.HUB_FILE, training=training)

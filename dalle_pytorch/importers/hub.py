@@ -2,8 +2,10 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -26,6 +28,8 @@ class Release(NamedTuple):
     """Files of the repository that are needed; all where empty."""
     urls: tuple[tuple[str, str, str], ...] = ()
     """Or files elsewhere: name, address, the first digits of its SHA-256 or ""."""
+    options: Mapping[str, Any] = MappingProxyType({})
+    """What the importer is told beyond the path."""
 
 
 MIN_DALLE = "kuprel/min-dalle"
@@ -48,9 +52,13 @@ RELEASES: dict[str, Release] = {
         "min_dalle",
         MIN_DALLE,
         ("encoder_mini.pt", "decoder_mini.pt", "vocab_mini.json", "merges_mini.txt", "detoker.pt"),
+        options={"mega": False},  # both lie in one folder of the cache
     ),
     "dalle_mega": Release(
-        "min_dalle", MIN_DALLE, ("encoder.pt", "decoder.pt", "vocab.json", "merges.txt", "detoker.pt")
+        "min_dalle",
+        MIN_DALLE,
+        ("encoder.pt", "decoder.pt", "vocab.json", "merges.txt", "detoker.pt"),
+        options={"mega": True},
     ),
     "clip_vit_b32": Release(
         "openai_clip",
@@ -65,6 +73,10 @@ RELEASES: dict[str, Release] = {
     ),
 }  # fmt: skip
 """What ``dalle_pytorch.load`` knows by name; anything else on the hub goes by its id."""
+
+
+UNREAD = ("*.h5", "*.ot", "*.onnx", "*.tflite", "*.mlpackage/*", "onnx/*", "openvino/*", "coreml/*")
+"""Files of a repository that no importer reads."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -94,12 +106,13 @@ def fetch(name: str) -> Path:
 
 
 def _snapshot(repo: str, revision: str | None, files: list[str] | None) -> Path:
+    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": files, "ignore_patterns": list(UNREAD)}
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+        return Path(snapshot_download(repo, **wanted, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         log.info("%s is not in the cache: downloading", repo)
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        folder = Path(snapshot_download(repo, **wanted))
         found = HfApi().verify_repo_checksums(repo, revision=folder.name)
     except HFValidationError as error:
         raise ValueError(f"{repo} is no id of the hub: {_line(error)}") from error

@@ -55,7 +55,10 @@ def test_shared_layers_stay_shared_and_the_model_untouched(make_dalle):
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01), ("int8", 0.1), ("stored", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "error"),
+    [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01), ("int8", 0.1), ("stored", 1e-5)],
+)
 def test_logits_of_each_precision_are_near(make_dalle, precision, error):
     dalle = make_dalle(dim=64)
     expected = dalle.logits(TEXT, torch.zeros(2, 0, dtype=torch.long)).image[:, 0]

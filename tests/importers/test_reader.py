@@ -117,7 +117,7 @@ def test_what_a_file_may_name_cannot_be_changed_by_it(tmp_path):
             script = name + f"(N}}S'{attribute}'\nI1\nstb."  # (None, {attribute: 1}) as state
             with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
                 archive.writestr("a/data.pkl", script)
-            with pytest.raises(ValueError, match="read-only|can't set attribute|cannot set"):
+            with pytest.raises(ValueError, match=r"read-only|can't set attribute|cannot set"):
                 read(tmp_path / "a.pt")
 
 
