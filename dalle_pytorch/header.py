@@ -131,10 +131,15 @@ def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
     """
     head = header(vae)
     settings = json.dumps(head["config"], sort_keys=True)
+    sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
+    hashes = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest(), "weights_sha256": weights_sha256(vae)}
+    return {"kind": head["kind"], **hashes, **sizes}
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and numbers of a network's weights, whatever file they come from."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(net.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
-    hashes = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest(), "weights_sha256": weights.hexdigest()}
-    return {"kind": head["kind"], **hashes, **sizes}
+    return weights.hexdigest()

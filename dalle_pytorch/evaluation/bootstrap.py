@@ -1,0 +1,98 @@
+"""How far a number may be off: confidence intervals by drawing the samples again. The generator is always given.
+
+Axes: n samples, r real samples, g generated samples, e features, _ = must equal e (an error says so).
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle_pytorch.evaluation.checks import check_rows
+
+Interval: TypeAlias = tuple[float, float]
+"""Lower and upper end."""
+LEVEL = 0.95
+ROUNDS = 1000
+"""Draws for the interval of a mean: its ends then vary by a few per cent of its width."""
+HALVES = 50
+"""Draws for the interval of a distance between sets, each of which is a whole evaluation."""
+
+
+def bootstrap_mean(
+    values: Float[Tensor, " n"], generator: torch.Generator, *, rounds: int = ROUNDS, level: float = LEVEL
+) -> Interval:
+    """Percentile interval of a mean over samples (Efron 1979): drawn with replacement, as many as there are.
+
+    Args:
+        values: one number a sample.
+        generator: source of the draws.
+        rounds: how many draws.
+        level: share of the draws inside.
+
+    Raises:
+        ValueError: fewer than two values, values that are no numbers, or settings out of range.
+    """
+    _check(rounds, level)
+    check_rows(values, "values to bootstrap", least=2)
+    means = torch.stack(
+        [values[torch.randint(len(values), (len(values),), generator=generator)].double().mean() for _ in range(rounds)]
+    )
+    return _percentiles(means, level)
+
+
+def half_samples(
+    distance: Callable[[Tensor, Tensor], float],
+    real: Float[Tensor, "r e"],
+    generated: Float[Tensor, "g _"],
+    generator: torch.Generator,
+    *,
+    rounds: int = HALVES,
+    level: float = LEVEL,
+) -> Interval:
+    """Interval of a distance between two sets, from random halves of both.
+
+    The bootstrap draws samples twice, and a distance takes twins for a narrower distribution, so that its intervals
+    miss the value. Halves drawn without replacement have no twins, and their spread about their own mean is that of the
+    whole (delete-half jackknife); it is put around the value of the whole sets.
+
+    Args:
+        distance: of real and generated features.
+        real: at least 4 samples.
+        generated: at least 4 samples.
+        generator: source of the halves.
+        rounds: how many.
+        level: share of them inside.
+
+    Raises:
+        ValueError: too few samples, or settings out of range.
+
+    Source:
+        Shao and Wu 1989, "A general theory for jackknife variance estimation": deleting d of n samples gives the
+        variance up to the factor (n - d) / d, which is 1 for halves.
+    """
+    _check(rounds, level)
+    for name, rows in (("real features", real), ("generated features", generated)):
+        check_rows(rows, name, least=4)
+    values = []
+    for _ in range(rounds):
+        halves = [rows[torch.randperm(len(rows), generator=generator)[: len(rows) // 2]] for rows in (real, generated)]
+        values.append(distance(*halves))
+    low, high = _percentiles(torch.tensor(values, dtype=torch.float64), level)
+    whole, middle = distance(real, generated), sum(values) / len(values)
+    return whole + low - middle, whole + high - middle
+
+
+def _percentiles(values: Float[Tensor, " n"], level: float) -> Interval:
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
+    low, high = torch.quantile(values, ends).tolist()
+    return low, high
+
+
+def _check(rounds: int, level: float) -> None:
+    if rounds < 2:
+        raise ValueError(f"rounds must be at least 2, got {rounds}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")

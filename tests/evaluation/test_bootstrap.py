@@ -1,0 +1,77 @@
+"""Intervals: as wide as theory says, around the value, from the generator given."""
+
+import pytest
+import torch
+
+from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.distribution import frechet_distance, kernel_distance
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_theory(generator):
+    values = torch.randn(400, generator=generator)
+    low, high = bootstrap_mean(values, generator)
+    half = 1.96 * values.std().item() / 20
+    assert low == pytest.approx(values.mean().item() - half, abs=0.15 * half)
+    assert high == pytest.approx(values.mean().item() + half, abs=0.15 * half)
+    narrow = bootstrap_mean(values, generator, level=0.5)
+    assert narrow[1] - narrow[0] == pytest.approx((high - low) * 0.6745 / 1.96, rel=0.15)
+
+
+def test_it_covers_the_truth_as_often_as_it_says(generator):
+    covered = 0
+    for _ in range(150):
+        low, high = bootstrap_mean(torch.rand(30, generator=generator), generator, rounds=200)
+        covered += low <= 0.5 <= high
+    assert 0.87 <= covered / 150 <= 0.99
+
+
+def test_the_same_generator_gives_the_same_interval():
+    values = torch.rand(20)
+    first, second, other = (bootstrap_mean(values, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_constant_values_have_no_spread(generator):
+    assert bootstrap_mean(torch.full((9,), 0.25), generator) == (0.25, 0.25)
+
+
+def test_halves_spread_as_the_whole_does(generator):
+    """For a difference of means the standard error is known: sqrt(1/n + 1/m)."""
+
+    def difference(real, generated):
+        return (generated.mean() - real.mean()).item()
+
+    real, generated = torch.randn(100, 1, generator=generator), torch.randn(300, 1, generator=generator)
+    low, high = half_samples(difference, real, generated, generator, rounds=1000)
+    width = 2 * 1.96 * (real.var() / 100 + generated.var() / 300).sqrt().item()
+    assert high - low == pytest.approx(width, rel=0.12)
+    assert (low + high) / 2 == pytest.approx(difference(real, generated), abs=0.05 * width)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_the_interval_of_a_distance_holds_the_value(distance, generator):
+    """Which the ordinary bootstrap's does not: twins make it higher."""
+    real, generated = torch.randn(40, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    value = distance(real, generated)
+    low, high = half_samples(distance, real, generated, generator)
+    assert low < value < high
+    if distance is frechet_distance:
+        twins = [
+            distance(*(part[torch.randint(40, (40,), generator=generator)] for part in (real, generated)))
+            for _ in range(50)
+        ]
+        assert sorted(twins)[2] > value
+
+
+def test_settings_and_samples_out_of_range_are_refused(generator):
+    with pytest.raises(ValueError, match="1 samples given, at least 2"):
+        bootstrap_mean(torch.rand(1), generator)
+    with pytest.raises(ValueError, match="values to bootstrap: 1 of 2"):
+        bootstrap_mean(torch.tensor([1.0, torch.nan]), generator)
+    with pytest.raises(ValueError, match="rounds"):
+        bootstrap_mean(torch.rand(3), generator, rounds=1)
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_mean(torch.rand(3), generator, level=1.0)
+    with pytest.raises(ValueError, match="at least 4"):
+        half_samples(frechet_distance, torch.rand(3, 2), torch.rand(9, 2), generator)
