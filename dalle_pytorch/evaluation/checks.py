@@ -25,8 +25,8 @@ def check_rows(rows: Shaped[Tensor, "b ..."], name: str, *, least: int) -> None:
     if bad.any():
         first = int(bad.int().argmax())
         raise ValueError(
-            f"{name}: {int(bad.sum())} of {len(rows)} samples are NaN or infinite, the first is number {first}; look at it, "
-            "and run the model that made them in fp32"
+            f"{name}: {int(bad.sum())} of {len(rows)} samples are NaN or infinite, the first is number {first}; look "
+            "at it, and run the model that made them in fp32"
         )
 
 

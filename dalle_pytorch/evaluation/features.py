@@ -127,9 +127,7 @@ def caption_features(clip: Scorer, captions: Sequence[str]) -> Float[Tensor, "t 
         return torch.cat([clip.encode_text(part.to(device)).cpu() for part in tokens.split(TOGETHER)])
 
 
-def lpips_each(
-    net: LPIPS, images: Float[Tensor, "b c H W"], targets: Float[Tensor, "_ _ _ _"]
-) -> Float[Tensor, " b"]:
+def lpips_each(net: LPIPS, images: Float[Tensor, "b c H W"], targets: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, " b"]:
     """Distance of each picture to its target, on the CPU."""
     device = net.shift.device
     with eval_mode(net):

@@ -5,8 +5,10 @@
 """
 
 import importlib.util
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
@@ -41,33 +43,34 @@ def picture() -> Tensor:
     return ((x * (c + 3) + y * y // 7 + x * y // (50 + 10 * c)) % 256).permute(2, 0, 1)[None].to(torch.uint8)
 
 
-def record() -> dict[str, Tensor]:
-    """Features and class scores of the picture."""
+def record() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features and class scores of the picture, and the weights."""
+    package = ModuleType("torch_fidelity")  # its __init__ imports torchvision, which the Inception does not need
+    package.__path__ = importlib.util.find_spec("torch_fidelity").submodule_search_locations
+    sys.modules["torch_fidelity"] = package
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    blank = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
-    keys: dict[str, Tensor] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        # the constructor loads a file: give it one that says what it wants, then one with weights
-        path = Path(folder) / "weights.pth"
-        load = FeatureExtractorInceptionV3.load_state_dict
-        FeatureExtractorInceptionV3.load_state_dict = lambda self, _: keys.update(self.state_dict())
-        torch.save({}, path)
-        FeatureExtractorInceptionV3("inception", list(NAMES), str(path))
-        FeatureExtractorInceptionV3.load_state_dict = load
-        del blank
-        fill(keys)
-        torch.save(keys, path)
-        net = FeatureExtractorInceptionV3("inception", list(NAMES), str(path))
-        with torch.no_grad():
-            return dict(zip(("features", "logits"), net(picture()), strict=True)), keys
+    weights: dict[str, Tensor] = {}
+
+    class Seeded(FeatureExtractorInceptionV3):
+        """Loads seeded weights in place of those of the file."""
+
+        def load_state_dict(self, _: object) -> None:
+            fill(self.state_dict())
+            weights.update(self.state_dict())
+
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save({}, file.name)  # a path is needed, or it would download
+        net = Seeded("inception", list(NAMES), file.name)
+    with torch.no_grad():
+        return dict(zip(("features", "logits"), net(picture()), strict=True)), weights
 
 
 def main() -> None:
     """Write ``inception.safetensors``."""
-    outputs, keys = record()
-    names = "\n".join(f"{key} {tuple(tensor.shape)}" for key, tensor in sorted(keys.items()))
-    metadata = {"checksum": seeded().checksum(keys), "keys": names}
+    outputs, weights = record()
+    names = "\n".join(f"{key} {tuple(tensor.shape)}" for key, tensor in sorted(weights.items()))
+    metadata = {"checksum": seeded().checksum(weights), "keys": names}
     save_file(outputs, HERE / "inception.safetensors", metadata=metadata)
 
 
