@@ -7,7 +7,16 @@ from importlib.resources import files
 import pytest
 from hydra import compose, initialize_config_module
 
-from dalle_pytorch.commands import baselines, exact_match, generate, prepare_data, train_clip, train_dalle, train_vae
+from dalle_pytorch.commands import (
+    baselines,
+    evaluate,
+    exact_match,
+    generate,
+    prepare_data,
+    train_clip,
+    train_dalle,
+    train_vae,
+)
 from dalle_pytorch.config import ConfigError, build, typed
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
@@ -22,6 +31,7 @@ COMMANDS = {
     "prepare_data": (prepare_data.main, prepare_data.PrepareDataConfig),
     "baselines": (baselines.main, baselines.BaselinesConfig),
     "exact_match": (exact_match.main, exact_match.ExactMatchConfig),
+    "evaluate": (evaluate.main, evaluate.EvaluateConfig),
 }
 NEEDED = {
     "train_dalle": ["vae=x"],
@@ -29,6 +39,7 @@ NEEDED = {
     "prepare_data": ["source=emoji", "out=x"],
     "baselines": ["dalle=x", "clip=x", "ranking=x"],
     "exact_match": ["dalle=x"],
+    "evaluate": ["checkpoint=x"],
 }
 SHARED = ("data", "optim", "trainer", "callbacks", "logger")
 TRAININGS = ("train_vae", "train_dalle", "train_clip")

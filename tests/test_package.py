@@ -74,7 +74,7 @@ def test_console_scripts_exist():
         assert callable(getattr(importlib.import_module(module), name))
 
 
-@pytest.mark.parametrize("command", ["prepare_data", "train_vae", "train_dalle", "train_clip", "generate"])
+@pytest.mark.parametrize("command", ["prepare_data", "train_vae", "train_dalle", "train_clip", "generate", "evaluate"])
 def test_commands_explain_themselves_from_any_folder(command, tmp_path):
     script = ROOT / f"{command}.py"
     result = subprocess.run(

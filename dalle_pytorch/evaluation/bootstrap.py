@@ -22,13 +22,19 @@ HALVES = 50
 
 
 def bootstrap_mean(
-    values: Float[Tensor, " n"], generator: torch.Generator, *, rounds: int = ROUNDS, level: float = LEVEL
+    values: Float[Tensor, " n"],
+    generator: torch.Generator,
+    *,
+    weights: Float[Tensor, " n"] | None = None,
+    rounds: int = ROUNDS,
+    level: float = LEVEL,
 ) -> Interval:
     """Percentile interval of a mean over samples (Efron 1979): drawn with replacement, as many as there are.
 
     Args:
         values: one number a sample.
         generator: source of the draws.
+        weights: then it is the interval of sum(values) / sum(weights), as of nats and tokens.
         rounds: how many draws.
         level: share of the draws inside.
 
@@ -37,10 +43,13 @@ def bootstrap_mean(
     """
     _check(rounds, level)
     check_rows(values, "values to bootstrap", least=2)
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].double().mean() for _ in range(rounds)]
-    )
-    return _percentiles(means, level)
+    values = values.double().cpu()
+    weights = torch.ones_like(values) if weights is None else weights.double().cpu()
+    means = []
+    for _ in range(rounds):
+        drawn = torch.randint(len(values), (len(values),), generator=generator)
+        means.append(values[drawn].sum() / weights[drawn].sum())
+    return _percentiles(torch.stack(means), level)
 
 
 def half_samples(

@@ -32,6 +32,15 @@ def test_the_same_generator_gives_the_same_interval():
     assert first != other
 
 
+def test_a_ratio_of_sums_is_drawn_sample_by_sample(generator):
+    """Equal weights are a mean; nats in proportion to tokens have no spread."""
+    values, tokens = torch.rand(20), torch.randint(1, 9, (20,)).double()
+    seeds = [torch.Generator().manual_seed(1) for _ in "ab"]
+    low, high = bootstrap_mean(values, seeds[0])
+    assert bootstrap_mean(values, seeds[1], weights=torch.full((20,), 2.0)) == pytest.approx((low / 2, high / 2))
+    assert bootstrap_mean(3 * tokens, generator, weights=tokens) == pytest.approx((3, 3))
+
+
 def test_constant_values_have_no_spread(generator):
     assert bootstrap_mean(torch.full((9,), 0.25), generator) == (0.25, 0.25)
 

@@ -1,0 +1,260 @@
+"""Judge a checkpoint: ``evaluate.py checkpoint=... data=emoji split=test_concept``, of any kind.
+
+Writes ``metrics.json`` and ``report.html``. ``evaluate.py compare A/metrics.json B/metrics.json`` sets two beside each
+other, and refuses numbers that were measured in two ways.
+"""
+
+import hashlib
+import random
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle_pytorch import checkpoint, loading
+from dalle_pytorch.commands.baselines import distinct_pairs
+from dalle_pytorch.commands.generate import new_folder
+from dalle_pytorch.config import entry
+from dalle_pytorch.data.datamodule import DataConfig, open_split
+from dalle_pytorch.data.samples import Pictures
+from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.stream import is_stream
+from dalle_pytorch.data.tokens import TokenShards
+from dalle_pytorch.evaluation import compare, page, report
+from dalle_pytorch.evaluation.clip import evaluate_clip
+from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, evaluate_likelihood
+from dalle_pytorch.evaluation.features import (
+    Extractor,
+    clip_extractor,
+    inception_extractor,
+    inception_logits,
+    load_inception,
+    load_lpips,
+)
+from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
+from dalle_pytorch.evaluation.measure import Evaluation, Measure
+from dalle_pytorch.generation.generator import text_tokenizer_of
+from dalle_pytorch.generation.processes import Processes
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.header import role, weights_sha256
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """What to judge, on which pictures, through whose eyes."""
+
+    checkpoint: str = "???"
+    """An image tokenizer, a DALLE or a CLIP: a checkpoint, or another program's weights (docs/weights.md)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the pictures are; train_split gives a DALLE's unigram model its frequencies."""
+    split: str = "val"
+    """Split to judge on; several are joined by "+"."""
+    max_samples: int = 1000
+    """Pictures of the split that are looked at, drawn by ``seed``; 0 = all."""
+    max_train: int = 2000
+    """Training pictures for the frequencies; 0 = all."""
+    judge: str | None = None
+    """A CLIP: of a DALLE, CLIP score, R-precision and distances like fid_clip; of an image tokenizer, rfid_clip."""
+    ranker: str | None = None
+    """Another CLIP, which ranks a DALLE's candidates; the judge then draws the best-of-N curve."""
+    inception: str | None = None
+    """FID's Inception, pt_inception-2015-12-05-6726825d.pth: FID, KID, precision, recall, Inception score."""
+    vgg: str | None = None
+    """torchvision's vgg16-397923af.pth: LPIPS of an image tokenizer."""
+    lpips_heads: str | None = None
+    """LPIPS' own weights, vgg.pth of version 0.1; null = those of torchmetrics."""
+    num_prompts: int = 16
+    """Captions that a DALLE draws, all different; 0 = it draws nothing."""
+    num_candidates: int = 16
+    """Candidates of each."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How they are drawn."""
+    codecs: bool = True
+    """Set JPEG and WebP beside an image tokenizer."""
+    rounds: int = 1000
+    """Draws for the confidence interval of a mean."""
+    halves: int = 20
+    """Halves for the interval of a distance like FID; 0 = no interval."""
+    seed: int = 0
+    """Of the choice of pictures, of the candidates and of the intervals."""
+    device: str = "auto"
+    """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
+    out: str = "???"
+    """Folder to make; it must not hold files yet."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        for name in ("max_samples", "max_train", "num_prompts", "halves"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
+        if self.rounds < 2 or self.halves == 1:
+            raise ValueError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
+        if self.ranker is not None and self.judge is None:
+            raise ValueError("ranker= chooses and judge= judges the choice: give judge= too")
+
+
+class Samples(NamedTuple):
+    """Captioned pictures of a split."""
+
+    images: Float[Tensor, "b 3 H W"]
+    captions: list[str]
+
+
+def read_samples(shards: ShardDataset, config: EvaluateConfig, image_size: int, most: int) -> Samples:
+    """Some pictures of a split in order, unaugmented, with their first captions.
+
+    Raises:
+        ValueError: they are tokens, not pictures, or one cannot be read.
+    """
+    if isinstance(shards, TokenShards):
+        raise ValueError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
+    pictures = Pictures(shards, replace(config.data, cache_decoded=False), image_size=image_size, train=False)
+    samples = [pictures[index] for index in chosen(len(pictures), most, config.seed)]
+    return Samples(torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples])
+
+
+def chosen(count: int, most: int, seed: int) -> list[int]:
+    """Up to ``most`` of ``count`` indices, drawn by the seed, in order; all for 0."""
+    every = range(count)
+    return list(every) if not most or most >= count else sorted(random.Random(seed).sample(every, most))
+
+
+def protocol(shards: ShardDataset, config: EvaluateConfig, image_size: int) -> dict[str, Any]:
+    """What all numbers depend on: not where the data lie, but what they are."""
+    wanted = shards.split.split("+")
+    parts = [shard["sha256"] for shard in shards.index["shards"] if shard["split"] in wanted]
+    used = len(chosen(len(shards), config.max_samples, config.seed))
+    return {
+        "data": shards.index["name"],
+        "data_sha256": hashlib.sha256("".join(parts).encode()).hexdigest(),
+        "split": shards.split,
+        "pictures": f"{used} of {len(shards)}" + (f", drawn by seed {config.seed}" if used < len(shards) else ""),
+        "image_size": image_size,
+    }
+
+
+def extractors_of(config: EvaluateConfig, device: str) -> tuple[Any, list[Extractor], Any]:
+    """The judge, the networks for distances between sets, and the Inception; None for what is not given."""
+    judge = None if config.judge is None else loading.load(config.judge, kind="clip").to(device)
+    inception = None if config.inception is None else load_inception(config.inception).to(device)
+    extractors = [] if judge is None else [clip_extractor(judge)]
+    return judge, extractors + ([] if inception is None else [inception_extractor(inception)]), inception
+
+
+def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
+    """An image tokenizer."""
+    _, extractors, _ = extractors_of(config, next(vae.parameters()).device.type)
+    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(next(vae.parameters()).device)
+    images = read_samples(shards, config, vae.image_size, config.max_samples).images
+    options = {} if config.codecs else {"codecs": ()}
+    return evaluate_image_tokenizer(vae, images, measure, lpips=lpips, extractors=extractors, **options)
+
+
+def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
+    """A CLIP."""
+    samples = read_samples(shards, config, clip.config.image_size, config.max_samples)
+    return evaluate_clip(clip, samples.captions, samples.images, measure)
+
+
+def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
+    """A DALLE: likelihoods, then the pictures that it draws."""
+    tokenizer, size = text_tokenizer_of(dalle, "dalle"), dalle.vae.image_size
+
+    def pairs(samples: Samples) -> Pairs:
+        text = tokenizer.tokenize(samples.captions, dalle.config.text_len, truncate=True)
+        return Pairs(samples.captions, text, reconstruct(dalle.vae, samples.images)[0])
+
+    samples = read_samples(shards, config, size, config.max_samples)
+    train = open_split(config.data.path, config.data.train_split, "data.path")
+    known = pairs(read_samples(train, config, size, config.max_train))
+    found = evaluate_likelihood(dalle, pairs(samples), known, measure)
+    if not config.num_prompts:
+        return found
+    device = next(dalle.parameters()).device.type
+    judge, extractors, inception = extractors_of(config, device)
+    ranker = None if config.ranker is None else loading.load(config.ranker, kind="clip").to(device)
+    if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
+        raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
+    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
+    captions, drawn_places = [samples.captions[i] for i in places], places[: config.num_prompts]
+    prompts = [samples.captions[i] for i in drawn_places]
+    drawn = drawn_pictures(dalle, prompts, config, ranker)
+    how = {f"sampling.{key}": str(value) for key, value in asdict(config.sampling).items()} | {
+        "seed": config.seed,
+        "prompts": len(prompts),
+        "candidates": config.num_candidates,
+    }
+    if ranker is not None:
+        how["ranker_sha256"] = weights_sha256(ranker)
+    judged = evaluate_drawn(
+        drawn, samples.images, samples.images[drawn_places], measure,
+        judge=judge, captions=captions, extractors=extractors,
+        logits=None if inception is None else inception_logits(inception), how=how,
+    )  # fmt: skip
+    return Evaluation(found.metrics | judged.metrics, judged.sections + found.sections)
+
+
+def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:
+    """The candidates, under a progress bar."""
+    total = len(prompts) * config.num_candidates * dalle.num_image_tokens
+    with tqdm(total=total, desc="drawing", unit="token", unit_scale=True) as bar:
+        return draw(
+            dalle,
+            prompts,
+            num_candidates=config.num_candidates,
+            seed=config.seed,
+            sampling=config.sampling,
+            ranker=ranker,
+            progress=bar.update,
+        )
+
+
+JUDGES = {"vae": judge_tokenizer, "dalle": judge_dalle, "clip": judge_clip}
+
+
+@entry("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig) -> None:
+    """Judge, write both files, print the numbers."""
+    if is_stream(config.data.path):
+        raise ValueError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
+    shards = open_split(config.data.path, config.split, "data.path")
+    step = loading.read_header(config.checkpoint)["training"].get("step")
+    model = loading.load(config.checkpoint).to(Processes().device(config.device))
+    head = checkpoint.header(model)
+    kind = role(head)
+    owner = model.vae if kind == "dalle" else model.config if kind == "clip" else model
+    measure = Measure(
+        protocol(shards, config, owner.image_size), seed=config.seed, rounds=config.rounds, halves=config.halves
+    )
+    folder = new_folder(config.out)
+    found = JUDGES[kind](model, config, shards, measure)
+    record = report.Record(
+        report.Subject(kind=head["kind"], weights_sha256=weights_sha256(model), step=step), found.metrics
+    )
+    report.write(record, folder / "metrics.json")
+    title = f"{head['kind']} on {shards.split} of {shards.index['name']}"
+    page.write(record, found.sections, folder / "report.html", title=title)
+    for name, metric in found.metrics.items():
+        print(f"{name:32} {compare.with_interval(metric)}")
+    print(f"{folder / 'metrics.json'}, {folder / 'report.html'}")
+
+
+def run() -> None:
+    """``compare A B``, or an evaluation."""
+    if sys.argv[1:2] == ["compare"]:
+        sys.exit(compare.main(sys.argv[2:]))
+    main()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,67 @@
+"""A CLIP in numbers: whether captions and pictures find each other.
+
+Axes: b pairs, c channels, H W pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle_pytorch.evaluation.features import caption_features, clip_extractor
+from dalle_pytorch.evaluation.measure import Evaluation, Measure
+from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.report import Metrics, shown
+from dalle_pytorch.evaluation.retrieval import clip_score, recall_at, retrieval_ranks
+from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.rerank import Scorer
+
+RECALLS = (1, 5, 10)
+SHOWN_CAPTIONS, SHOWN = 6, 8
+"""Captions on the page, and pictures of each."""
+
+
+def evaluate_clip(
+    clip: Scorer, captions: Sequence[str], images: Float[Tensor, "b c H W"], measure: Measure
+) -> Evaluation:
+    """R@1, R@5 and R@10 both ways among all given pairs, in per cent, and the mean CLIP score of right pairs.
+
+    Several pictures with one caption are all right answers to it, and it to each of them.
+
+    Args:
+        clip: the model.
+        captions: one a picture.
+        images: in [0, 1], of any size.
+        measure: the protocol.
+
+    Raises:
+        ValueError: fewer than two pairs, or a clip without a text tokenizer.
+    """
+    if len(captions) != len(images) or len(captions) < 2:
+        raise ValueError(f"{len(captions)} captions given for {len(images)} pictures; at least two pairs are needed")
+    names = list(dict.fromkeys(captions))
+    place = torch.tensor([names.index(caption) for caption in captions])
+    texts, pictures = caption_features(clip, names), clip_extractor(clip)(images)
+    scores, right = texts @ pictures.T, place[None] == torch.arange(len(names))[:, None]
+    metrics: Metrics = {"clip_score": measure.mean(clip_score(pictures, texts[place]), better="neither")}
+    rows = []
+    for name, table, answers in (("text_to_image", scores, right), ("image_to_text", scores.T, right.T)):
+        ranks, count = retrieval_ranks(table, answers), table.shape[1]
+        for k in RECALLS:
+            if count > k:
+                hits = 100 * recall_at(ranks, k, count)
+                metrics[f"{name}_r{k}"] = measure.mean(hits, unit="%", how={"candidates": count})
+        shown_values = [shown(metrics[f"{name}_r{k}"].value) if count > k else "" for k in RECALLS]
+        chance = 100 * answers.double().mean().item()
+        rows.append((name.replace("_", " "), *shown_values, shown(chance), str(count)))
+    head = ("", *(f"R@{k}" for k in RECALLS), "R@1 of chance", "candidates")
+    sections: list[Section] = [Table("Retrieval", "In per cent.", head, rows)]
+    grid = []
+    for number in range(min(SHOWN_CAPTIONS, len(names))):
+        best = scores[number].argsort(descending=True, stable=True)[:SHOWN]
+        labels = [f"{scores[number, i]:.2f}{' right' if right[number, i] else ''}" for i in best.tolist()]
+        grid.append(GridRow(names[number], list(images[best]), labels))
+    note = "Captions with the pictures that the model finds nearest, their cosines, and which of them are right."
+    sections.append(Picture("Nearest pictures", note, picture_grid(grid, cell=96)))
+    return Evaluation(metrics, sections)

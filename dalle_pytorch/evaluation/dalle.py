@@ -1,0 +1,235 @@
+"""A DALLE in numbers: likelihood of held-out pairs, and what its pictures are worth to judges.
+
+Axes: b samples, t text tokens, n image tokens, p prompts, m candidates of a prompt, c channels, H W pixels, e features.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_pytorch.evaluation.distribution import inception_score
+from dalle_pytorch.evaluation.features import Extractor, caption_features, clip_extractor
+from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_nats, unigram_text_nats
+from dalle_pytorch.evaluation.measure import Evaluation, Measure
+from dalle_pytorch.evaluation.page import Line, Picture, Plot, Section, Table
+from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
+from dalle_pytorch.evaluation.retrieval import DISTRACTORS, best_of_n, clip_score, r_precision
+from dalle_pytorch.generation.engine import AnyDALLE
+from dalle_pytorch.generation.generator import Generator
+from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.rerank import Scorer, score
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.models.dalle import DALLE
+
+SHOWN_PROMPTS, SHOWN = 6, 8
+"""Prompts on the page, and pictures of each."""
+
+
+class Pairs(NamedTuple):
+    """Captioned pictures as tokens."""
+
+    captions: list[str]
+    text_tokens: Int[Tensor, "b t"]
+    image_tokens: Int[Tensor, "b n"]
+
+
+def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Measure) -> Evaluation:
+    """Nats per image token, text token and pixel, beside a unigram model and the same model with others' captions.
+
+    The gains are paired: of each sample, what knowing the caption, or more than frequencies, saves.
+
+    Args:
+        dalle: the model.
+        pairs: held-out samples, at least two.
+        train: samples for the frequencies of the unigram models.
+        measure: the protocol.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    if len(pairs.captions) < 2:
+        raise ValueError(f"{len(pairs.captions)} samples given: shuffling captions needs at least two")
+    own = likelihoods(dalle, pairs.text_tokens, pairs.image_tokens)
+    # a shift by half the set gives every picture another one's caption
+    others = pairs.text_tokens.roll(max(1, len(pairs.text_tokens) // 2), dims=0)
+    shuffled = likelihoods(dalle, others, pairs.image_tokens).image
+    unigram = unigram_nats(train.image_tokens, pairs.image_tokens, dalle.codebook_size)
+    tokens, trained = dalle.num_image_tokens, {"unigram_samples": len(train.captions)}
+    unit = "nats/token"
+
+    def mean(nats: Tensor, better: str = "lower", how: Protocol | None = None) -> Metric:
+        return measure.mean(nats / tokens, unit=unit, better=better, how={"image_tokens": tokens, **(how or {})})
+
+    metrics = {
+        "image_nats": mean(own.image),
+        "image_nats_unigram": mean(unigram, how=trained),
+        "image_nats_shuffled_captions": mean(shuffled),
+        "gain_over_unigram": mean(unigram - own.image.double(), "higher", trained),
+        "gain_of_caption": mean(shuffled - own.image, "higher"),
+        "image_bits_per_pixel": measure.mean(
+            own.image / math.log(2) / dalle.vae.image_size**2, unit="bits/pixel", better="lower", how={"of": "tokens"}
+        ),
+    }
+    rows = [
+        (
+            "image tokens",
+            *(shown(metrics[f"image_nats{name}"].value) for name in ("", "_unigram", "_shuffled_captions")),
+        )
+    ]
+    if isinstance(dalle, DALLE) and own.text is not None and own.text_tokens is not None:
+        vocab, length = dalle.config.text_vocab_size, dalle.config.text_len
+        known, held_out = ([[i for i in row if i] for row in p.text_tokens.tolist()] for p in (train, pairs))
+        metrics["text_nats"] = measure.mean(own.text, weights=own.text_tokens, unit=unit, better="lower")
+        if dalle.config.bos:  # without it the first token is not predicted, and the two would be of unequal tokens
+            nats, counts = unigram_text_nats(known, held_out, vocab, length)
+            metrics["text_nats_unigram"] = measure.mean(nats, weights=counts, unit=unit, better="lower", how=trained)
+            rows.append(
+                ("text tokens", shown(metrics["text_nats"].value), shown(metrics["text_nats_unigram"].value), "")
+            )
+    note = "Nats per token on held-out pairs. A model that uses captions does worse with another picture's."
+    head = ("", "model", "unigram", "captions shuffled")
+    return Evaluation(metrics, [Table("Likelihood", note, head, rows)])
+
+
+class Draw(NamedTuple):
+    """Candidates of several prompts."""
+
+    prompts: list[str]
+    images: Float[Tensor, "p m c H W"]
+    """In [0, 1]."""
+    ranks: Float[Tensor, "p m"] | None
+    """Scores of the ranker; None without one."""
+
+
+def draw(
+    dalle: AnyDALLE,
+    prompts: Sequence[str],
+    *,
+    num_candidates: int,
+    seed: int,
+    sampling: SamplingConfig,
+    ranker: Scorer | None = None,
+    progress: Callable[[int], object] = lambda drawn: None,
+) -> Draw:
+    """So many candidates of each prompt; each is a function of (prompt, seed, index)."""
+    generator = Generator(dalle)
+    images, ranks = [], []
+    for prompt in prompts:
+        drawn = generator.candidates(
+            prompt, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress
+        )
+        images.append(drawn.images)
+        if ranker is not None:
+            ranks.append(score(drawn.images, prompt, [ranker])[0])
+    return Draw(list(prompts), torch.stack(images), torch.stack(ranks) if ranks else None)
+
+
+def evaluate_drawn(
+    drawn: Draw,
+    real: Float[Tensor, "r c H W"],
+    own: Float[Tensor, "p c H W"],
+    measure: Measure,
+    *,
+    judge: Scorer | None = None,
+    captions: Sequence[str] = (),
+    extractors: Sequence[Extractor] = (),
+    logits: Extractor | None = None,
+    how: Protocol,
+) -> Evaluation:
+    """What drawn pictures are worth.
+
+    Args:
+        drawn: candidates of prompts, with the ranker's scores for the best-of-N curve.
+        real: pictures of the split, for distances.
+        own: the real picture of each prompt, for its scores.
+        measure: the protocol.
+        judge: a CLIP other than the ranker: CLIP score, R-precision, best of N.
+        captions: all different captions of the split, the prompts among them; R-precision draws others from these.
+        extractors: for FID and the like between real and all drawn pictures.
+        logits: class scores for the Inception score.
+        how: how the candidates were drawn.
+    """
+    metrics: Metrics = {}
+    sections: list[Section] = []
+    flat = drawn.images.flatten(0, 1)
+    if judge is not None:
+        found = judged(drawn, own, measure, judge, captions, how)
+        metrics |= found.metrics
+        sections += found.sections
+    for extractor in extractors:
+        if min(len(real), len(flat)) > 3:
+            metrics |= measure.distances(extractor(real), extractor(flat), extractor, how=how)
+    if logits is not None and len(flat) > 1:
+        value = inception_score(logits(flat))
+        metrics["inception_score"] = measure.number(value, len(flat), extractor=logits, how={**how, "splits": 1})
+    order = torch.arange(flat.shape[0] // len(drawn.prompts)).expand(len(drawn.prompts), -1)
+    if drawn.ranks is not None:
+        order = drawn.ranks.argsort(dim=1, descending=True, stable=True)
+    rows = []
+    for number, prompt in enumerate(drawn.prompts[:SHOWN_PROMPTS]):
+        places = order[number, :SHOWN]
+        labels = ["real", *(f"#{i}" for i in places.tolist())]
+        rows.append(GridRow(prompt, [own[number], *drawn.images[number, places]], labels))
+    ranked = "best first as the ranker sees them" if drawn.ranks is not None else "in the order drawn"
+    note = f"The real picture, then candidates, {ranked}."
+    sections.append(Picture("Pictures", note, picture_grid(rows, cell=96)))
+    return Evaluation(metrics, sections)
+
+
+def judged(
+    drawn: Draw,
+    own: Float[Tensor, "p c H W"],
+    measure: Measure,
+    judge: Scorer,
+    captions: Sequence[str],
+    how: Protocol,
+) -> Evaluation:
+    """CLIP score and R-precision of the judge, and both for the best of N where a ranker chose."""
+    extractor = clip_extractor(judge)
+    prompts, count = drawn.images.shape[:2]
+    texts = caption_features(judge, captions)
+    place = torch.tensor([captions.index(prompt) for prompt in drawn.prompts])
+    features, real = extractor(drawn.images.flatten(0, 1)), extractor(own)
+    scores = clip_score(features, texts[place].repeat_interleave(count, dim=0)).view(prompts, count)
+    metrics = {
+        "clip_score": measure.mean(scores.mean(dim=1), better="higher", extractor=extractor, how=how),
+        "clip_score_real": measure.mean(clip_score(real, texts[place]), better="neither", extractor=extractor),
+    }
+    values = {"clip_score": ("CLIP score", scores)}
+    if (distractors := min(DISTRACTORS, len(captions) - 1)) > 0:
+        hits = r_precision(
+            features, texts, place.repeat_interleave(count), measure.generator(), distractors=distractors
+        ).view(prompts, count)
+        real_hits = r_precision(real, texts, place, measure.generator(), distractors=distractors)
+        among: Protocol = {"distractors": distractors}
+        metrics["r_precision"] = measure.mean(hits.mean(dim=1), extractor=extractor, how={**how, **among})
+        metrics["r_precision_real"] = measure.mean(real_hits, better="neither", extractor=extractor, how=among)
+        values["r_precision"] = ("R-precision", hits)
+    sections: list[Section] = []
+    if drawn.ranks is not None:
+        sizes = [2**power for power in range(count.bit_length()) if 2**power <= count]
+        for name, (title, each) in values.items():
+            curve = best_of_n(drawn.ranks, each, sizes)
+            points = [
+                measure.mean(curve[:, i], extractor=extractor, how={**how, **metrics[name].protocol, "best_of": size})
+                for i, size in enumerate(sizes)
+            ]
+            metrics |= {f"{name}_best_of_{size}": point for size, point in zip(sizes, points, strict=True)}
+            sections.append(curve_plot(title, sizes, points, metrics[f"{name}_real"].value))
+    return Evaluation(metrics, sections)
+
+
+def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: float) -> Plot:
+    """Best of N with its intervals, and the value of real pictures."""
+    ends = [point.interval or (point.value, point.value) for point in points]
+    line = Line("best of N", [point.value for point in points], [low for low, _ in ends], [high for _, high in ends])
+    note = (
+        "The ranker chooses the best of N candidates, another CLIP judges it; the mean over all choices of N from one "
+        "draw. The band is the 95 % interval over prompts."
+    )
+    lines = [line, Line("real pictures", [real] * len(sizes))]
+    return Plot(f"{title} against N", note, "N", title, [float(size) for size in sizes], lines, log_x=True)

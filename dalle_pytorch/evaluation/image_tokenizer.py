@@ -1,0 +1,155 @@
+"""An image tokenizer in numbers: what its tokens keep of pictures, how it uses its codes, what JPEG does with as much.
+
+Axes: b pictures, c channels, H W pixels.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_pytorch.evaluation.codebook import codebook_use
+from dalle_pytorch.evaluation.codecs import CODECS, Coded, at_bytes
+from dalle_pytorch.evaluation.features import Extractor, lpips_each
+from dalle_pytorch.evaluation.lpips import LPIPS
+from dalle_pytorch.evaluation.measure import Evaluation, Measure
+from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.reconstruction import (
+    SCALES,
+    WINDOW,
+    l1_each,
+    ms_ssim_each,
+    ms_ssim_scales,
+    psnr_each,
+    ssim_each,
+)
+from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
+from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.header import weights_sha256
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.mode import eval_mode
+
+TOGETHER = 32
+"""Pictures in one call of the tokenizer; no number depends on it."""
+SHOWN = 8
+"""Best and worst pictures on the page, each."""
+
+
+def reconstruct(
+    vae: ImageTokenizer, images: Float[Tensor, "b c H W"]
+) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b c H W"]]:
+    """Tokens of pictures and the pictures of these tokens, in [0, 1], on the CPU."""
+    device, tokens, decoded = next(vae.parameters()).device, [], []
+    with eval_mode(vae):
+        for part in images.split(TOGETHER):
+            tokens.append(vae.encode(part.to(device)))
+            decoded.append(vae.decode(tokens[-1]).float().clamp(0, 1).cpu())
+    return torch.cat([part.cpu() for part in tokens]), torch.cat(decoded)
+
+
+def evaluate_image_tokenizer(
+    vae: ImageTokenizer,
+    images: Float[Tensor, "b c H W"],
+    measure: Measure,
+    *,
+    lpips: LPIPS | None = None,
+    extractors: Sequence[Extractor] = (),
+    codecs: Sequence[str] = CODECS,
+) -> Evaluation:
+    """All numbers of an image tokenizer, and a grid of its best and worst reconstructions.
+
+    Args:
+        vae: the tokenizer.
+        images: pictures that it was not trained on, in [0, 1], of its size; two at least.
+        measure: the protocol.
+        lpips: for lpips_vgg; None = left out.
+        extractors: for the distance between originals and reconstructions: rfid, or rfid_clip.
+        codecs: which to set beside it, of "JPEG" and "WEBP"; needs RGB.
+
+    Raises:
+        ValueError: pictures of another size, or too few.
+    """
+    tokens, decoded = reconstruct(vae, images)
+    metrics = near(decoded, images, measure)
+    if lpips is not None:
+        seen = Extractor("vgg16 with lpips heads 0.1", "own size", weights_sha256(lpips), lpips, lambda x: x)
+        each = lpips_each(lpips, decoded, images)
+        metrics["lpips_vgg"] = measure.mean(each, better="lower", extractor=seen)
+    for extractor in extractors:
+        if len(images) > 3:
+            metrics |= measure.distances(extractor(images), extractor(decoded), extractor, prefix="r")
+    use = codebook_use(tokens, vae.codebook_size, vae.image_size)
+    how = {"codebook_size": vae.codebook_size, "tokens": tokens.shape[1]}
+    for name, value, unit in (
+        ("codebook_used", use.used, "codes"),
+        ("codebook_dead", use.dead, "codes"),
+        ("codebook_perplexity", use.perplexity, "codes"),
+        ("bits_per_pixel", use.bits_per_pixel, ""),
+        ("entropy_bits_per_pixel", use.entropy_bits_per_pixel, ""),
+    ):
+        metrics[name] = measure.number(float(value), len(images), unit=unit, better="neither", how=how)
+    rivals = {}
+    for codec in codecs if images.shape[1] == 3 else ():
+        rivals[codec] = at_bytes(images, codec, use.bytes_per_picture)
+        name, budget = codec.lower(), round(use.bytes_per_picture, 2)
+        for key, metric in near(rivals[codec].images, images, measure, {"budget": budget}).items():
+            metrics[f"{name}_{key}"] = metric
+        sizes = rivals[codec].file_bytes
+        metrics[f"{name}_bytes"] = measure.mean(sizes, unit="bytes", better="lower", how={"budget": budget})
+    return Evaluation(metrics, sections(images, decoded, use.bytes_per_picture, rivals, metrics))
+
+
+def near(
+    decoded: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c H W"],
+    measure: Measure,
+    how: Protocol = MappingProxyType({}),
+) -> Metrics:
+    """PSNR, L1, SSIM and MS-SSIM, as far as the pictures are large enough."""
+    side = min(images.shape[2:])
+    found = {
+        "psnr": measure.mean(psnr_each(decoded, images), unit="dB", how={**how, "of": "mean over pictures"}),
+        "l1": measure.mean(l1_each(decoded, images), better="lower", how=how),
+    }
+    if side >= WINDOW:
+        found["ssim"] = measure.mean(ssim_each(decoded, images), how={**how, "window": f"gauss {WINDOW}"})
+    if (scales := ms_ssim_scales(side)) > 1:
+        name = "ms_ssim" if scales == len(SCALES) else f"ms_ssim_{scales}_scales"
+        found[name] = measure.mean(ms_ssim_each(decoded, images, scales=scales), how={**how, "scales": scales})
+    return found
+
+
+def sections(
+    images: Float[Tensor, "b c H W"],
+    decoded: Float[Tensor, "b c H W"],
+    budget: float,
+    rivals: dict[str, Coded],
+    metrics: Metrics,
+) -> list[Section]:
+    """The table of codecs, and the pictures it keeps best and worst."""
+    found: list[Section] = []
+    kinds = [key for key in metrics if f"jpeg_{key}" in metrics or f"webp_{key}" in metrics]
+    if rivals:
+        rows: list[tuple[str, ...]] = [("image tokens", shown(budget), *[shown(metrics[key].value) for key in kinds])]
+        for codec in rivals:
+            of = codec.lower()
+            rows.append((codec, *[shown(metrics[f"{of}_{key}"].value) for key in ("bytes", *kinds)]))
+        note = (
+            "Each picture in the best file of at most as many bytes as its tokens take, over sizes and qualities; "
+            "where no file is so small, in the smallest, and the bytes say so. A file's header counts, the decoder not."
+        )
+        found.append(Table("Beside JPEG and WebP", note, ("", "bytes a picture", *kinds), rows))
+    each = psnr_each(decoded, images)
+    order = each.argsort(descending=True)
+    shown_count = min(SHOWN, len(images) // 2)
+    for title, places in (("Best", order[:shown_count]), ("Worst", order.flip(0)[:shown_count])):
+        grid = [
+            GridRow("original", list(images[places]), []),
+            GridRow("from its image tokens", list(decoded[places]), [f"{each[i]:.1f} dB" for i in places.tolist()]),
+        ]
+        grid += [GridRow(codec, list(rivals[codec].images[places]), []) for codec in rivals]
+        picture = picture_grid(grid, cell=96)
+        found.append(Picture(f"{title} reconstructions", f"By PSNR, of {len(images)} pictures.", picture))
+    return found

@@ -1,0 +1,94 @@
+"""How likely a DALLE finds captions and pictures, sample by sample, beside models that know nothing.
+
+Axes: b samples, t text tokens, n image tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_pytorch.generation.engine import AnyDALLE
+from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.models.mode import eval_mode
+
+TOGETHER = 64
+"""Samples in one pass of the model; no number depends on it."""
+
+
+class Likelihoods(NamedTuple):
+    """Negative log-likelihoods in nats."""
+
+    image: Float[Tensor, " b"]
+    """Of each picture's tokens given the caption."""
+    text: Float[Tensor, " b"] | None
+    """Of each caption's tokens and the pad that ends it; None where the model predicts no text."""
+    text_tokens: Float[Tensor, " b"] | None
+    """How many text tokens these are."""
+
+
+def likelihoods(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> Likelihoods:
+    """Of every sample, the same as ``dalle.loss`` takes the mean of. (A DALLEBart's are among the codes alone.)
+
+    Args:
+        dalle: the model.
+        text_tokens: captions, 0 = padding.
+        image_tokens: all tokens of their pictures.
+    """
+    device = next(dalle.parameters()).device
+    image, text, counts = [], [], []
+    with eval_mode(dalle):
+        for words, codes in zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True):
+            words, codes = words.to(device), codes.to(device)
+            logits = dalle.logits(words, codes)
+            scores = logits if isinstance(logits, Tensor) else logits.image
+            image.append(F.cross_entropy(scores.float().transpose(1, 2), codes, reduction="none").sum(dim=1).cpu())
+            if isinstance(dalle, DALLE) and not isinstance(logits, Tensor):
+                nats, counted = _text_nats(dalle, words, logits.text.float())
+                text.append(nats.cpu())
+                counts.append(counted.cpu())
+    return Likelihoods(torch.cat(image), torch.cat(text) if text else None, torch.cat(counts) if counts else None)
+
+
+def _text_nats(
+    dalle: DALLE, text_tokens: Int[Tensor, "b t"], logits: Float[Tensor, "b p v"]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    targets = dalle.pad_text(text_tokens)[:, dalle.config.text_len - logits.shape[1] :]
+    is_pad = targets >= dalle.config.text_vocab_size
+    counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))  # as in DALLE.loss
+    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * counted
+    return nats.sum(dim=1), counted.sum(dim=1).float()
+
+
+def unigram_nats(
+    train_tokens: Int[Tensor, "train n"], tokens: Int[Tensor, "b n"], codebook_size: int
+) -> Float[Tensor, " b"]:
+    """Nats of each picture's tokens under their frequencies in training, each counted once more."""
+    counts = torch.bincount(train_tokens.flatten(), minlength=codebook_size).double() + 1
+    return -(counts / counts.sum()).log()[tokens].sum(dim=1)
+
+
+def unigram_text_nats(
+    train: Sequence[Sequence[int]], captions: Sequence[Sequence[int]], vocab_size: int, text_len: int
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Nats and number of each caption's tokens under their frequencies in training, each counted once more.
+
+    The end of a caption shorter than ``text_len`` counts as a token, as it does for the DALLE; id 0 stands for it.
+
+    Args:
+        train: text ids of training captions, without padding.
+        captions: text ids of those that are judged.
+        vocab_size: text ids, padding included.
+        text_len: longest caption.
+    """
+
+    def ended(ids: Sequence[int]) -> list[int]:
+        return [*ids, 0][:text_len]
+
+    counts = torch.bincount(torch.tensor([i for ids in train for i in ended(ids)]), minlength=vocab_size).double() + 1
+    nats = -(counts / counts.sum()).log()
+    sums = torch.stack([nats[ended(ids)].sum() for ids in captions])
+    return sums, torch.tensor([len(ended(ids)) for ids in captions], dtype=torch.float64)

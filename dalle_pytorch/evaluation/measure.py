@@ -1,0 +1,125 @@
+"""From values of samples to numbers with intervals and protocols, the same way for every kind of model.
+
+Axes: n samples, r real samples, g generated samples, e features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.distribution import cmmd, frechet_distance, kernel_distance, precision_recall
+from dalle_pytorch.evaluation.features import Extractor
+from dalle_pytorch.evaluation.page import Section
+from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol
+
+
+class Evaluation(NamedTuple):
+    """What came out."""
+
+    metrics: Metrics
+    sections: list[Section]
+    """Of the page, in order."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Makes numbers under one protocol; every interval has a generator of its own, so that none depends on others."""
+
+    protocol: Protocol
+    """Of all numbers: data, split, size."""
+    seed: int = 0
+    """Of the intervals."""
+    rounds: int = 1000
+    """Draws for the interval of a mean."""
+    halves: int = 50
+    """Draws for the interval of a distance between sets; 0 = none, for large features."""
+
+    def generator(self) -> torch.Generator:
+        """A new source of randomness."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def mean(
+        self,
+        values: Float[Tensor, " n"],
+        *,
+        weights: Float[Tensor, " n"] | None = None,
+        unit: str = "",
+        better: str = "higher",
+        extractor: Extractor | None = None,
+        how: Protocol = MappingProxyType({}),
+    ) -> Metric:
+        """A mean over samples, or sum(values) / sum(weights); ``how`` adds to the protocol."""
+        values = values.double().cpu()
+        total = len(values) if weights is None else weights.sum().item()
+        interval = bootstrap_mean(values, self.generator(), weights=weights, rounds=self.rounds)
+        return self.number(
+            values.sum().item() / total,
+            len(values),
+            interval,
+            unit=unit,
+            better=better,
+            extractor=extractor,
+            how=how,
+        )
+
+    def number(
+        self,
+        value: float,
+        count: int,
+        interval: tuple[float, float] | None = None,
+        *,
+        unit: str = "",
+        better: str = "higher",
+        extractor: Extractor | None = None,
+        how: Protocol = MappingProxyType({}),
+    ) -> Metric:
+        """A number that is there already."""
+        return Metric(
+            value=value,
+            count=count,
+            interval=interval,
+            protocol={**self.protocol, **how},
+            extractor=None if extractor is None else f"{extractor.name} ({extractor.protocol})",
+            weights_sha256=None if extractor is None else extractor.weights_sha256,
+            unit=unit,
+            better=better,
+        )
+
+    def distances(
+        self,
+        real: Float[Tensor, "r e"],
+        generated: Float[Tensor, "g e"],
+        extractor: Extractor,
+        *,
+        prefix: str = "",
+        how: Protocol = MappingProxyType({}),
+    ) -> Metrics:
+        """FID, KID, precision and recall of features, with a CLIP also CMMD.
+
+        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip.
+        """
+        unusual = "" if extractor.name == "inception" else f"_{extractor.name}"
+        functions: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
+            "fid": (frechet_distance, "lower"),
+            "kid": (kernel_distance, "lower"),
+            "precision": (lambda x, y: precision_recall(x, y).precision, "higher"),
+            "recall": (lambda x, y: precision_recall(x, y).recall, "higher"),
+        }
+        if extractor.name == "clip":
+            functions["cmmd"] = (cmmd, "lower")
+        found = {}
+        for name, (function, better) in functions.items():
+            interval = None
+            if self.halves and min(len(real), len(generated)) >= 16:  # halves of fewer say little
+                interval = half_samples(function, real, generated, self.generator(), rounds=self.halves)
+            found[f"{prefix}{name}{'' if name == 'cmmd' else unusual}"] = self.number(
+                function(real, generated), len(generated), interval,
+                better=better, extractor=extractor, how={**how, "real_samples": len(real)},
+            )  # fmt: skip
+        return found
