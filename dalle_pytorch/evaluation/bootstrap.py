@@ -3,6 +3,7 @@
 Axes: n samples, r real samples, g generated samples, e features, _ = must equal e (an error says so).
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -58,6 +59,8 @@ def half_samples(
     generated: Float[Tensor, "g _"],
     generator: torch.Generator,
     *,
+    group: int = 1,
+    bounds: Interval = (-math.inf, math.inf),
     rounds: int = HALVES,
     level: float = LEVEL,
 ) -> Interval:
@@ -70,28 +73,34 @@ def half_samples(
     Args:
         distance: of real and generated features.
         real: at least 4 samples.
-        generated: at least 4 samples.
+        generated: at least 4 groups.
         generator: source of the halves.
+        group: so many generated samples in a row belong together, as pictures of one prompt do, and are drawn together.
+        bounds: what the distance cannot leave; the interval is cut there.
         rounds: how many.
         level: share of them inside.
 
     Raises:
-        ValueError: too few samples, or settings out of range.
+        ValueError: too few samples, a group that does not divide them, or settings out of range.
 
     Source:
         Shao and Wu 1989, "A general theory for jackknife variance estimation": deleting d of n samples gives the
         variance up to the factor (n - d) / d, which is 1 for halves.
     """
     _check(rounds, level)
-    for name, rows in (("real features", real), ("generated features", generated)):
-        check_rows(rows, name, least=4)
-    values = []
+    if group < 1 or len(generated) % group:
+        raise ValueError(f"groups of {group} do not divide {len(generated)} generated samples")
+    check_rows(real, "real features", least=4)
+    check_rows(generated, "generated features", least=4 * group)
+    groups, values = torch.arange(len(generated)).view(-1, group), []
     for _ in range(rounds):
-        halves = [rows[torch.randperm(len(rows), generator=generator)[: len(rows) // 2]] for rows in (real, generated)]
-        values.append(distance(*halves))
+        of_real = torch.randperm(len(real), generator=generator)[: len(real) // 2]
+        of_groups = torch.randperm(len(groups), generator=generator)[: len(groups) // 2]
+        values.append(distance(real[of_real], generated[groups[of_groups].flatten()]))
     low, high = _percentiles(torch.tensor(values, dtype=torch.float64), level)
     whole, middle = distance(real, generated), sum(values) / len(values)
-    return whole + low - middle, whole + high - middle
+    low, high = (min(max(whole + end - middle, bounds[0]), bounds[1]) for end in (low, high))
+    return low, high
 
 
 def _percentiles(values: Float[Tensor, " n"], level: float) -> Interval:

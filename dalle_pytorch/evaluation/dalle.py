@@ -155,18 +155,18 @@ def evaluate_drawn(
     """
     metrics: Metrics = {}
     sections: list[Section] = []
-    flat = drawn.images.flatten(0, 1)
+    flat, count = drawn.images.flatten(0, 1), drawn.images.shape[1]
     if judge is not None:
         found = judged(drawn, own, measure, judge, captions, how)
         metrics |= found.metrics
         sections += found.sections
     for extractor in extractors:
         if min(len(real), len(flat)) > 3:
-            metrics |= measure.distances(extractor(real), extractor(flat), extractor, how=how)
+            metrics |= measure.distances(extractor(real), extractor(flat), extractor, group=count, how=how)
     if logits is not None and len(flat) > 1:
         value = inception_score(logits(flat))
         metrics["inception_score"] = measure.number(value, len(flat), extractor=logits, how={**how, "splits": 1})
-    order = torch.arange(flat.shape[0] // len(drawn.prompts)).expand(len(drawn.prompts), -1)
+    order = torch.arange(count).expand(len(drawn.prompts), -1)
     if drawn.ranks is not None:
         order = drawn.ranks.argsort(dim=1, descending=True, stable=True)
     rows = []

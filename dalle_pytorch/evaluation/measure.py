@@ -3,6 +3,7 @@
 Axes: n samples, r real samples, g generated samples, e features.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.bootstrap import Interval, bootstrap_mean, half_samples
 from dalle_pytorch.evaluation.distribution import cmmd, frechet_distance, kernel_distance, precision_recall
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.page import Section
@@ -98,26 +99,31 @@ class Measure:
         extractor: Extractor,
         *,
         prefix: str = "",
+        group: int = 1,
         how: Protocol = MappingProxyType({}),
     ) -> Metrics:
         """FID, KID, precision and recall of features, with a CLIP also CMMD.
 
-        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip.
+        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip. ``group`` is
+        how many generated samples in a row belong together (see bootstrap.half_samples).
         """
         unusual = "" if extractor.name == "inception" else f"_{extractor.name}"
-        functions: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
-            "fid": (frechet_distance, "lower"),
-            "kid": (kernel_distance, "lower"),
-            "precision": (lambda x, y: precision_recall(x, y).precision, "higher"),
-            "recall": (lambda x, y: precision_recall(x, y).recall, "higher"),
+        share, positive = (0.0, 1.0), (0.0, math.inf)
+        functions: dict[str, tuple[Callable[[Tensor, Tensor], float], str, Interval]] = {
+            "fid": (frechet_distance, "lower", positive),
+            "kid": (kernel_distance, "lower", (-math.inf, math.inf)),  # unbiased, so that 0 is no bound
+            "precision": (lambda x, y: precision_recall(x, y).precision, "higher", share),
+            "recall": (lambda x, y: precision_recall(x, y).recall, "higher", share),
         }
         if extractor.name == "clip":
-            functions["cmmd"] = (cmmd, "lower")
+            functions["cmmd"] = (cmmd, "lower", positive)
         found = {}
-        for name, (function, better) in functions.items():
+        for name, (function, better, bounds) in functions.items():
             interval = None
-            if self.halves and min(len(real), len(generated)) >= 16:  # halves of fewer say little
-                interval = half_samples(function, real, generated, self.generator(), rounds=self.halves)
+            if self.halves and min(len(real), len(generated) // group) >= 16:  # halves of fewer say little
+                interval = half_samples(
+                    function, real, generated, self.generator(), group=group, bounds=bounds, rounds=self.halves
+                )
             found[f"{prefix}{name}{'' if name == 'cmmd' else unusual}"] = self.number(
                 function(real, generated), len(generated), interval,
                 better=better, extractor=extractor, how={**how, "real_samples": len(real)},

@@ -58,6 +58,29 @@ def test_halves_spread_as_the_whole_does(generator):
     assert (low + high) / 2 == pytest.approx(difference(real, generated), abs=0.05 * width)
 
 
+def test_samples_of_a_group_are_drawn_together(generator):
+    """Ten equal pictures a prompt are worth one: the interval is that of the prompts."""
+
+    def difference(real, generated):
+        return (generated.mean() - real.mean()).item()
+
+    real, prompts = torch.zeros(8, 1), torch.randn(40, 1, generator=generator)
+    pictures = prompts.repeat_interleave(10, dim=0)
+    seeds = [torch.Generator().manual_seed(1) for _ in "ab"]
+    of_prompts = half_samples(difference, real, prompts, seeds[0])
+    assert half_samples(difference, real, pictures, seeds[1], group=10) == pytest.approx(of_prompts, abs=1e-6)
+    alone = half_samples(difference, real, pictures, generator)
+    assert alone[1] - alone[0] < 0.5 * (of_prompts[1] - of_prompts[0])
+    with pytest.raises(ValueError, match="groups of 7"):
+        half_samples(difference, real, pictures, generator, group=7)
+
+
+def test_an_interval_does_not_leave_what_is_possible(generator):
+    rows = torch.rand(8, 2)
+    low, high = half_samples(lambda real, generated: float(real.mean()), rows, rows, generator, bounds=(0.45, 0.46))
+    assert 0.45 <= low <= high <= 0.46
+
+
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 def test_the_interval_of_a_distance_holds_the_value(distance, generator):
     """Which the ordinary bootstrap's does not: twins make it higher."""

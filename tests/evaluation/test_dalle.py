@@ -158,6 +158,6 @@ def test_drawn_pictures_against_real_ones(models):
     assert {"fid_clip", "kid_clip", "cmmd", "precision_clip", "recall_clip", "clip_score_best_of_4"} <= set(metrics)
     assert metrics["fid_clip"].count == 16
     assert metrics["fid_clip"].protocol["num_candidates"] == 4
-    assert metrics["fid_clip"].interval is not None
+    assert metrics["fid_clip"].interval is None  # four prompts are too few for halves
     without = evaluate_drawn(drawn._replace(ranks=None), real, real[:4], MEASURE, judge=judge, captions=PROMPTS, how={})
     assert not [name for name in without.metrics if "best_of" in name]

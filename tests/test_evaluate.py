@@ -1,0 +1,180 @@
+"""The evaluate command: every kind of checkpoint, equal files for equal commands, comparisons, errors."""
+
+import base64
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_pytorch import save
+from dalle_pytorch.commands.evaluate import chosen, run
+from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.evaluation.report import read
+from dalle_pytorch.text import BPETokenizer
+
+WORDS = ("red apple", "blue car", "green tree", "cat", "dog", "house", "boat", "sun", "moon", "star", "cup", "hat")
+
+
+def png(seed: int) -> bytes:
+    """A small picture of its own."""
+    buffer = io.BytesIO()
+    to_pil(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed))).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def place(tmp_path, make_dalle, tiny_clip):
+    """A folder with shards, a VAE, a DALLE and two CLIPs."""
+    with ShardWriter(tmp_path / "data", name="tiny", image_size=16) as writer:
+        for split, count in (("train", 14), ("val", 12), ("other", 12)):
+            for i in range(count):
+                caption = f"a {WORDS[i % len(WORDS)]}"
+                writer.write(split, f"{split}{i}", png(i + 100 * len(split)), "png", {"captions": [caption]})
+    tokenizer = BPETokenizer.train([f"a {word}" for word in WORDS], 300)
+    dalle = make_dalle(text_vocab_size=tokenizer.vocab_size, text_len=12)
+    dalle.text_tokenizer = tokenizer
+    save(dalle, tmp_path / "dalle.safetensors", training={"step": 7})
+    save(dalle.vae, tmp_path / "vae.safetensors")
+    config = {**vars(tiny_clip.config), "text_vocab_size": tokenizer.vocab_size, "text_len": 12}
+    for name in ("judge", "ranker"):
+        clip = type(tiny_clip)(type(tiny_clip.config)(**config))
+        clip.text_tokenizer = tokenizer
+        save(clip, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """Run the command; its exit code and error output."""
+
+    def start(*arguments: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        code: object = 0
+        try:
+            run()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return start
+
+
+def common(place, checkpoint: str, out: str) -> list[str]:
+    return [
+        f"checkpoint={place}/{checkpoint}.safetensors",
+        f"data.path={place}/data",
+        "rounds=20",
+        "halves=0",
+        "num_prompts=3",
+        "num_candidates=4",
+        f"out={place}/{out}",
+    ]
+
+
+def test_an_image_tokenizer_twice_is_equal_byte_for_byte(place, call):
+    for out in ("one", "two"):
+        assert call(*common(place, "vae", out), f"judge={place}/judge.safetensors") == (0, "")
+    for name in ("metrics.json", "report.html"):
+        assert (place / "one" / name).read_bytes() == (place / "two" / name).read_bytes()
+    subject, metrics = read(place / "one" / "metrics.json")
+    assert (subject.kind, subject.step) == ("vae", None)
+    assert {"psnr", "codebook_perplexity", "rfid_clip", "webp_bytes"} <= set(metrics)
+    assert metrics["psnr"].count == 12
+    assert metrics["psnr"].protocol["split"] == "val"
+    assert str(place) not in (place / "one" / "metrics.json").read_text()
+
+
+def test_a_dalle_with_ranker_and_judge(place, call):
+    judges = [f"judge={place}/judge.safetensors", f"ranker={place}/ranker.safetensors"]
+    for out in ("one", "two"):
+        code, error = call(*common(place, "dalle", out), *judges, "max_samples=10")
+        assert code == 0, error
+    assert (place / "one" / "metrics.json").read_bytes() == (place / "two" / "metrics.json").read_bytes()
+    subject, metrics = read(place / "one" / "metrics.json")
+    assert (subject.kind, subject.step) == ("dalle", 7)
+    names = {"image_nats", "text_nats", "gain_of_caption", "clip_score_best_of_4", "r_precision", "fid_clip", "cmmd"}
+    assert names <= set(metrics)
+    assert metrics["image_nats"].protocol["pictures"] == "10 of 12, drawn by seed 0"
+    assert metrics["clip_score"].count == 3
+    html = (place / "one" / "report.html").read_text()
+    assert "CLIP score against N" in html
+    assert "data:image/png;base64" in html
+    code, error = call(*common(place, "dalle", "three"), "num_prompts=0")
+    assert code == 0, error
+    assert "clip_score" not in read(place / "three" / "metrics.json").metrics
+
+
+def test_a_clip(place, call):
+    code, error = call(*common(place, "judge", "out"))
+    assert code == 0, error
+    metrics = read(place / "out" / "metrics.json").metrics
+    assert metrics["text_to_image_r10"].protocol["candidates"] == 12
+
+
+def test_comparisons_of_two_splits_are_refused(place, call):
+    call(*common(place, "vae", "one"), "codecs=false")
+    call(*common(place, "vae", "two"), "codecs=false", "split=other")
+    files = [str(place / name / "metrics.json") for name in ("one", "two")]
+    assert call("compare", files[0], files[0])[0] == 0
+    code, error = call("compare", *files)
+    assert code == 1
+    assert "protocol.data_sha256 is" in error
+    assert error.count("\n") == 1
+    # the same split of the same pictures from another folder is the same protocol
+    (place / "data").rename(place / "moved")
+    call(
+        *common(place, "vae", "three")[:1],
+        f"data.path={place}/moved",
+        "rounds=20",
+        "codecs=false",
+        f"out={place}/three",
+    )
+    content = json.loads((place / "three" / "metrics.json").read_text())
+    assert content == json.loads((place / "one" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["split=nothing"], "no split 'nothing'"),
+        (["ranker=x"], "give judge= too"),
+        (["judge={}/vae.safetensors"], "a clip is needed"),
+        (["judge={0}/judge.safetensors", "ranker={0}/judge.safetensors"], "give two CLIPs"),
+        (["inception={}/nothing.pth"], "no file or folder"),
+        (["rounds=1"], "rounds"),
+        (["num_candidates=0"], "num_candidates"),
+        (["data.path=pipe:cat x.tar"], "stream"),
+        (["max_samples=1"], "at least two"),
+        (["checkpoint={}/nothing.safetensors"], "no file or folder"),
+    ],
+)
+def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):
+    code, error = call(*common(place, "dalle", "out"), *(argument.format(place) for argument in arguments))
+    assert code in (1, 2)
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in error
+
+
+def test_the_choice_of_pictures_is_the_seeds():
+    assert chosen(5, 0, 1) == chosen(5, 9, 1) == [0, 1, 2, 3, 4]
+    assert chosen(100, 7, 1) == chosen(100, 7, 1) == sorted(set(chosen(100, 7, 1)))
+    assert len(chosen(100, 7, 1)) == 7
+    assert chosen(100, 7, 2) != chosen(100, 7, 1)
+
+
+def test_the_page_holds_pictures_that_open(place, call):
+
+    call(*common(place, "vae", "out"), "codecs=false")
+    found = re.findall(r"base64,([^\"]+)", (place / "out" / "report.html").read_text())
+    assert len(found) == 2
+    for data in found:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert picture.width > 300
