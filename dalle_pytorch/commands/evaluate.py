@@ -75,6 +75,9 @@ class EvaluateConfig:
     """How they are drawn."""
     codecs: bool = True
     """Set JPEG and WebP beside an image tokenizer."""
+    blurs: list[float] = field(default_factory=lambda: [0.0])
+    """Radii in pixels of Gaussian filters over real and drawn pictures before distances between them; [0,1,2,4,8] is
+    the paper's protocol for FID."""
     rounds: int = 1000
     """Draws for the confidence interval of a mean."""
     halves: int = 20
@@ -95,6 +98,8 @@ class EvaluateConfig:
         for name in ("max_samples", "max_train", "num_prompts", "halves"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if any(radius < 0 for radius in self.blurs):
+            raise ValueError(f"blurs must not be negative, got {self.blurs}")
         if self.num_candidates < 1:
             raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
         if self.rounds < 2 or self.halves == 1:
@@ -199,7 +204,7 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
     judged = evaluate_drawn(
         drawn, samples.images, samples.images[drawn_places], measure,
         judge=judge, captions=captions, extractors=extractors,
-        logits=None if inception is None else inception_logits(inception), how=how,
+        logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how=how,
     )  # fmt: skip
     return Evaluation(found.metrics | judged.metrics, judged.sections + found.sections)
 

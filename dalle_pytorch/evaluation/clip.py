@@ -6,9 +6,10 @@ Axes: b pairs, c channels, H W pixels.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.evaluation.calibration import BINS, best_scale, calibration_error, choice_nats
 from dalle_pytorch.evaluation.features import caption_features, clip_extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Picture, Section, Table
@@ -25,7 +26,7 @@ SHOWN_CAPTIONS, SHOWN = 6, 8
 def evaluate_clip(
     clip: Scorer, captions: Sequence[str], images: Float[Tensor, "b c H W"], measure: Measure
 ) -> Evaluation:
-    """R@1, R@5 and R@10 both ways among all given pairs, in per cent, and the mean CLIP score of right pairs.
+    """R@1, R@5 and R@10 both ways among all given pairs, in per cent, CLIP score of right pairs, calibration.
 
     Several pictures with one caption are all right answers to it, and it to each of them.
 
@@ -55,6 +56,8 @@ def evaluate_clip(
         shown_values = [shown(metrics[f"{name}_r{k}"].value) if count > k else "" for k in RECALLS]
         chance = 100 * answers.double().mean().item()
         rows.append((name.replace("_", " "), *shown_values, shown(chance), str(count)))
+    if clip.logit_bias is None:  # SigLIP's scale and bias make no choice among candidates
+        metrics |= calibration(scores.T, place, clip.logit_scale.item(), measure)
     head = ("", *(f"R@{k}" for k in RECALLS), "R@1 of chance", "candidates")
     sections: list[Section] = [Table("Retrieval", "In per cent.", head, rows)]
     grid = []
@@ -65,3 +68,24 @@ def evaluate_clip(
     note = "Captions with the pictures that the model finds nearest, their cosines, and which of them are right."
     sections.append(Picture("Nearest pictures", note, picture_grid(grid, cell=96)))
     return Evaluation(metrics, sections)
+
+
+def calibration(scores: Float[Tensor, "b m"], right: Int[Tensor, " b"], scale: float, measure: Measure) -> Metrics:
+    """The choice of a caption for each picture as probabilities: their calibration error, and the scale that fits best.
+
+    The best scale depends on how many captions there are; training's batches may have had more or fewer.
+    """
+    best, how = best_scale(scores, right), {"candidates": scores.shape[1], "way": "image to text"}
+    probabilities = (scale * scores.double()).softmax(dim=1)
+    confidence, choice = probabilities.max(dim=1)
+    error, nats = calibration_error(confidence, choice == right), choice_nats(scores, right, scale)
+    count = len(scores)
+    return {
+        "logit_scale": measure.number(scale, count, better="neither", how=how),
+        "logit_scale_best": measure.number(best, count, better="neither", how=how),
+        "caption_nats": measure.mean(nats, unit="nats/picture", better="lower", how=how),
+        "caption_nats_best_scale": measure.mean(
+            choice_nats(scores, right, best), unit="nats/picture", better="lower", how=how
+        ),
+        "calibration_error": measure.number(error, count, better="lower", how={**how, "bins": BINS}),
+    }

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.evaluation.distribution import inception_score
-from dalle_pytorch.evaluation.features import Extractor, caption_features, clip_extractor
+from dalle_pytorch.evaluation.features import Extractor, blurred, caption_features, clip_extractor
 from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_nats, unigram_text_nats
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Line, Picture, Plot, Section, Table
@@ -138,6 +138,7 @@ def evaluate_drawn(
     captions: Sequence[str] = (),
     extractors: Sequence[Extractor] = (),
     logits: Extractor | None = None,
+    blurs: Sequence[float] = (0.0,),
     how: Protocol,
 ) -> Evaluation:
     """What drawn pictures are worth.
@@ -151,6 +152,7 @@ def evaluate_drawn(
         captions: all different captions of the split, the prompts among them; R-precision draws others from these.
         extractors: for FID and the like between real and all drawn pictures.
         logits: class scores for the Inception score.
+        blurs: radii of Gaussian filters before the extractors, 0 = none (see features.blurred).
         how: how the candidates were drawn.
     """
     metrics: Metrics = {}
@@ -162,7 +164,9 @@ def evaluate_drawn(
         sections += found.sections
     for extractor in extractors:
         if min(len(real), len(flat)) > 3:
-            metrics |= measure.distances(extractor(real), extractor(flat), extractor, group=count, how=how)
+            for radius in blurs:
+                seen, suffix = blurred(extractor, radius), f"_blur_{radius:g}" if radius else ""
+                metrics |= measure.distances(seen(real), seen(flat), seen, suffix=suffix, group=count, how=how)
     if logits is not None and len(flat) > 1:
         value = inception_score(logits(flat))
         metrics["inception_score"] = measure.number(value, len(flat), extractor=logits, how={**how, "splits": 1})

@@ -5,12 +5,13 @@ every number. Axes: b pictures, e features, t captions, c channels, H W pixels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -113,6 +114,39 @@ def clip_extractor(clip: Scorer) -> Extractor:
     """Unit picture features of a CLIP, of ours or released."""
     kind, size = checkpoint.header(clip)["kind"], clip.config.image_size
     return Extractor("clip", f"{kind} at {size} pixels, unit length", weights_sha256(clip), clip, clip.encode_image)
+
+
+def blurred(extractor: Extractor, radius: float) -> Extractor:
+    """The same network behind a Gaussian filter: what is left of a distance when fine detail does not count.
+
+    Args:
+        extractor: any.
+        radius: standard deviation of the filter in pixels of the pictures that are given; the paper takes 0, 1, 2, 4
+            and 8 of 256.
+
+    Raises:
+        ValueError: radius is negative.
+
+    Source:
+        Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 3.1 and figure 9.
+    """
+    if radius < 0:
+        raise ValueError(f"the radius of a blur must not be negative, got {radius}")
+    if radius == 0:
+        return extractor
+    protocol = f"Gaussian blur of {radius:g} pixels; {extractor.protocol}"
+    return replace(extractor, protocol=protocol, function=lambda x: extractor.function(gaussian_blur(x, radius)))
+
+
+def gaussian_blur(images: Float[Tensor, "b c H W"], radius: float) -> Float[Tensor, "b c H W"]:
+    """Pictures through a Gaussian filter of this standard deviation, cut off at four of them; borders are repeated."""
+    reach = max(1, round(4 * radius))
+    places = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+    weights = torch.exp(-(places**2) / (2 * radius**2))
+    weights = (weights / weights.sum()).expand(images.shape[1], 1, -1)
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    rows = F.conv2d(padded, weights[..., None], groups=images.shape[1])
+    return F.conv2d(rows, weights[:, :, None], groups=images.shape[1])
 
 
 def caption_features(clip: Scorer, captions: Sequence[str]) -> Float[Tensor, "t e"]:

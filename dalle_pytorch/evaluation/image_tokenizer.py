@@ -147,9 +147,16 @@ def sections(
     for title, places in (("Best", order[:shown_count]), ("Worst", order.flip(0)[:shown_count])):
         grid = [
             GridRow("original", list(images[places]), []),
-            GridRow(f"from its image tokens, {budget:.0f} bytes", list(decoded[places]), [f"{each[i]:.1f} dB" for i in places.tolist()]),
+            GridRow(
+                f"from its image tokens, {budget:.0f} bytes",
+                list(decoded[places]),
+                [f"{each[i]:.1f} dB" for i in places.tolist()],
+            ),
         ]
-        grid += [GridRow(f"{codec}, {coded.file_bytes.mean():.0f} bytes", list(coded.images[places]), []) for codec, coded in rivals.items()]
+        grid += [
+            GridRow(f"{codec}, {coded.file_bytes.mean():.0f} bytes", list(coded.images[places]), [])
+            for codec, coded in rivals.items()
+        ]
         picture = picture_grid(grid, cell=96)
         found.append(Picture(f"{title} reconstructions", f"By PSNR, of {len(images)} pictures.", picture))
     return found

@@ -99,6 +99,7 @@ class Measure:
         extractor: Extractor,
         *,
         prefix: str = "",
+        suffix: str = "",
         group: int = 1,
         how: Protocol = MappingProxyType({}),
     ) -> Metrics:
@@ -124,7 +125,7 @@ class Measure:
                 interval = half_samples(
                     function, real, generated, self.generator(), group=group, bounds=bounds, rounds=self.halves
                 )
-            found[f"{prefix}{name}{'' if name == 'cmmd' else unusual}"] = self.number(
+            found[f"{prefix}{name}{'' if name == 'cmmd' else unusual}{suffix}"] = self.number(
                 function(real, generated), len(generated), interval,
                 better=better, extractor=extractor, how={**how, "real_samples": len(real)},
             )  # fmt: skip

@@ -1,5 +1,7 @@
 """A CLIP's numbers: retrieval both ways, with equal captions as right answers."""
 
+import math
+
 import pytest
 import torch
 
@@ -50,6 +52,23 @@ def test_pictures_with_one_caption_are_all_right(fixed, tiny_clip):
     # picture 0: a 0.6, b 0.8 -> wrong; 1: a 0.8 -> right; 2: b 0.714 against a 0.7 -> right
     assert metrics["image_to_text_r1"].value == pytest.approx(100 * 2 / 3)
     assert "text_to_image_r5" not in metrics  # of three it says nothing
+
+
+def test_the_scale_is_calibrated_for_choices_of_captions(fixed, tiny_clip):
+    fixed(torch.eye(12), torch.eye(12)[torch.tensor([1, 0, *range(2, 12)])])
+    captions, images = [f"c{i}" for i in range(12)], torch.rand(12, 3, 16, 16)
+    metrics, _ = evaluate_clip(tiny_clip, captions, images, MEASURE)
+    assert metrics["logit_scale"].value == pytest.approx(1 / 0.07, rel=1e-5)
+    # ten of twelve right, among twelve at cosine 0 but one at 1: exp(s) / (exp(s) + 11) = 5 / 6
+    best = math.log(55)
+    assert metrics["logit_scale_best"].value == pytest.approx(best, rel=1e-4)
+    entropy = -(10 * math.log(5 / 6) + 2 * math.log(1 / 66)) / 12
+    assert metrics["caption_nats_best_scale"].value == pytest.approx(entropy, rel=1e-4)
+    assert metrics["caption_nats"].value > metrics["caption_nats_best_scale"].value
+    assert metrics["calibration_error"].value == pytest.approx(1 - 10 / 12, abs=1e-3)  # sure of all
+    tiny_clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    metrics, _ = evaluate_clip(tiny_clip, captions, images, MEASURE)
+    assert "calibration_error" not in metrics
 
 
 def test_too_few_pairs_are_refused(tiny_clip):

@@ -149,7 +149,8 @@ def test_drawn_pictures_against_real_ones(models):
     found = [
         evaluate_drawn(
             drawn, real, real[:4], MEASURE,
-            judge=judge, captions=PROMPTS, extractors=[clip_extractor(judge)], how={"num_candidates": 4},
+            judge=judge, captions=PROMPTS, extractors=[clip_extractor(judge)], blurs=[0.0, 2.0],
+            how={"num_candidates": 4},
         ).metrics
         for _ in "ab"
     ]  # fmt: skip
@@ -157,6 +158,8 @@ def test_drawn_pictures_against_real_ones(models):
     metrics = found[0]
     assert {"fid_clip", "kid_clip", "cmmd", "precision_clip", "recall_clip", "clip_score_best_of_4"} <= set(metrics)
     assert metrics["fid_clip"].count == 16
+    assert metrics["fid_clip_blur_2"].value != metrics["fid_clip"].value
+    assert "blur of 2 pixels" in metrics["fid_clip_blur_2"].extractor
     assert metrics["fid_clip"].protocol["num_candidates"] == 4
     assert metrics["fid_clip"].interval is None  # four prompts are too few for halves
     without = evaluate_drawn(drawn._replace(ranks=None), real, real[:4], MEASURE, judge=judge, captions=PROMPTS, how={})

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from torchmetrics.functional.image import lpips as theirs
 
 from dalle_pytorch import load, save
 from dalle_pytorch.evaluation.features import (
+    blurred,
     caption_features,
     clip_extractor,
+    gaussian_blur,
     inception_extractor,
     inception_logits,
     load_inception,
@@ -166,6 +169,26 @@ def test_any_clip_is_an_extractor(tiny_clip, tmp_path):
     with torch.no_grad():
         loaded.log_logit_scale += 1
     assert clip_extractor(loaded).weights_sha256 != extract.weights_sha256
+
+
+def test_a_blur_is_a_gaussian_filter(tiny_clip):
+    """A point becomes the bell of its radius, a flat picture stays, and only sums over the border are lost."""
+    point = torch.zeros(1, 3, 41, 41)
+    point[..., 20, 20] = 1
+    blur = gaussian_blur(point, 2.0)
+    y, x = np.mgrid[-20:21, -20:21]
+    bell = np.exp(-(x**2 + y**2) / 8) / (2 * np.pi * 4)
+    np.testing.assert_allclose(blur[0, 1].numpy(), bell, atol=1e-4)
+    assert blur.sum().item() == pytest.approx(3, rel=1e-5)
+    flat = torch.full((2, 3, 16, 16), 0.3)
+    torch.testing.assert_close(gaussian_blur(flat, 8.0), flat)
+    extract, images = clip_extractor(tiny_clip), torch.rand(2, 3, 16, 16)
+    filtered = blurred(extract, 1.5)
+    torch.testing.assert_close(filtered(images), extract(gaussian_blur(images, 1.5)))
+    assert "blur of 1.5 pixels" in filtered.protocol
+    assert blurred(extract, 0.0) is extract
+    with pytest.raises(ValueError, match="negative"):
+        blurred(extract, -1.0)
 
 
 def test_a_clip_without_tokenizer_cannot_read(tiny_clip):
