@@ -14,6 +14,8 @@ from dalle_pytorch import save
 from dalle_pytorch.commands.evaluate import chosen, run
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.evaluation.inception import Inception
+from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.report import read
 from dalle_pytorch.text import BPETokenizer
 
@@ -178,3 +180,22 @@ def test_the_page_holds_pictures_that_open(place, call):
     for data in found:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert picture.width > 300
+
+
+def test_standard_weight_files_bring_the_plain_names(place, call):
+    """Random weights in the standard layouts: FID and its kin through Inception, LPIPS through VGG."""
+    torch.save(Inception().state_dict(), place / "inception.pth")
+    state = {name: tensor for name, tensor in LPIPS().state_dict().items() if name.startswith("features.")}
+    torch.save(state, place / "vgg16.pth")
+    code, error = call(*common(place, "vae", "vae_out"), f"vgg={place}/vgg16.pth", "codecs=false", "max_samples=4")
+    assert code == 0, error
+    metrics = read(place / "vae_out" / "metrics.json").metrics
+    assert metrics["lpips_vgg"].extractor == "vgg16 with lpips heads 0.1 (own size)"
+    given = [f"inception={place}/inception.pth", "num_prompts=2", "num_candidates=2", "max_samples=4", "blurs=[0,1]"]
+    code, error = call(*common(place, "dalle", "dalle_out"), *given)
+    assert code == 0, error
+    metrics = read(place / "dalle_out" / "metrics.json").metrics
+    assert {"fid", "kid", "precision", "recall", "inception_score", "fid_blur_1"} <= set(metrics)
+    assert "cmmd" not in metrics
+    assert metrics["fid"].extractor.startswith("inception (pytorch-fid")
+    assert metrics["inception_score"].value >= 1

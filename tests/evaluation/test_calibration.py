@@ -34,6 +34,8 @@ def test_calibration_error_by_hand():
     confidences, right = torch.tensor([0.9, 0.9, 0.5]), torch.tensor([True, False, True])
     assert calibration_error(confidences, right, bins=5) == pytest.approx((2 * 0.4 + 0.5) / 3, rel=1e-6)
     assert calibration_error(confidences, right, bins=1) == pytest.approx((2.3 - 2) / 3, rel=1e-6)
+    low = torch.tensor([0.1, 0.3])  # in bins of their own
+    assert calibration_error(low, torch.tensor([False, True]), bins=5) == pytest.approx((0.1 + 0.7) / 2, rel=1e-6)
     assert calibration_error(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 0
 
 

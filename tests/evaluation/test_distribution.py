@@ -114,12 +114,25 @@ def test_precision_and_recall_of_known_supports():
     assert precision_recall(real, real + 1000) == (0, 0)
 
 
-def test_precision_by_a_loop(features):
-    real, generated = features
-    radii = [sorted((row - other).norm().item() for other in real)[3] for row in real]
-    inside = [any((g - r).norm().item() <= radius for r, radius in zip(real, radii, strict=True)) for g in generated]
-    assert precision_recall(real, generated).precision == pytest.approx(np.mean(inside))
-    assert 0 < np.mean(inside) < 1
+def test_precision_by_a_loop(generator):
+    real, generated = torch.randn(50, 3, generator=generator), 1.5 * torch.randn(60, 3, generator=generator)
+    found = []
+    for neighbours in (1, 2, 3, 5):
+        radii = [
+            sorted((row - other).norm().item() for other in real)[neighbours] for row in real
+        ]  # the first is itself
+        inside = [
+            any((g - r).norm().item() <= radius for r, radius in zip(real, radii, strict=True)) for g in generated
+        ]
+        found.append(precision_recall(real, generated, neighbours=neighbours).precision)
+        assert found[-1] == pytest.approx(np.mean(inside))
+    assert len(set(found)) == 4
+
+
+def test_the_rim_of_a_ball_belongs_to_it():
+    """Numbers 0 to 3, each with its nearest 1 away: -1 and 4 lie on a rim, -2 outside."""
+    real = torch.arange(4.0)[:, None]
+    assert precision_recall(real, torch.tensor([[-1.0], [4], [-2], [1.5]]), neighbours=1).precision == 0.75
 
 
 def test_inception_score_in_closed_form():

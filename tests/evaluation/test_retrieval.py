@@ -65,6 +65,8 @@ def test_r_precision_by_hand(generator):
     own = torch.tensor([0, 1, 2, 4])
     hits = r_precision(images, texts, own, generator, distractors=4)  # all others
     assert hits.tolist() == [1, 1, 0, 1]
+    tie = r_precision(torch.ones(1, 5), texts, own[:1], generator, distractors=4)  # as near to every caption
+    assert tie.tolist() == [0]
 
 
 def test_r_precision_of_chance_is_one_in_all(generator):
