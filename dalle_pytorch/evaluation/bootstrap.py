@@ -67,8 +67,8 @@ def half_samples(
     """Interval of a distance between two sets, from random halves of both.
 
     The bootstrap draws samples twice, and a distance takes twins for a narrower distribution, so that its intervals
-    miss the value. Halves drawn without replacement have no twins, and their spread about their own mean is that of the
-    whole (delete-half jackknife); it is put around the value of the whole sets.
+    miss the value. Halves drawn without replacement have no twins, and their standard deviation is that of the whole
+    (delete-half jackknife); the interval is normal, since percentiles of so few draws are too narrow.
 
     Args:
         distance: of real and generated features.
@@ -97,9 +97,10 @@ def half_samples(
         of_real = torch.randperm(len(real), generator=generator)[: len(real) // 2]
         of_groups = torch.randperm(len(groups), generator=generator)[: len(groups) // 2]
         values.append(distance(real[of_real], generated[groups[of_groups].flatten()]))
-    low, high = _percentiles(torch.tensor(values, dtype=torch.float64), level)
-    whole, middle = distance(real, generated), sum(values) / len(values)
-    low, high = (min(max(whole + end - middle, bounds[0]), bounds[1]) for end in (low, high))
+    spread = torch.tensor(values, dtype=torch.float64).std().item()
+    half_width = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item() * spread
+    whole = distance(real, generated)
+    low, high = (min(max(end, bounds[0]), bounds[1]) for end in (whole - half_width, whole + half_width))
     return low, high
 
 

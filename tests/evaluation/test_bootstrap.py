@@ -58,6 +58,20 @@ def test_halves_spread_as_the_whole_does(generator):
     assert (low + high) / 2 == pytest.approx(difference(real, generated), abs=0.05 * width)
 
 
+def test_the_interval_of_a_distance_covers_the_truth(generator):
+    """Which for KID, without bias, is the mean of many values."""
+
+    def pair():
+        return torch.randn(40, 3, generator=generator), torch.randn(40, 3, generator=generator) + 0.8
+
+    truth = sum(kernel_distance(*pair()) for _ in range(400)) / 400
+    covered = 0
+    for _ in range(60):
+        low, high = half_samples(kernel_distance, *pair(), generator, rounds=20)
+        covered += low <= truth <= high
+    assert 0.83 <= covered / 60 <= 1
+
+
 def test_samples_of_a_group_are_drawn_together(generator):
     """Ten equal pictures a prompt are worth one: the interval is that of the prompts."""
 
