@@ -126,7 +126,7 @@ def test_comparisons_of_two_splits_are_refused(place, call):
     assert call("compare", files[0], files[0])[0] == 0
     code, error = call("compare", *files)
     assert code == 1
-    assert "protocol.data_sha256 is" in error
+    assert "protocol.split is 'val' in" in error
     assert error.count("\n") == 1
     # the same split of the same pictures from another folder is the same protocol
     (place / "data").rename(place / "moved")
