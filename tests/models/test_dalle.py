@@ -303,7 +303,7 @@ def test_reversible_means_what_it_did_in_dalle_pytorch(tiny_vae):
     [
         ({"rotate_values": True, "positions": "learned"}, "rotate_values needs positions that rotate.*'learned'"),
         ({"rotate_values": True, "positions": "flat"}, "rotate_values needs positions that rotate.*'flat'"),
-        ({"bos": False, "text_len": 1}, r"text_len \(1\) must be"),
+        ({"bos": False, "text_len": 1}, r"text_len must be at least 2, got 1"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, message):
