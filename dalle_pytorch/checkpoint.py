@@ -8,17 +8,17 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle_pytorch.header import KINDS, VERSION, Header, State, build, describe_tokenizer, header, make_header, role
-from dalle_pytorch.importers.reader import read
+from dalle_pytorch.importers.errors import first_line, some
+from dalle_pytorch.importers.reader import Mappings, read, release, safetensors_notes
 
 __all__ = [
     "KINDS",
@@ -97,8 +97,9 @@ def load(
         FileNotFoundError: no such file.
         ValueError: no checkpoint of ours, truncated, of another kind or version, or keys missing or left over.
     """
-    head, state = _read(Path(path), map_location)
-    return assemble(head, state, Path(path), map_location=map_location, kind=kind, dtype=dtype)
+    with Mappings():
+        head, state = read_all(Path(path))
+        return assemble(head, state, Path(path), map_location=map_location, kind=kind, dtype=dtype)
 
 
 def assemble(
@@ -109,11 +110,10 @@ def assemble(
     map_location: Device = "cpu",
     kind: str | None = None,
     dtype: torch.dtype | None = torch.float32,
-    release: Callable[[], None] = lambda: None,
 ) -> Any:
     """A model of what has been read; ``state`` is used up, so that no weight is in memory twice.
 
-    ``release`` is called after each weight that was converted to ``dtype``, and at the end.
+    In a ``Mappings`` block memory of the file is given back after each weight that is converted to ``dtype``.
 
     Raises:
         ValueError: as ``load``; names ``path``.
@@ -139,8 +139,8 @@ def is_ours(path: Path) -> bool:
     if path.is_dir():
         return (path / SHARDED_META).is_file()
     if path.suffix == ".safetensors":
-        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
+        with contextlib.suppress(ValueError):
+            return METADATA_KEY in _notes(path)
         return False
     content = read(path)
     return isinstance(content, dict) and "kind" in content and "state_dict" in content
@@ -157,7 +157,7 @@ def read_header(path: str | Path, *, kind: str | None = None) -> Header:
     if path.is_dir():
         head = _read_sharded_header(path)
     else:
-        head = _read_safetensors_header(path) if _is_safetensors(path) else _read(path, "cpu")[0]
+        head = _read_safetensors_header(path) if _is_safetensors(path) else read_all(path)[0]
     check_kind(head, kind, path)
     return head
 
@@ -172,14 +172,15 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own = model.state_dict(keep_vars=True)
     full = dict(state)
-    for names in tied(own):
-        given = [name for name in names if name in state]
+    ties = [([name for name in names if name in state], names) for names in tied(own)]
+    full |= apart({given[0]: state[given[0]] for given, _ in ties if given})
+    for given, names in ties:
         if given and isinstance(own[names[0]], nn.Parameter):  # as one parameter, or they would go apart in training
-            shared = nn.Parameter(state[given[0]], requires_grad=own[names[0]].requires_grad)
+            shared = nn.Parameter(full[given[0]], requires_grad=own[names[0]].requires_grad)
             full.update(dict.fromkeys(names, shared))
     missing, left = sorted(own.keys() - full.keys()), sorted(full.keys() - own.keys())
     if missing or left:
-        raise ValueError(f"weights do not fit: missing {_some(missing)}, left over {_some(left)}")
+        raise ValueError(f"weights do not fit: missing {some(missing)}, left over {some(left)}")
     for name, tensor in own.items():
         if tensor.shape != full[name].shape:
             raise ValueError(
@@ -198,6 +199,17 @@ def alone(tensor: Tensor) -> Tensor:
     """The tensor if it is all of its storage, or else a copy that is."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def apart(state: Mapping[str, Tensor]) -> State:
+    """The tensors of a state, copied where they lie on others, which training one would change too."""
+    copies, end = dict(state), 0
+    for name in sorted(state, key=lambda name: state[name].data_ptr()):
+        tensor = state[name]
+        if tensor.numel() and not tensor.is_meta and tensor.data_ptr() < end:
+            copies[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return copies
 
 
 def tied(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -227,20 +239,22 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path, map_location: Device) -> tuple[Header, State]:
+def read_all(path: Path) -> tuple[Header, State]:
+    """Header and weights of a checkpoint of ours, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as ``load``.
+    """
     if path.is_dir():
         return _read_sharded(path)
     if _is_safetensors(path):
-        head = _read_safetensors_header(path)
-        with safe_open(path, framework="pt", device=str(map_location)) as file:
-            return head, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _read_safetensors_header(path), read(path)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes can break the unpickler in any way
         # The first line only: torch goes on to advise weights_only=False.
-        raise ValueError(
-            f"{path} cannot be read: truncated, or not a checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(f"{path} cannot be read: truncated, or not a checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict) or "state_dict" not in content or "kind" not in content:
         raise ValueError(f"{path} is not a checkpoint of dalle_pytorch: it has no kind")
     head = {key: content.get(key) for key in HEADER_KEYS}
@@ -277,14 +291,17 @@ def _read_sharded_header(path: Path) -> Header:
 
 
 def _read_safetensors_header(path: Path) -> Header:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: truncated, or not safetensors ({error})") from error
+    metadata = _notes(path)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is not a checkpoint of dalle_pytorch: its metadata has no {METADATA_KEY!r}")
     return json.loads(metadata[METADATA_KEY])
+
+
+def _notes(path: Path) -> dict[str, str]:
+    try:
+        return safetensors_notes(path)
+    except Exception as error:  # foreign bytes
+        raise ValueError(f"{path} cannot be read: truncated, or not safetensors ({first_line(error)})") from error
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -298,8 +315,3 @@ def check_kind(head: Header, kind: str | None, path: Path) -> None:
         raise ValueError(f"{path} has format version {head['version']}, this program reads {VERSION}")
     if kind is not None and head["kind"] in KINDS and role(head) != kind:
         raise ValueError(f"{path} holds a {head['kind']}, a {kind} is needed")
-
-
-def _some(names: list[str]) -> str:
-    """A few names for an error message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from dalle_pytorch import checkpoint
-from dalle_pytorch.header import Header
+from dalle_pytorch.header import Header, State, role
 from dalle_pytorch.importers import hub, sources
-from dalle_pytorch.importers.reader import Mappings
+from dalle_pytorch.importers.reader import Mappings, release
 
 
 def load(
@@ -39,17 +39,42 @@ def load(
         FileNotFoundError: no such file, name or id.
         ValueError: it cannot be read, is of another kind, or its weights do not fit; names the culprit.
     """
-    path, source, told = locate(weights, source)
-    if source is None and checkpoint.is_ours(path):
-        if options:
-            raise ValueError(f"{path} is a checkpoint of ours, which takes no {', '.join(options)}")
-        return checkpoint.load(path, map_location=map_location, kind=kind, dtype=dtype)
-    with Mappings() as mappings:
-        head, state = sources.convert(path, source, **{**told, **options})
-        mappings.release()
-        return checkpoint.assemble(
-            head, state, path, map_location=map_location, kind=kind, dtype=dtype, release=mappings.release
-        )
+    return load_with_header(weights, kind=kind, source=source, map_location=map_location, dtype=dtype, **options)[0]
+
+
+def load_with_header(
+    weights: str | Path,
+    *,
+    kind: str | None = None,
+    source: str | None = None,
+    map_location: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> tuple[Any, Header]:
+    """As ``load``, and what the file says beside the weights: a header, with notes of the training.
+
+    Raises:
+        FileNotFoundError: as ``load``.
+        ValueError: as ``load``.
+    """
+    with Mappings():
+        head, state, path = _read(weights, source, options)
+        release()
+        model = checkpoint.assemble(head, state, path, map_location=map_location, kind=kind, dtype=dtype)
+        return model, head
+
+
+def load_vae(weights: str | Path, *, map_location: str | torch.device = "cpu") -> Any:
+    """An image tokenizer, or that of a DALLE.
+
+    Raises:
+        FileNotFoundError: as ``load``.
+        ValueError: as ``load``; and where it is a CLIP.
+    """
+    model, head = load_with_header(weights, map_location=map_location)
+    if role(head) == "clip":
+        raise ValueError(f"{weights} holds a {head['kind']}, an image tokenizer or a DALLE with one is needed")
+    return model.vae if role(head) == "dalle" else model
 
 
 def read_header(weights: str | Path, *, kind: str | None = None) -> Header:
@@ -59,12 +84,23 @@ def read_header(weights: str | Path, *, kind: str | None = None) -> Header:
         FileNotFoundError: as ``load``.
         ValueError: as ``load``.
     """
-    path, source, options = locate(weights, None)
+    path, source, _ = locate(weights, None)
     if source is None and checkpoint.is_ours(path):
         return checkpoint.read_header(path, kind=kind)
-    head, _ = sources.convert(path, source, **options)
+    with Mappings():
+        head, _, path = _read(weights, source, {})
     checkpoint.check_kind(head, kind, path)
     return head
+
+
+def _read(weights: str | Path, source: str | None, options: Mapping[str, Any]) -> tuple[Header, State, Path]:
+    """Header and weights of a file, whoever wrote it, and where it lies."""
+    path, source, told = locate(weights, source)
+    if source is not None or not checkpoint.is_ours(path):
+        return *sources.convert(path, source, **{**told, **options}), path
+    if options:
+        raise ValueError(f"{path} is a checkpoint of ours, which takes no {', '.join(options)}")
+    return *checkpoint.read_all(path), path
 
 
 def locate(weights: str | Path, source: str | None) -> tuple[Path, str | None, Mapping[str, Any]]:
@@ -83,7 +119,8 @@ def locate(weights: str | Path, source: str | None) -> tuple[Path, str | None, M
             )
         path = hub.fetch(name)
         if name in hub.RELEASES:
-            source, options = source or hub.RELEASES[name].source, hub.RELEASES[name].options
+            row = hub.RELEASES[name]
+            source, options, path = source or row.source, row.told(path), path / row.path
     if path.is_dir() and (path / checkpoint.HUB_FILE).is_file() and checkpoint.is_ours(path / checkpoint.HUB_FILE):
         path = path / checkpoint.HUB_FILE
     return path, source, options

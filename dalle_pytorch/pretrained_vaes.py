@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dalle_pytorch.checkpoint import load_state
 from dalle_pytorch.importers import hub, openai_dvae, taming
+from dalle_pytorch.importers.reader import Mappings, release
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
+from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
 
@@ -28,9 +30,11 @@ class OpenAIDiscreteVAE(OpenAIDVAE):
 
     def __init__(self, path: str | Path | None = None, *, image_size: int = 256) -> None:
         folder = Path(path) if path is not None else hub.fetch("openai_dvae")
-        head, state = openai_dvae.convert(folder, image_size=image_size)
-        super().__init__(OpenAIDVAEConfig(**head["config"]))
-        _fill(self, state)
+        with Mappings():
+            head, state = openai_dvae.convert(folder, image_size=image_size)
+            with skeleton():
+                super().__init__(OpenAIDVAEConfig(**head["config"]))
+            _fill(self, state)
         self.num_layers, self.num_tokens = 3, self.codebook_size
 
     def get_codebook_indices(self, img: Tensor) -> Tensor:
@@ -47,7 +51,8 @@ class VQGanVAE(VQGAN):
 
     Args:
         vqgan_model_path: its .ckpt; None = the one of ImageNet with 1024 codes, downloaded once.
-        vqgan_config_path: its .yaml; None = sizes are read from the weights, and ``image_size`` is 256.
+        vqgan_config_path: its .yaml, compared with the weights; None = sizes are read from them, and ``image_size``
+            is 256.
         image_size: side of the square picture, a multiple of what the net reduces by; None = the config's.
 
     Raises:
@@ -63,11 +68,13 @@ class VQGanVAE(VQGAN):
     ) -> None:
         if vqgan_model_path is None:
             folder = hub.fetch("vqgan_f16_1024")
-            vqgan_model_path, vqgan_config_path = folder / "vqgan.ckpt", folder / "vqgan.yaml"
+            vqgan_model_path, vqgan_config_path = folder / "vqgan.ckpt", vqgan_config_path or folder / "vqgan.yaml"
         config = None if vqgan_config_path is None else Path(vqgan_config_path)
-        head, state = taming.convert(Path(vqgan_model_path), config=config, image_size=image_size)
-        super().__init__(VQGANConfig(**head["config"]))
-        _fill(self, state)
+        with Mappings():
+            head, state = taming.convert(Path(vqgan_model_path), config=config, image_size=image_size)
+            with skeleton():
+                super().__init__(VQGANConfig(**head["config"]))
+            _fill(self, state)
         self.num_layers = len(self.config.ch_mult) - 1
         self.num_tokens = self.codebook_size
 
@@ -82,5 +89,8 @@ class VQGanVAE(VQGAN):
 
 def _fill(vae: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """Weights in fp32, frozen."""
-    load_state(vae, {name: tensor.float() for name, tensor in state.items()})
+    for name in state:
+        state[name] = state[name].float()
+        release()
+    load_state(vae, state)
     vae.requires_grad_(False).eval()

@@ -1,5 +1,7 @@
 """Small models and seeded randomness for all tests."""
 
+import logging
+
 import pytest
 import torch
 
@@ -11,6 +13,17 @@ def seeded():
     """The same weights and data in every run, on one thread: tiny matrices gain nothing from more."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logging_left_as_found():
+    """Commands install Hydra's log handlers, which write to a stream that pytest closes after the test."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield
+    for handler in root.handlers[:]:
+        if handler not in before:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import os
+import threading
 from dataclasses import asdict
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dalle_pytorch import CLIP, DALLE, DALLEConfig, DiscreteVAE, checkpoint
+from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.text import BPETokenizer
 
 
@@ -126,3 +128,25 @@ def test_the_model_does_not_change_when_it_is_saved(make_dalle, tmp_path):
     assert dalle.training
     assert all(torch.equal(before[name], tensor) for name, tensor in dalle.state_dict().items())
     assert isinstance(dalle.config, DALLEConfig)
+
+
+def test_skeletons_of_two_threads_do_not_meet():
+    """One begins before and ends before the other."""
+    devices, inside, begun = {}, threading.Event(), threading.Event()
+
+    def first():
+        with skeleton():
+            inside.set()
+            assert begun.wait(10)
+            devices["first"] = torch.nn.Linear(1, 1).weight.device.type
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(10)
+    devices["outside"] = torch.nn.Linear(1, 1).weight.device.type
+    with skeleton():
+        begun.set()
+        thread.join(10)
+        devices["second"] = torch.nn.Linear(1, 1).weight.device.type
+    devices["after"] = torch.nn.Linear(1, 1).weight.device.type
+    assert devices == {"first": "meta", "outside": "cpu", "second": "meta", "after": "cpu"}

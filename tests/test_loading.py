@@ -1,16 +1,23 @@
+import http.server
 import json
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 import dalle_pytorch
 from dalle_pytorch import checkpoint
+from dalle_pytorch.commands import export
 from dalle_pytorch.importers import __main__ as command
 from dalle_pytorch.importers import hub, sources
+from dalle_pytorch.loading import load_vae
+from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
 SMALL = VQGANConfig(
@@ -67,6 +74,16 @@ def test_training_what_was_mapped_leaves_the_file_alone(foreign):
     assert path.read_bytes() == before
 
 
+def test_an_image_tokenizer_may_come_with_a_dalle(make_dalle, tiny_clip, tmp_path):
+    dalle = make_dalle()
+    checkpoint.save(dalle, tmp_path / "dalle.safetensors")
+    checkpoint.save(tiny_clip, tmp_path / "clip.safetensors")
+    vae = load_vae(tmp_path / "dalle.safetensors")
+    assert torch.equal(vae.codebook.weight, dalle.vae.codebook.weight)
+    with pytest.raises(ValueError, match=r"clip\.safetensors holds a clip, an image tokenizer or a DALLE"):
+        load_vae(tmp_path / "clip.safetensors")
+
+
 def test_another_kind_is_refused(foreign):
     with pytest.raises(ValueError, match=r"last\.ckpt holds a vqgan, a dalle is needed"):
         dalle_pytorch.load(foreign(), kind="dalle")
@@ -115,12 +132,110 @@ def test_the_command_writes_a_checkpoint_once(foreign, tmp_path, monkeypatch, ca
         command.main()
 
 
-def test_the_command_leaves_nothing_behind_an_error(foreign, tmp_path, monkeypatch):
-    path, out = foreign(**{"encoder.surplus": torch.zeros(1)}), tmp_path / "out" / "out.safetensors"
-    monkeypatch.setattr(sys, "argv", ["importers", "taming", str(path), "--out", str(out)])
-    with pytest.raises(SystemExit, match=r"^error: .*encoder\.surplus.*$"):
+class Hostile:
+    """Makes a file where a pickle is loaded in the ordinary way."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("fault", ["hostile", "truncated", "source", "swapped", "surplus"])
+def test_every_fault_of_a_file_is_one_line_and_nothing_is_written(foreign, tmp_path, monkeypatch, fault):
+    """As the command says it; in `tests/importers` each source has its own."""
+    mark, path, source = tmp_path / "mark", foreign(), "taming"
+    if fault == "hostile":
+        path, named = foreign(x=Hostile(mark)), r"last\.ckpt calls \w+\.open"
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-2000])
+        named = r"last\.ckpt cannot be read: truncated or damaged"
+    elif fault == "source":
+        source, named = "openai_clip", r"last\.ckpt"
+    elif fault == "swapped":
+        source, path, named = "openai_dvae", tmp_path / "dvae", r"swap"
+        path.mkdir()
+        vae = OpenAIDVAE(OpenAIDVAEConfig(image_size=16, hidden_dim=16, init_dim=8, codebook_size=32))
+        encoder, decoder = foreign_dvae(vae)
+        torch.save(decoder, path / "encoder.pkl")
+        torch.save(encoder, path / "decoder.pkl")
+    else:
+        path, named = foreign(**{"encoder.surplus": torch.zeros(1)}), r"encoder\.surplus"
+    before, out = {*tmp_path.rglob("*")}, tmp_path / "out" / "out.safetensors"
+    monkeypatch.setattr(sys, "argv", ["importers", source, str(path), "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
         command.main()
-    assert not out.parent.exists()
+    assert re.fullmatch(rf"error: .*{named}.*", str(stop.value.code))  # one line: a dot stands for no line's end
+    assert {*tmp_path.rglob("*")} == before
+    assert not mark.exists()
+
+
+def foreign_dvae(vae):
+    """Weights of the two halves under OpenAI's names."""
+    inverse = {}
+    for name, tensor in vae.state_dict().items():
+        side, rest = name.split(".", 1)
+        inverse.setdefault(side, {})[rest] = tensor
+    tables = {side: {} for side in inverse}
+    for side, state in inverse.items():
+        for rest, tensor in state.items():
+            new = re.sub(r"groups\.(\d)\.(\d)\.(id_path)", r"blocks.group_\1.block_\2.\3", rest)
+            new = re.sub(r"groups\.(\d)\.(\d)\.(conv_\d)", r"blocks.group_\1.block_\2.res_path.\3", new)
+            new = re.sub(r"^(input)", r"blocks.\1", new)
+            new = re.sub(r"^(output)", r"blocks.\1.conv", new)
+            tables[side][new.replace("weight", "w").replace("bias", "b")] = tensor
+    if tables["decoder"]["blocks.input.w"].ndim == 2:
+        tables["decoder"]["blocks.input.w"] = tables["decoder"]["blocks.input.w"].T[:, :, None, None].contiguous()
+    return tables["encoder"], tables["decoder"]
+
+
+def test_the_command_reads_words_of_python_too():
+    words = {"a=True": True, "a=false": False, "a=None": None, "a=1": 1, "a=x.yaml": "x.yaml", "a=1e-5": 1e-5}
+    assert {word: command.parse(word)[1] for word in words} == words
+
+
+def test_the_command_refuses_what_is_no_option_of_a_source(foreign, tmp_path, monkeypatch):
+    arguments = ["importers", "taming", str(foreign()), "dtype=float16", "--out", str(tmp_path / "out.safetensors")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"^error: dtype is no option of a source$"):
+        command.main()
+
+
+def test_options_are_checked(foreign):
+    path = foreign()
+    assert sources.convert(path, "taming", norm_eps=1)[0]["config"]["norm_eps"] == 1.0
+    for options, message in (
+        ({"image_size": "16"}, r"source taming: image_size='16' is no int or None"),
+        ({"image_size": True}, r"image_size=True is no int or None"),
+        ({"norm_eps": None}, r"norm_eps=None is no float"),
+        ({"config": 3}, r"config=3 is no Path or None"),
+        ({"path": "x"}, r"source taming: it takes no path, only config, pixel_range"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dalle_pytorch.load(path, source="taming", **options)
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, IndexError, AttributeError, RecursionError])
+def test_content_that_breaks_a_converter_is_named(foreign, monkeypatch, error):
+    def convert(path: Path):
+        raise error("inside")
+
+    monkeypatch.setitem(sources.SOURCES, "taming", sources.SOURCES["taming"]._replace(convert=convert))
+    with pytest.raises(ValueError, match=r"last\.ckpt does not have the form of taming, .*inside") as caught:
+        dalle_pytorch.load(foreign())
+    assert isinstance(caught.value.__cause__, error)
+
+
+def test_two_names_of_one_tensor_are_trained_apart(vqgan, foreign):
+    """Where the model does not tie them."""
+    shared = torch.ones(32)
+    loaded = dalle_pytorch.load(
+        foreign(**{"encoder.norm_out.weight": shared, "encoder.norm_out.bias": shared}), image_size=16, dtype=None
+    )
+    with torch.no_grad():
+        loaded.encoder.norm_out.bias.zero_()
+    assert torch.equal(loaded.encoder.norm_out.weight, shared)
 
 
 def test_the_command_explains_itself():
@@ -144,11 +259,15 @@ class FakeHub:
 
     def snapshot_download(self, repo, *, revision, allow_patterns, ignore_patterns, local_files_only=False):
         self.calls.append(local_files_only)
+        self.ignored = ignore_patterns
         if local_files_only and self.calls.count(False) == 0:
             raise LocalEntryNotFoundError("not there")
         if self.error is not None:
             raise self.error
         return str(self.folder)
+
+    def list_repo_files(self, repo, *, revision):
+        return [file.name for file in self.folder.iterdir()]
 
     def verify_repo_checksums(self, repo, *, revision):
         return self
@@ -175,8 +294,10 @@ def test_a_hub_id_is_downloaded_once_and_then_read_from_the_cache(tiny_vae, tmp_
 
 def test_a_wrong_checksum_is_an_error(tmp_path, fake_hub):
     fake_hub(tmp_path, mismatches=[{"path": "model.safetensors"}])
-    with pytest.raises(ValueError, match=r"me/mine: the checksum of model\.safetensors is wrong; delete"):
+    with pytest.raises(ValueError, match=r"me/mine: the checksum of model\.safetensors is wrong; delete") as caught:
         dalle_pytorch.load("me/mine")
+    # of models--me--mine/snapshots/HASH the first has the files themselves
+    assert f"delete {tmp_path.parent.parent} and" in str(caught.value)
 
 
 def test_without_a_network_the_mend_is_said(tmp_path, fake_hub):
@@ -188,8 +309,38 @@ def test_without_a_network_the_mend_is_said(tmp_path, fake_hub):
 def test_a_repository_that_is_not_there_is_named(tmp_path, fake_hub):
     error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
     fake_hub(tmp_path, error=error)
-    with pytest.raises(ValueError, match="me/mine is not on the hub"):
+    with pytest.raises(ValueError, match=r"^no file or folder me/mine here, and me/mine is not on the hub"):
         dalle_pytorch.load("me/mine")
+
+
+def test_a_revision_that_is_not_there_is_named(tmp_path, fake_hub):
+    fake_hub(tmp_path, error=RevisionNotFoundError.__new__(RevisionNotFoundError))
+    with pytest.raises(ValueError, match=r"^no file or folder me/mine@v9 here, and me/mine .* has no revision v9$"):
+        dalle_pytorch.load("me/mine@v9")
+
+
+def test_a_download_that_breaks_off_is_said(tmp_path, fake_hub):
+    fake_hub(tmp_path, error=httpx.ReadTimeout("the read timed out"))
+    with pytest.raises(ValueError, match=r"^no file or folder me/mine here, .*\(the read timed out\); try again"):
+        dalle_pytorch.load("me/mine")
+
+
+@pytest.mark.parametrize("name", ["weights/dalle.pt", "runs/vae.safetensors", "a/b.ckpt", "a/flax_model.msgpack"])
+def test_a_mistyped_path_is_no_id_of_the_hub(name, tmp_path, fake_hub):
+    fake = fake_hub(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no file or folder {name}"):
+        dalle_pytorch.load(name)
+    assert not fake.calls
+
+
+@pytest.mark.parametrize(("files", "skipped"), [(["flax_model.msgpack"], False), (["model.safetensors"], True)])
+def test_weights_are_not_downloaded_twice(tmp_path, fake_hub, files, skipped):
+    fake = fake_hub(tmp_path)
+    for name in files:
+        (tmp_path / name).touch()
+    for _ in range(2):
+        hub.fetch("me/mine")
+        assert ("flax_model*" in fake.ignored) == skipped
 
 
 def test_files_elsewhere_come_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -212,31 +363,37 @@ def test_files_elsewhere_come_whole_or_not_at_all(tmp_path, monkeypatch):
         hub.fetch("mine")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_loading_needs_little_more_memory_than_the_weights(tmp_path, dtype):
-    """Peak of a process that loads a VQGAN of 76 M parameters as fp32, beyond what it needs without one."""
-    code = f"""
-import sys, torch, dalle_pytorch
-from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
-path = sys.argv[2]
-def peak():  # kB; getrusage would count the process that started this one
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-if sys.argv[1] == "write":
-    state = VQGAN(VQGANConfig()).state_dict()
-    state["quantize.embedding.weight"] = state.pop("codebook.weight")
-    torch.save({{"state_dict": {{key: value.to(torch.{dtype}) for key, value in state.items()}}}}, path)
-else:
-    before = peak()
-    model = dalle_pytorch.load(path)
-    touched = sum(p.sum() for p in model.parameters())
-    weights = sum(p.nbytes for p in model.parameters()) / 1024
-    print((peak() - before) / weights)
-"""
-    path = str(tmp_path / "last.ckpt")
-    for step in ("write", "read"):
-        result = subprocess.run([sys.executable, "-c", code, step, path], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-    assert 0.9 < float(result.stdout) < 1.3
+def test_a_file_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
+    """A server that says 100 bytes and sends 10; there is no digest to tell."""
+
+    class Short(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"0123456789")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Short) as server:
+        threading.Thread(target=server.serve_forever).start()
+        release = hub.Release("taming", urls=(("a.bin", f"http://127.0.0.1:{server.server_port}/a", ""),))
+        monkeypatch.setattr(hub, "CACHE", tmp_path)
+        monkeypatch.setitem(hub.RELEASES, "mine", release)
+        try:
+            with pytest.raises(ValueError, match="broke off after 10 of 100 bytes"):
+                hub.fetch("mine")
+        finally:
+            server.shutdown()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_only_a_dalles_card_speaks_of_an_image_tokenizer(make_dalle, tiny_vae, tiny_clip):
+    config = export.ExportConfig(weights="a", out="b")
+    cards = {name: export.card(model, checkpoint.header(model), config)
+             for name, model in (("dalle", make_dalle()), ("vae", tiny_vae), ("clip", tiny_clip))}  # fmt: skip
+    assert [name for name, card in cards.items() if "image tokenizer included" in card] == ["dalle"]
 
 
 def test_exported_folders_come_back(make_dalle, tmp_path):

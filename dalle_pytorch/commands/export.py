@@ -15,7 +15,8 @@ from torch import nn
 from dalle_pytorch import checkpoint
 from dalle_pytorch.config import entry
 from dalle_pytorch.header import Header, role
-from dalle_pytorch.loading import load, locate
+from dalle_pytorch.importers.errors import first_line
+from dalle_pytorch.loading import load_with_header
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,9 @@ def main(config: ExportConfig) -> None:
     folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
-    model = load(config.weights, dtype=None)
-    path, _, _ = locate(config.weights, None)
-    training = checkpoint.read_header(path)["training"] if checkpoint.is_ours(path) else {}
-    head = checkpoint.header(model, training)
-    checkpoint.save(model, folder / checkpoint.HUB_FILE, training=training)
+    model, head = load_with_header(config.weights, dtype=None)
+    head = checkpoint.header(model, head["training"])
+    checkpoint.save(model, folder / checkpoint.HUB_FILE, training=head["training"])
     (folder / "config.json").write_text(json.dumps(without_tokenizer(head), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(model, head, config), encoding="utf-8")
     log.info("%s: %s", head["kind"], folder)
@@ -81,7 +80,8 @@ def card(model: nn.Module, head: Header, config: ExportConfig) -> str:
     if config.description:
         lines += [config.description, ""]
     count = sum(parameter.numel() for parameter in model.parameters())
-    lines += [f"A `{kind}` of {count:,} parameters, image tokenizer included.", ""]
+    included = ", image tokenizer included" if head["vae"] else ""
+    lines += [f"A `{kind}` of {count:,} parameters{included}.", ""]
     settings = {
         **head["config"],
         **{f"vae.{key}": value for key, value in (head["vae"] or {}).get("config", {}).items()},
@@ -107,6 +107,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     Raises:
         ValueError: the hub refuses or cannot be reached; says why.
     """
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -114,11 +115,10 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
         raise ValueError(
-            f"push={repo} failed ({reason}); {folder} is complete: set HF_TOKEN to a token that may write, and then: "
-            f"hf upload {repo} {folder}"
+            f"push={repo} failed ({first_line(error)}); {folder} is complete: set HF_TOKEN to a token that may write, "
+            f"and then: hf upload {repo} {folder}"
         ) from error
 
 

@@ -1,32 +1,22 @@
 """Prompts to ranked pictures: ``generate.py prompt="a red apple" dalle=... clip=... num_candidates=64 num_keep=8``."""
 
-import json
-import re
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dalle_pytorch.commands.results import Film, Results, file_stem
 from dalle_pytorch.config import ConfigError, entry
-from dalle_pytorch.data.images import decode_image, to_pil
+from dalle_pytorch.data.images import decode_image
 from dalle_pytorch.generation.engine import AnyDALLE, Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
-from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.loading import load
-
-SHOWN = 8
-"""Pictures in the animated preview."""
-CANCELLED = 130
-"""Exit code after Ctrl-C, as of a shell."""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +65,7 @@ class GenerateConfig:
     memory_gb: float = 4.0
     """Memory for the keys and values of candidates, in 10^9 bytes, for each process."""
     precision: str = "fp32"
-    """Arithmetic of the DALLE: fp32, bf16 or int8 (CPU). Faster, and other pictures."""
+    """Arithmetic of the DALLE: fp32, bf16, fp16 or int8 (CPU). Faster, and other pictures."""
     compile: bool = False
     """Translate a step with torch.compile: half a minute the first time; pays with precision=int8."""
     truncate: bool = False
@@ -142,45 +132,6 @@ class GenerateConfig:
         return prompts
 
 
-def file_stem(number: int, prompt: str) -> str:
-    """A file name that begins with the prompt's number and hints at its words."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return f"{number:02d}_{words[:40].strip('-')}".rstrip("_")
-
-
-def new_folder(path: str) -> Path:
-    """Make a folder for results.
-
-    Raises:
-        FileExistsError: it holds files already.
-    """
-    folder = Path(path)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def describe(result: Ranked, stem: str) -> list[dict[str, Any]]:
-    """A row of ``ranking.json`` for each kept candidate."""
-    candidates, ranking, rows = result.candidates, result.ranking, []
-    for place, at in enumerate(ranking.indices.tolist()):
-        row: dict[str, Any] = {"rank": place, "index": candidates.indices[at], "score": None}
-        if ranking.scores is not None:
-            row["score"] = round(ranking.scores[place].item(), 4)
-        if len(result.scores) > 1:
-            row["cosines"] = [round(cosine, 4) for cosine in result.scores[:, at].tolist()]
-        row["file"] = f"{stem}_{place:02d}.png"
-        row["image_tokens"] = candidates.image_tokens[at].tolist()
-        rows.append(row)
-    return rows
-
-
-def label(row: dict[str, Any]) -> str:
-    """What stands under a picture of the grid: its index and its score."""
-    return f"#{row['index']}" if row["score"] is None else f"#{row['index']}  {row['score']:.3f}"
-
-
 def read_picture(path: str, size: int) -> Float[Tensor, "3 H W"]:
     """A picture as training reads it: upright, on white, its middle square.
 
@@ -217,31 +168,6 @@ def to_complete(config: GenerateConfig, generator: Generator, dalle: AnyDALLE) -
     if keep.all():
         raise ValueError(f"keep_mask={config.keep_mask} keeps every token: there is nothing to draw")
     return generator.given(picture, keep)
-
-
-class Film:
-    """Frames of a prompt's pictures as they appear."""
-
-    def __init__(self, generator: Generator, prompt: str) -> None:
-        self.generator, self.prompt = generator, prompt
-        self.frames: list[Image.Image] = []
-        self.indices: list[int] = []
-        """Candidates of the first micro-batch, which are shown."""
-
-    def show(self, preview: Preview) -> None:
-        """Add the first few pictures of a micro-batch, what is not drawn yet in grey; of the first micro-batch only."""
-        self.indices = self.indices or preview.indices
-        if preview.indices != self.indices:
-            return
-        grid = self.generator.dalle.grid_size
-        pictures = [
-            partial_picture(self.generator.decode, row, preview.done, grid) for row in preview.image_tokens[:SHOWN]
-        ]
-        self.frames.append(picture_grid([GridRow(self.prompt, pictures, [f"#{i}" for i in preview.indices[:SHOWN]])]))
-
-    def end(self, images: Sequence[Float[Tensor, "c H W"]], labels: Sequence[str]) -> list[Image.Image]:
-        """All frames, and as the last the best pictures."""
-        return [*self.frames, picture_grid([GridRow(self.prompt, images[:SHOWN], labels[:SHOWN])])]
 
 
 def draw(
@@ -318,57 +244,13 @@ def main(config: GenerateConfig) -> None:
             share, film, cancelled = draw(generator, prompt, config, given, processes)
             result = merge(processes.gather(share), config)
             if results is not None and result is not None:
-                results.add(number, prompt, result, film)
+                results.add(file_stem(number, prompt), prompt, result, film)
             if cancelled:
                 break
         if results is not None:
             results.finish(cancelled)
     finally:
         processes.close()
-
-
-class Results:
-    """The folder that generate.py writes."""
-
-    def __init__(self, config: GenerateConfig) -> None:
-        self.config, self.settings = config, asdict(config)
-        self.folder = new_folder(config.out)
-        self.rows: list[GridRow] = []
-        self.report: list[dict[str, Any]] = []
-
-    def add(self, number: int, prompt: str, result: Ranked, film: Film) -> None:
-        """Write a prompt's pictures."""
-        stem = file_stem(number, prompt)
-        images = [result.candidates.images[at] for at in result.ranking.indices.tolist()]
-        kept = describe(result, stem)
-        labels = [label(row) for row in kept]
-        for row, image in zip(kept, images, strict=True):
-            save_png(to_pil(image), self.folder / row["file"], {**self.settings, "prompt": prompt, **row})
-        if self.config.progressive:
-            save_animation(film.end(images, labels), self.folder / f"{stem}.gif")
-        self.rows.append(GridRow(prompt, images, labels))
-        scores = result.ranking.all_scores
-        all_scores = None if scores is None else [round(value, 4) for value in scores.tolist()]
-        self.report.append(
-            {"prompt": prompt, "kept": kept, "indices": result.candidates.indices, "all_scores": all_scores}
-        )
-
-    def finish(self, cancelled: bool) -> None:
-        """Write the grid and ``ranking.json``, and say where they are."""
-        if not self.rows:
-            self.folder.rmdir()
-            print("cancelled: nothing was finished yet, so nothing is written", file=sys.stderr)
-            raise SystemExit(CANCELLED)
-        grid, ranking = self.folder / "grid.png", self.folder / "ranking.json"
-        save_png(picture_grid(self.rows), grid, self.settings)
-        ranking.write_text(json.dumps({"settings": self.settings, "prompts": self.report}, indent=1), encoding="utf-8")
-        counts = [len(row["indices"]) for row in self.report]
-        drawn = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-        kept = max(len(row["kept"]) for row in self.report)
-        print(f"best {kept} of {drawn} a prompt: {grid}, {ranking}")
-        if cancelled:
-            print("cancelled: this is what was finished until then", file=sys.stderr)
-            raise SystemExit(CANCELLED)
 
 
 if __name__ == "__main__":

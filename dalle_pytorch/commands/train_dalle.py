@@ -21,7 +21,7 @@ def main(config: TrainDALLEConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     if config.init is not None:
         initial.take_sizes(config, initial.asked_for(overrides))
-    initial.check_network(config.network, overrides)
+    initial.check_network(config.network, overrides, plan=config.plan)
     if config.plan:
         print(make_plan(config))
         return
@@ -33,6 +33,7 @@ def main(config: TrainDALLEConfig) -> None:
     source = None if config.init is None else load(origin, kind="dalle")
     vae = load(origin, kind="vae") if source is None else source.vae
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
+    initial.check_can_encode(vae, data, origin)
     if data.tokenizer is not None:
         data.check_tokenizer(describe_tokenizer(vae), origin)
     if source is None:
@@ -42,6 +43,7 @@ def main(config: TrainDALLEConfig) -> None:
         tokenizer = initial.tokenizer_of(source, config, data, run)
         net = of_config(config.sizes(), vae)
         initial.fill(net, source)
+        del source  # its weights are in net now
     data.set_text(tokenizer, net.config.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
     net.text_tokenizer = tokenizer
     run.check(net)

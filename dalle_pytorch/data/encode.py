@@ -33,7 +33,7 @@ from dalle_pytorch.data.samples import AugmentationConfig, Pictures, check_size
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tar import GZIP_SUFFIX
 from dalle_pytorch.data.tokens import TokenShards, smallest_type
-from dalle_pytorch.loading import load
+from dalle_pytorch.loading import load_vae
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class EncodeConfig(AugmentationConfig):
     """How pictures become tokens."""
 
     vae: str
-    """Checkpoint of the image tokenizer."""
+    """Checkpoint of the image tokenizer, or of a DALLE that carries it."""
     path: str
     """Folder of image shards."""
     crops: int = 1
@@ -116,7 +116,7 @@ def encode_folder(
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device={device} is not there; use cpu, or cuda on a machine with a GPU")
-    out, vae = Path(out), load(config.vae, kind="vae")
+    out, vae = Path(out), load_vae(config.vae)
     source = read_index(config.path)
     settings = {**asdict(config), "tokenizer": describe_tokenizer(vae), "pictures": source["shards"]}
     check_size(config.path, source["image_size"], vae.image_size, config)
@@ -196,7 +196,7 @@ def _start_worker(config: EncodeConfig, places: Any, threads: int, parent: int) 
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     device = places.get()
-    _worker.update(config=config, device=device, vae=load(config.vae, kind="vae", map_location=device))
+    _worker.update(config=config, device=device, vae=load_vae(config.vae, map_location=device))
 
 
 def _end_with(parent: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.models.clip import CLIP
-from dalle_pytorch.models.dalle import DALLE
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 
 BATCH = 64  # samples evaluated together; no number depends on it
@@ -65,7 +65,7 @@ def unigram_loss(train_tokens: Int[Tensor, "train n"], tokens: Int[Tensor, "b n"
 
 
 @torch.no_grad()
-def image_loss(dalle: DALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> float:
+def image_loss(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> float:
     """Mean image loss of a model in evaluation mode, nats per token."""
     total = 0.0
     for text, image in zip(text_tokens.split(BATCH), image_tokens.split(BATCH), strict=True):
@@ -74,7 +74,7 @@ def image_loss(dalle: DALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[
 
 
 def dalle_comparisons(
-    dalle: DALLE,
+    dalle: AnyDALLE,
     text_tokens: Int[Tensor, "b t"],
     image_tokens: Int[Tensor, "b n"],
     train_tokens: Int[Tensor, "train n"],

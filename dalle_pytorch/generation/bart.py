@@ -13,8 +13,9 @@ from torch import Tensor
 from dalle_pytorch.generation.cache import LayerCache, RecordingView, StepView, plan
 from dalle_pytorch.generation.decoder import State
 from dalle_pytorch.generation.fused import FusedStep
-from dalle_pytorch.generation.linear import DTYPES, prepare
+from dalle_pytorch.generation.linear import keys_dtype, prepare, prepare_head
 from dalle_pytorch.models.dalle_bart import DALLEBart
+from dalle_pytorch.models.mode import eval_mode
 
 
 class BartState(State):
@@ -36,7 +37,7 @@ class BartDecoder:
         compiled: translate a step with ``torch.compile``.
         consume: take the decoder's weights out of ``dalle`` as they are laid out: it can then do nothing but draw, and
             no weight is in memory twice.
-        cache_dtype: of the keys and values; None = fp32 on a CPU, else as ``precision``.
+        cache_dtype: of the keys and values; None = as ``linear.keys_dtype`` says: on a CPU fp32 unless compiled.
 
     Raises:
         ValueError: a precision that is unknown or that this device does not have.
@@ -53,11 +54,9 @@ class BartDecoder:
     ) -> None:
         self.dalle, self.device = dalle, dalle.image_pos.weight.device
         self.network: Any = prepare(dalle.decoder, precision, packed=not compiled, consume=consume)
-        head_precision = "fp32" if precision == "int8" else precision
-        self.head = prepare(dalle.image_head, head_precision, packed=not compiled, consume=consume)
+        self.head = prepare_head(dalle.image_head, precision, packed=not compiled, consume=consume)
         self.fused = FusedStep(self.network, self.head) if compiled else None
-        half = precision != "fp32" and (compiled or self.device.type != "cpu")
-        self.cache_dtype = cache_dtype or (DTYPES.get(precision, torch.bfloat16) if half else torch.float32)
+        self.cache_dtype = cache_dtype or keys_dtype(precision, self.device, compiled)
         count = dalle.num_image_tokens
         self.plan = plan(torch.ones(count, count, dtype=torch.bool).tril(), "full", self.device)
 
@@ -77,13 +76,14 @@ class BartDecoder:
         """Read each prompt once, with the first image tokens where they are given: see ``Decoder.start``."""
         dalle = self.dalle
         padded = dalle.pad_text(text_tokens)
-        visible, keys = dalle.visible(padded), self.network.keys(dalle.encode_text(padded))
+        with eval_mode(dalle):  # no dropout, though the model may be in training
+            visible, keys = dalle.visible(padded), self.network.keys(dalle.encode_text(padded))
         x = dalle.embed_bos(len(padded))
         if given_tokens is not None and given_tokens.shape[1]:
             dalle.check_image_tokens(given_tokens)
             x = torch.cat([x, dalle.embed_image(given_tokens, 0)], dim=1)
         recorded = [RecordingView(view) for view in dalle.views()]
-        out = self.network(x, keys=keys, visible=visible, views=recorded)
+        out = self.network(x, captions=keys, visible=visible, views=recorded)
         steps = []
         for view in recorded:  # the token that begins a picture is all that candidates share
             cache = LayerCache(self.plan, view.full, 1, candidates, dtype=self.cache_dtype, in_front=self.fused is None)
@@ -97,9 +97,9 @@ class BartDecoder:
         assert isinstance(state, BartState)  # start gave it
         inputs = self.dalle.embed_image(image_tokens[:, None], state.views[0].position)
         if self.fused is not None:
-            scores = self.fused(inputs, state.views, None, keys=state.keys, visible=state.visible)
+            scores = self.fused(inputs, state.views, None, captions=state.keys, visible=state.visible)
         else:
-            out = self.network(inputs, keys=state.keys, visible=state.visible, views=state.views)
+            out = self.network(inputs, captions=state.keys, visible=state.visible, views=state.views)
             scores = self.head(out[:, 0])
         for view in state.views:
             view.position += 1

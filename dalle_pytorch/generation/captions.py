@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
-from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.models.dalle_bart import DALLEBart
 from dalle_pytorch.models.mode import eval_mode
 
 TOGETHER = 64
@@ -22,7 +23,7 @@ TOGETHER = 64
 
 
 def image_log_likelihood(
-    dalle: DALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]
+    dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]
 ) -> Float[Tensor, " b"]:
     """Log-likelihood of each picture given its caption, in nats, summed over its image tokens.
 
@@ -31,13 +32,14 @@ def image_log_likelihood(
     parts = []
     with eval_mode(dalle):
         for text, image in zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True):
-            logits = dalle.logits(text, image).image.float()
-            parts.append(-F.cross_entropy(logits.transpose(1, 2), image, reduction="none").sum(dim=1))
+            logits = dalle.logits(text, image)
+            scores = logits if isinstance(logits, Tensor) else logits.image  # a DALLEBart has no others
+            parts.append(-F.cross_entropy(scores.float().transpose(1, 2), image, reduction="none").sum(dim=1))
     return torch.cat(parts)
 
 
 def draw_texts(
-    dalle: DALLE, start_tokens: Int[Tensor, "b start"], uniforms: Float[Tensor, "b t"], sampling: SamplingConfig
+    dalle: AnyDALLE, start_tokens: Int[Tensor, "b start"], uniforms: Float[Tensor, "b t"], sampling: SamplingConfig
 ) -> Int[Tensor, "b t"]:
     """Continue captions; 0 from where a caption ends. Every step reads the caption anew: captions are short.
 
@@ -48,8 +50,11 @@ def draw_texts(
         sampling: temperature and truncation, over the text vocabulary; guidance has no meaning here.
 
     Raises:
-        ValueError: guidance is asked for, the start fills the context, or it is empty and the model has no <bos>.
+        ValueError: the model has no text head, guidance is asked for, the start fills the context, or it is empty and
+            the model has no <bos>.
     """
+    if isinstance(dalle, DALLEBart):
+        raise ValueError("this dalle reads captions and has no head to write them (a DALL·E mini): use a DALLE")
     config = dalle.config
     if sampling.guided():
         raise ValueError("guidance (cfg_scale, cfg_schedule) weighs captions against none: it cannot draw captions")
@@ -87,7 +92,7 @@ class Captions(NamedTuple):
 
 
 def caption_picture(
-    dalle: DALLE,
+    dalle: AnyDALLE,
     image: Float[Tensor, "c H W"],
     *,
     prompt: str = "",
@@ -108,7 +113,7 @@ def caption_picture(
         sampling: how captions are drawn.
 
     Raises:
-        ValueError: counts out of range, or a model without a text tokenizer.
+        ValueError: counts out of range, or a model without a text tokenizer or a text head.
     """
     if not 1 <= num_keep <= num_candidates:
         raise ValueError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalle_pytorch.generation.cache import LayerCache, Plan, RecordingView, StepView, plan
 from dalle_pytorch.generation.fused import FusedStep
-from dalle_pytorch.generation.linear import prepare
+from dalle_pytorch.generation.linear import keys_dtype, prepare, prepare_head
 from dalle_pytorch.models.dalle import DALLE
 
 
@@ -19,8 +19,8 @@ class Decoder:
 
     Args:
         dalle: the model; not changed.
-        precision: arithmetic of the linear layers, "fp32", "bf16" or "int8" (see ``linear.prepare``). The head that
-            scores the codebook is kept in fp32 under int8.
+        precision: arithmetic of the linear layers, "fp32", "bf16", "fp16" or "int8" (see ``linear.prepare``). The head
+            that scores the codebook is kept in fp32 under int8, and keys and values as ``linear.keys_dtype`` says.
         compiled: translate a step with ``torch.compile``: half a minute once for each number of candidates, then less
             time a step (needs a C++ compiler on a CPU).
 
@@ -31,12 +31,10 @@ class Decoder:
     def __init__(self, dalle: DALLE, *, precision: str = "fp32", compiled: bool = False) -> None:
         self.dalle = dalle
         self.transformer = prepare(dalle.transformer, precision, packed=not compiled)
-        self.head = prepare(dalle.image_head, "fp32" if precision == "int8" else precision, packed=not compiled)
+        self.head = prepare_head(dalle.image_head, precision, packed=not compiled)
         self.fused = FusedStep(self.transformer, self.head) if compiled else None
         self.device = dalle.image_emb.weight.device
-        # bf16 keys halve the memory; but torch reads them slower than fp32 on a CPU, unless a compiled program does
-        half = precision != "fp32" and (compiled or self.device.type != "cpu")
-        self.cache_dtype = torch.bfloat16 if half else torch.float32
+        self.cache_dtype = keys_dtype(precision, self.device, compiled)
         self.turns = turns = dalle.rotary.float() if dalle.config.rotated else None
         self.phases = None if turns is None else torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
         self.text_length = dalle.config.text_length

@@ -84,7 +84,8 @@ class Generator:
         batch_size: candidates sampled together; None = as many as ``memory_gb`` holds. Memory and speed, not
             the pictures.
         memory_gb: memory for the keys and values of candidates, in 10^9 bytes.
-        precision: arithmetic of the DALLE's linear layers, "fp32", "bf16" or "int8" (CPU). Faster, and other pictures.
+        precision: arithmetic of the DALLE's linear layers, "fp32", "bf16", "fp16" or "int8" (CPU). Faster, and other
+            pictures.
         compiled: translate a step with torch.compile, which takes half a minute the first time; pays with int8.
 
     Raises:

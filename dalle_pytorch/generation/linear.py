@@ -5,6 +5,7 @@ Axes: q positions in all, i inputs, o outputs.
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +22,42 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True, consume: 
     Args:
         module: the network; not changed unless consumed.
         precision: "fp32", "bf16" (weights and inputs of linear layers rounded to 8 bits of mantissa), "fp16" (to 11;
-            slow on a CPU), "int8" (rounded to integers; CPU only) or "stored" (see StoredLinear).
+            slow on a CPU) or "int8" (rounded to integers; CPU only).
         packed: lay weights out for oneDNN on a CPU; what ``torch.compile`` reads must not be.
         consume: take each weight out of the original once it is laid out, so that none is in memory twice.
 
     Raises:
         ValueError: unknown precision, or int8 elsewhere than on a CPU.
     """
-    if precision not in (*PRECISIONS, "stored"):
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    device = next(itertools.chain(module.parameters(), module.buffers())).device
-    if precision == "int8" and device.type != "cpu":
-        raise ValueError(f"precision=int8 runs on a CPU only, the model is on {device}; use bf16 there")
+    check_precision(precision, next(itertools.chain(module.parameters(), module.buffers())).device)
+
+    def lay_out(linear: nn.Linear) -> nn.Module:
+        made = Int8Linear(linear) if precision == "int8" else CastLinear(linear, precision, packed=packed)
+        if consume:
+            linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+        return made
+
+    return replace(module, lay_out)
+
+
+def prepare_head(head: nn.Linear, precision: str, *, packed: bool = True, consume: bool = False) -> nn.Module:
+    """The layer that scores the codebook, as ``prepare`` does it; under int8 it stays in fp32."""
+    return prepare(head, "fp32" if precision == "int8" else precision, packed=packed, consume=consume)
+
+
+def keep_stored(module: nn.Module) -> nn.Module:
+    """A copy of a network for sampling as of ``prepare``, with a ``StoredLinear`` for each linear layer."""
+    return replace(module, StoredLinear)
+
+
+def replace(module: nn.Module, lay_out: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A copy of a network with its linear layers replaced, all else shared with the original, in eval mode."""
     done: dict[nn.Module, nn.Module] = {}  # layers may share weights
 
     def convert(part: nn.Module) -> nn.Module:
         if part not in done:
             if isinstance(part, nn.Linear):
-                done[part] = lay_out(part, precision, packed)
-                if consume:
-                    part.weight = nn.Parameter(part.weight.to("meta"), requires_grad=False)
+                done[part] = lay_out(part)
             else:
                 done[part] = copy.copy(part)
                 done[part]._modules = {name: convert(child) for name, child in part.named_children()}
@@ -50,11 +67,27 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True, consume: 
     return convert(module)
 
 
-def lay_out(linear: nn.Linear, precision: str, packed: bool) -> nn.Module:
-    """One linear layer in a precision."""
-    if precision == "stored":
-        return StoredLinear(linear)
-    return Int8Linear(linear) if precision == "int8" else CastLinear(linear, precision, packed=packed)
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that is unknown or that a device does not have.
+
+    Raises:
+        ValueError: names both.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "int8" and device.type != "cpu":
+        raise ValueError(f"precision=int8 runs on a CPU only, the model is on {device}; use bf16 there")
+
+
+def keys_dtype(precision: str, device: torch.device, compiled: bool) -> torch.dtype:
+    """Type in which sampling keeps keys and values.
+
+    16 bits halve the memory; but torch reads them slower than fp32 on a CPU, unless a compiled program does. So fp32
+    with "fp32", and on a CPU that is not ``compiled``; else fp16 with "fp16", and bf16 with "bf16" and "int8".
+    """
+    if precision == "fp32" or (device.type == "cpu" and not compiled):
+        return torch.float32
+    return torch.float16 if precision == "fp16" else torch.bfloat16
 
 
 class StoredLinear(nn.Module):

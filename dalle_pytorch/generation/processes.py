@@ -11,6 +11,23 @@ import torch
 from torch import distributed
 
 
+def find_device(wanted: str | torch.device, local_rank: int = 0) -> torch.device:
+    """A device by name; "auto" = a GPU where there is one, one for each process, else the CPU.
+
+    Raises:
+        ValueError: no name of a device, or one that is not here.
+    """
+    if wanted == "auto":
+        wanted = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={wanted} cannot be used here ({reason}); try device=cpu") from error
+    return device
+
+
 class Processes:
     """This process among its siblings; alone where torchrun's variables are not set."""
 
@@ -20,13 +37,9 @@ class Processes:
         if self.count > 1 and not distributed.is_initialized():
             distributed.init_process_group("gloo")  # carries results, not gradients: no GPU needed
 
-    def device(self, wanted: str) -> str:
-        """A device by name; "auto" = this process's GPU where there is one, else the CPU."""
-        if wanted != "auto":
-            return wanted
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+    def device(self, wanted: str) -> torch.device:
+        """A device by name, see ``find_device``; "auto" = this process's GPU where there is one."""
+        return find_device(wanted, self.local_rank)
 
     def share(self, indices: Sequence[int]) -> Sequence[int]:
         """Every ``count``-th index, beginning at this process's rank."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from dalle_pytorch import checkpoint
 from dalle_pytorch.importers.sources import SOURCES
-from dalle_pytorch.loading import load
+from dalle_pytorch.loading import load_with_header
+
+WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,16 +37,18 @@ def main() -> None:
         if arguments.out.exists():
             raise FileExistsError(f"{arguments.out} exists; choose another --out")
         source = None if arguments.source == "auto" else arguments.source
-        model = load(arguments.path, source=source, dtype=None, **options)
-        checkpoint.save(model, arguments.out)
+        if taken := sorted(options.keys() & {"weights", "kind", "source", "map_location", "dtype"}):
+            raise ValueError(f"{', '.join(taken)} is no option of a source")
+        model, head = load_with_header(arguments.path, source=source, dtype=None, **options)
+        checkpoint.save(model, arguments.out, training=head["training"])
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {checkpoint.header(model)['kind']}, {count:,} parameters")
+    print(f"{arguments.out}: {head['kind']}, {count:,} parameters")
 
 
 def parse(option: str) -> tuple[str, Any]:
-    """Name and value; numbers, true, false and null as in JSON, anything else as text.
+    """Name and value; numbers, true, false and null as in JSON or Python, anything else as text.
 
     Raises:
         ValueError: no ``=`` in it.
@@ -53,7 +57,7 @@ def parse(option: str) -> tuple[str, Any]:
     if not separator:
         raise ValueError(f"{option!r} is not name=value")
     try:
-        return name, json.loads(value)
+        return name, json.loads(WORDS.get(value, value))
     except json.JSONDecodeError:
         return name, value
 

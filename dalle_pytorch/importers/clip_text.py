@@ -1,33 +1,14 @@
 """The text tokenizer of a ranker's folder, and the marks that go round its text tokens."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from dalle_pytorch.importers.reader import refuse
+from dalle_pytorch.importers.errors import read_json, refuse
 from dalle_pytorch.text import CleanedTokenizer, CLIPTokenizer, TextTokenizer
 
 FILES = ("tokenizer_config.json", "special_tokens_map.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or no object; names the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: truncated or damaged ({error})") from error
-    if not isinstance(content, dict):
-        refuse(path, "no JSON object")
-    return content
 
 
 def openai_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer | None:

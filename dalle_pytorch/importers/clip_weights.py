@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_pytorch.importers.reader import release
 from dalle_pytorch.importers.table import Table
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIPConfig
 
@@ -38,10 +39,12 @@ def finish(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in [key.removesuffix(".q") for key in weights if re.search(r"\.qkv\.\w+\.q$", key)]:
         parts = [weights.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in weights]
         weights[name] = torch.cat(parts)
+        release()
         if len(weights[name]) != 3 * len(parts[0]):
             raise ValueError(f"{name}: the weights of query, key and value are not all there")
     for name in [key for key in weights if key.endswith(TRANSPOSED)]:
         weights[name.removesuffix(TRANSPOSED)] = weights.pop(name).T.contiguous()
+        release()
     for name, ndim in (("log_logit_scale", 0), ("logit_bias", 0), ("image.pool.query", 1), ("image.positions", 2)):
         while name in weights and weights[name].ndim > ndim and weights[name].shape[0] == 1:
             weights[name] = weights[name][0]

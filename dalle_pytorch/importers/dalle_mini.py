@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from dalle_pytorch.header import Header, State, make_header
-from dalle_pytorch.importers import flax, taming
-from dalle_pytorch.importers.min_dalle import assemble, check_vocabulary, make_tokenizer, read_json, read_vocabulary
-from dalle_pytorch.importers.reader import read, refuse, state_dict
+from dalle_pytorch.importers import flax, hub, taming
+from dalle_pytorch.importers.errors import read_json, refuse
+from dalle_pytorch.importers.min_dalle import assemble, check_vocabulary, make_tokenizer, read_vocabulary
+from dalle_pytorch.importers.reader import read, state_dict
 from dalle_pytorch.text import BartTokenizer
 from dalle_pytorch.text.bart import read_words
 from dalle_pytorch.text.bpe import read_merge
@@ -83,14 +84,14 @@ VQGAN_FIXED = {"double_z": False, "give_pre_end": False, "resamp_with_conv": Tru
 
 
 def convert(
-    path: Path, *, vqgan: Path | None = None, hashtag_words: Path | None = None, norm_eps: float = 1e-6
+    path: Path, *, vqgan: str | Path | None = None, hashtag_words: Path | None = None, norm_eps: float = 1e-6
 ) -> tuple[Header, State]:
     """A DALL·E mini or mega in dalle-mini's files.
 
     Args:
         path: folder of the model.
-        vqgan: folder of its VQGAN in Flax, its checkpoint in torch, or min-dalle's ``detoker.pt``; None = the folder
-            ``vqgan`` in ``path``.
+        vqgan: folder of its VQGAN in Flax, its checkpoint in torch, min-dalle's ``detoker.pt``, or its id of the hub
+            ("dalle-mini/vqgan_imagenet_f16_16384"); None = the folder ``vqgan`` in ``path``.
         hashtag_words: dalle-mini's list of words that takes hashtags apart, "enwiki-words-frequency.txt"; None = they
             stay in one piece.
         norm_eps: of the VQGAN's norms.
@@ -99,7 +100,8 @@ def convert(
         ValueError: files are missing or of another kind, a setting that this network does not have, or weights that do
             not fit; names file and culprit.
     """
-    path = Path(path)
+    if path.suffix == ".msgpack":
+        refuse(path, "of Flax's weights give the folder, with config.json and the vocabulary")
     settings = read_json(path / "config.json")
     heads = check_settings(path / "config.json", settings)
     source = path / "flax_model.msgpack"
@@ -111,7 +113,10 @@ def convert(
         refuse(path / "config.json", f"{', '.join(wrong)} by the weights")
     tokenizer = read_any_tokenizer(path, hashtag_words)
     check_vocabulary(path, tokenizer, config)
-    vae, weights = convert_vqgan(path / "vqgan" if vqgan is None else Path(vqgan), norm_eps=norm_eps)
+    place = path / "vqgan" if vqgan is None else Path(vqgan)
+    if vqgan is not None and not place.exists() and hub.is_hub_id(str(vqgan)):
+        place = hub.fetch(str(vqgan))
+    vae, weights = convert_vqgan(place, norm_eps=norm_eps)
     state |= {f"vae.{name}": tensor for name, tensor in weights.items()}
     return make_header(config, text_tokenizer=tokenizer, vae=vae), state
 

@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from dalle_pytorch.header import Header, State, build, make_header
 from dalle_pytorch.importers import openai_dvae, taming
 from dalle_pytorch.importers.dalle_pytorch_vae import VAE_SIGNATURE, filled, vae_from_state
+from dalle_pytorch.importers.errors import some
 from dalle_pytorch.importers.reader import read, refuse, state_dict
-from dalle_pytorch.importers.table import Table, rename, some
+from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.attention import dalle_pytorch_angles
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.text import CLIPTokenizer, HFDirectoryTokenizer, HFTokenizer, TextTokenizer
@@ -184,7 +185,7 @@ def dalle_config(h: Mapping[str, Any], caption_dropout: float) -> DALLEConfig:
         attn_semantics="dalle_pytorch",
         conv_kernel=5,
         positions="rotary" if h["rotary_emb"] else "learned",
-        rotary="dalle_pytorch",
+        rotary="dalle_pytorch" if h["rotary_emb"] else "grid",
         shift_tokens=h["shift_tokens"],
         loss_img_weight=float(h["loss_img_weight"]),
         tie_embeddings=h["share_input_output_emb"],

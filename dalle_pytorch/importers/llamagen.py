@@ -10,14 +10,12 @@ Source: FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py and vq_
 from pathlib import Path
 
 from dalle_pytorch.header import Header, State, make_header
-from dalle_pytorch.importers.reader import read, refuse, state_dict
+from dalle_pytorch.importers.reader import read, refuse, weights_of
 from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.importers.taming import numbers, vqgan_from_state
 
 SIGNATURE = frozenset({"encoder.conv_blocks.0.res.0.norm1.weight", "quantize.embedding.weight", "quant_conv.weight"})
 GPT_SIGNATURE = frozenset({"tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight"})
-WEIGHTS = ("model", "ema", "module", "state_dict")
-"""Where weights may lie. ``model`` before ``ema``: the GPTs were trained on its codes (extract_codes_c2i.py)."""
 
 
 def convert(path: Path, *, image_size: int = 256) -> tuple[Header, State]:
@@ -30,22 +28,19 @@ def convert(path: Path, *, image_size: int = 256) -> tuple[Header, State]:
     Raises:
         ValueError: not such a file, or a weight is missing or left over; names file and culprit.
     """
-    content = read(path)
-    if isinstance(content, dict):
-        content = next((content[name] for name in WEIGHTS if name in content), content)
-    state = state_dict(content)
+    state = weights_of(read(path))
     if state.keys() >= GPT_SIGNATURE:
         refuse(path, "a GPT of LlamaGen, which cannot be imported; its image tokenizers (vq_ds16_*, vq_ds8_*) can")
     if not state.keys() >= SIGNATURE:
         refuse(path, "not an image tokenizer of LlamaGen")
     try:
         state = rename(state, taming_names(1 + max(numbers(state, r"decoder\.conv_blocks\.(\d+)\..+"), default=0)))
-        config, weights = vqgan_from_state(
+        config, renamed = vqgan_from_state(
             state, pixel_range="minus_one_to_one", norm_eps=1e-6, image_size=image_size, normalize_codes=True
         )
     except ValueError as error:
         refuse(path, str(error))
-    return make_header(config), weights
+    return make_header(config), renamed
 
 
 def taming_names(levels: int) -> Table:

@@ -10,7 +10,6 @@ ones. All sizes but the number of heads are read from the shapes.
 Source: github.com/kuprel/min-dalle 0.4.11, min_dalle/min_dalle.py and min_dalle/models/.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from dalle_pytorch.header import Header, State, make_header
-from dalle_pytorch.importers.reader import read, refuse, state_dict
-from dalle_pytorch.importers.table import Table, rename, some
+from dalle_pytorch.importers.errors import read_json, refuse, some
+from dalle_pytorch.importers.reader import read, release, state_dict
+from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.importers.taming import convert_detoker
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.text import BartTokenizer
@@ -92,6 +92,7 @@ def convert(
     bos_id: int = 16_384,
     heads: int | None = None,
     norm_eps: float = 1e-6,
+    vqgan: Path | None = None,
 ) -> tuple[Header, State]:
     """A DALL·E mini or mega in min-dalle's files.
 
@@ -103,11 +104,13 @@ def convert(
         bos_id: the token that begins a picture. The models were trained with 16384, min-dalle takes 16383 by mistake.
         heads: attention heads, which no file tells; None = of 64 channels, as in both models.
         norm_eps: of the VQGAN's norms: 1e-6 as it was trained, 1e-5 for min-dalle's pixels.
+        vqgan: a whole VQGAN in place of ``detoker.pt``, which has no encoder: completing pictures and training on
+            pictures need it. Its folder in Flax (dalle-mini/vqgan_imagenet_f16_16384) or its checkpoint in torch.
 
     Raises:
         ValueError: files are missing, swapped or of another kind, or weights do not fit; names file and culprit.
     """
-    files = find_files(Path(path), mega)
+    files = find_files(Path(path), mega, None if vqgan is None else Path(vqgan))
     encoder, decoder = state_dict(read(files.encoder)), state_dict(read(files.decoder))
     if "lm_head.weight" in encoder and "lm_head.weight" not in decoder:
         refuse(files.encoder, f"holds the decoder, and {files.decoder.name} the encoder: swap their names")
@@ -115,13 +118,18 @@ def convert(
     config, state = assemble(encoder, decoder, sources, bos_id=bos_id, heads=heads)
     tokenizer = make_tokenizer(files.vocab, *read_vocabulary(files.vocab, files.merges), normalize=normalize)
     check_vocabulary(files.vocab, tokenizer, config)
-    vae, weights = convert_detoker(files.detoker, norm_eps=norm_eps)
+    if vqgan is None:
+        vae, weights = convert_detoker(files.detoker, norm_eps=norm_eps)
+    else:
+        from dalle_pytorch.importers.dalle_mini import convert_vqgan  # here, since that module builds on this one
+
+        vae, weights = convert_vqgan(files.detoker, norm_eps=norm_eps)
     state |= {f"vae.{name}": tensor for name, tensor in weights.items()}
     return make_header(config, text_tokenizer=tokenizer, vae=vae), state
 
 
-def find_files(path: Path, mega: bool | None) -> Files:
-    """The files of one model, in any of the three layouts.
+def find_files(path: Path, mega: bool | None, vqgan: Path | None = None) -> Files:
+    """The files of one model, in any of the three layouts, with the VQGAN that is given in place of theirs.
 
     Raises:
         ValueError: no model is there, two are and ``mega`` does not say which, or some files are missing; names them.
@@ -144,13 +152,15 @@ def find_files(path: Path, mega: bool | None) -> Files:
     if len(found) > 1:
         refuse(path, "holds a mini and a mega: choose with mega=false or mega=true")
     folder, suffix = found[0]
-    detokers = [folder / "detoker.pt", folder.parent / "vqgan" / "detoker.pt", path / "detoker.pt"]
+    detokers = (
+        [vqgan] if vqgan else [folder / "detoker.pt", folder.parent / "vqgan" / "detoker.pt", path / "detoker.pt"]
+    )
     files = Files(
         folder / f"encoder{suffix}.pt",
         folder / f"decoder{suffix}.pt",
         folder / f"vocab{suffix}.json",
         folder / f"merges{suffix}.txt",
-        next((file for file in detokers if file.exists()), detokers[1]),
+        next((file for file in detokers if file.exists()), detokers[-2:][0]),
     )
     if missing := [str(file) for file in files if not file.exists()]:
         refuse(path, f"incomplete, without {', '.join(missing)}")
@@ -240,6 +250,7 @@ def _join(renamed: State) -> State:
         if len({part.shape for part in parts}) > 1:
             raise ValueError(f"the parts of {name} have shapes {[tuple(part.shape) for part in parts]}, not one")
         joined[name] = torch.cat(parts)
+        release()
     return joined
 
 
@@ -255,21 +266,6 @@ def read_vocabulary(vocab: Path, merges: Path) -> tuple[dict[str, int], list[Mer
         return symbols, [read_merge(line) for line in lines if line and not line.startswith("#version")]
     except (OSError, ValueError) as error:
         refuse(merges, f"no list of merges ({error})")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a map.
-
-    Raises:
-        ValueError: it is missing or holds something else; names it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        refuse(path, f"cannot be read as JSON ({error})")
-    if not isinstance(content, dict):
-        refuse(path, "holds no map")
-    return content
 
 
 def make_tokenizer(source: Path, vocab: dict[str, int], merges: list[Merge], **options: Any) -> BartTokenizer:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dalle_pytorch.header import Header, State, build, make_header
 from dalle_pytorch.importers import taming
-from dalle_pytorch.importers.reader import read, refuse, state_dict
-from dalle_pytorch.importers.table import Table, rename, some
+from dalle_pytorch.importers.errors import first_line, some
+from dalle_pytorch.importers.reader import read, refuse, release, weights_of
+from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.text import HFTokenizer
 
@@ -76,7 +77,7 @@ def convert(path: Path) -> tuple[Header, State]:
             f"{path} has no {' and no '.join(missing)}; minDALL-E is a folder with {', '.join(FILES)}"
         )
     settings = read_config(path / "config.yaml")
-    stages = [_weights(path / name) for name in STAGES]
+    stages = [weights_of(read(path / name)) for name in STAGES]
     hint = "; are stage1_last.ckpt and stage2_last.ckpt swapped?" if stages[0].keys() >= SIGNATURE else ""
     if not stages[1].keys() >= SIGNATURE:
         refuse(
@@ -105,11 +106,11 @@ def convert(path: Path) -> tuple[Header, State]:
     return header, state | {f"vae.{key}": tensor for key, tensor in vae_state.items()}
 
 
-def dalle_from_state(weights: State, *, heads: int, shift: int, pad: int) -> tuple[DALLEConfig, State]:
+def dalle_from_state(stage: State, *, heads: int, shift: int, pad: int) -> tuple[DALLEConfig, State]:
     """Config and weights of stage 2.
 
     Args:
-        weights: under its names.
+        stage: its weights, under its names.
         heads: attention heads, which the shapes do not tell.
         shift: our text ids less its own, 0 or 1.
         pad: its id of [PAD].
@@ -117,13 +118,13 @@ def dalle_from_state(weights: State, *, heads: int, shift: int, pad: int) -> tup
     Raises:
         ValueError: a weight is missing or left over; names it.
     """
-    depth = 1 + max((int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    depth = 1 + max((int(match[1]) for key in stage if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     needed = ["tok_emb_txt.weight", "pos_emb_txt.weight", "pos_emb_img.weight", "head_txt.weight", "head_img.weight"]
     parts = [f"attn.{name}.{kind}" for kind in ("weight", "bias") for name in ("query", "key", "value")]
     needed += [f"blocks.{layer}.{part}" for layer in range(depth) for part in parts]
-    if missing := [key for key in needed if key not in weights]:
+    if missing := [key for key in needed if key not in stage]:
         raise ValueError(f"weights are missing: {some(missing)}")
-    state = rename(weights, TABLE)
+    state = rename(stage, TABLE)
     (vocabulary, dim), text_len = state["text_emb.weight"].shape, len(state["text_pos.weight"])
     if dim % heads:
         raise ValueError(f"its width ({dim}) is no multiple of n_heads ({heads}) in config.yaml")
@@ -134,6 +135,7 @@ def dalle_from_state(weights: State, *, heads: int, shift: int, pad: int) -> tup
             place = f"transformer.blocks.{layer}.attention"
             own = [state.pop(f"{place}.{name}.{kind}") for name in ("query", "key", "value")]
             state[f"{place}.to_qkv.{kind}"] = torch.cat(own)
+            release()
     for name in ("text_emb.weight", "text_head.weight"):
         state[name] = _with_pads(state[name], shift, pad, text_len)
     bias = torch.zeros_like(state["text_head.weight"][:, 0])
@@ -188,7 +190,7 @@ def read_config(path: Path) -> dict[str, Any]:
         stages = [(content.get(name) or {}).get("hparams") or {} for name in ("stage1", "stage2")]
         found = {"resolution": 256, "n_heads": 24, "gelu_use_approx": False, **stages[0], **stages[1]}
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        refuse(path, f"is no config of minDALL-E ({(str(error).splitlines() or [''])[0]})")
+        refuse(path, f"is no config of minDALL-E ({first_line(error)})")
     if found["gelu_use_approx"]:
         refuse(path, "says gelu_use_approx, an approximation of GELU that is not supported")
     return found
@@ -197,10 +199,3 @@ def read_config(path: Path) -> dict[str, Any]:
 def _with_pads(rows: Tensor, shift: int, pad: int, count: int) -> Tensor:
     """Rows of its text ids and then of our pads, copies of [PAD]'s."""
     return torch.cat([torch.zeros_like(rows[:shift]), rows, rows[pad].expand(count, -1)])
-
-
-def _weights(path: Path) -> State:
-    content = read(path)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        refuse(path, "is no checkpoint of minDALL-E: it has no state_dict")
-    return state_dict(content["state_dict"])

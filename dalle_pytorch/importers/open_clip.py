@@ -14,10 +14,11 @@ from typing import Any
 
 from dalle_pytorch.checkpoint import Header, State, make_header
 from dalle_pytorch.importers import openai_clip
-from dalle_pytorch.importers.clip_text import read_json, read_tokenizer
+from dalle_pytorch.importers.clip_text import read_tokenizer
 from dalle_pytorch.importers.clip_weights import block_rows, finish, make_config, sizes
+from dalle_pytorch.importers.errors import read_json, refuse
 from dalle_pytorch.importers.openai_clip import ENDS
-from dalle_pytorch.importers.reader import read, refuse, state_dict
+from dalle_pytorch.importers.reader import read, weights_of
 from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.pretrained_clip import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD
 from dalle_pytorch.text import CLIPTokenizer, TextTokenizer
@@ -102,11 +103,11 @@ def convert(path: Path, *, config: str | Path | None = None) -> tuple[Header, St
         check(model)
         timm = model["vision_cfg"].get("timm_model_name")
         names = TIMM_TABLE if timm else openai_clip.RESNET_TABLE if _is_resnet(state) else openai_clip.TRANSFORMER_TABLE
-        weights = finish(rename(state, {**TEXT_TABLE, **names}))
-        vocab_size = sizes(weights)["text_vocab_size"]
+        renamed = finish(rename(state, {**TEXT_TABLE, **names}))
+        vocab_size = sizes(renamed)["text_vocab_size"]
         tokenizer, marks = text(model["text_cfg"], file.parent, vocab_size)
         told = {**image_fields(model), **text_fields(model), **pixels(content, model), **marks}
-        return make_header(make_config(weights, told), text_tokenizer=tokenizer), weights
+        return make_header(make_config(renamed, told), text_tokenizer=tokenizer), renamed
     except ValueError as error:
         refuse(path, str(error))
 
@@ -123,10 +124,7 @@ def read_weights(path: Path) -> State:
         if name is None:
             raise FileNotFoundError(f"{path} has no weights: none of {', '.join(WEIGHTS)}")
         path = path / name
-    content = read(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    state = state_dict(content)
+    state = weights_of(read(path))
     if state and all(key.startswith("module.") for key in state):  # DistributedDataParallel
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     if "logit_scale" not in state or not any(key.startswith("visual.") for key in state):

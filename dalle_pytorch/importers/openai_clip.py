@@ -10,11 +10,13 @@ from pathlib import Path
 
 from dalle_pytorch.checkpoint import Header, State, make_header
 from dalle_pytorch.importers.clip_weights import TRANSPOSED, block_rows, finish, make_config, sizes
-from dalle_pytorch.importers.reader import read, refuse, state_dict
+from dalle_pytorch.importers.reader import read, refuse, weights_of
 from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.text import CLIPTokenizer
 
 SIGNATURE = frozenset({"visual.conv1.weight", "token_embedding.weight", "text_projection", "input_resolution"})
+PLAIN_SIGNATURE = SIGNATURE - {"input_resolution"}
+"""Of its state dict alone, which open_clip's models without a config have too."""
 HEAD_WIDTH = 64
 
 ENDS = r"(weight|bias)"
@@ -77,8 +79,8 @@ def convert(path: Path) -> tuple[Header, State]:
         FileNotFoundError: no such file.
         ValueError: not such a file; names it and the culprit.
     """
-    state = state_dict(read(path))
-    if not state.keys() >= SIGNATURE - {"input_resolution"}:
+    state = weights_of(read(path))
+    if not state.keys() >= PLAIN_SIGNATURE:
         refuse(path, "not a CLIP of OpenAI")
     try:
         return from_state(state)
@@ -93,8 +95,8 @@ def from_state(state: State) -> tuple[Header, State]:
         ValueError: a weight is missing, left over or of another shape; names it.
     """
     tower = RESNET_TABLE if "visual.attnpool.positional_embedding" in state else TRANSFORMER_TABLE
-    weights = finish(rename(state, {**SCALARS, **TEXT_TABLE, **tower}))
-    found, tokenizer = sizes(weights), CLIPTokenizer()
+    renamed = finish(rename(state, {**SCALARS, **TEXT_TABLE, **tower}))
+    found, tokenizer = sizes(renamed), CLIPTokenizer()
     channels = 32 * found["image_width"] if "image_stages" in found else found["image_width"]
     vocab_size = found["text_vocab_size"]
     told = {
@@ -103,5 +105,5 @@ def from_state(state: State) -> tuple[Header, State]:
         "start_id": vocab_size - 2,  # the last ids, of which the very last is found by argmax
         "end_id": vocab_size - 1,
     }
-    config = make_config(weights, told)
-    return make_header(config, text_tokenizer=tokenizer if vocab_size == tokenizer.vocab_size else None), weights
+    config = make_config(renamed, told)
+    return make_header(config, text_tokenizer=tokenizer if vocab_size == tokenizer.vocab_size else None), renamed

@@ -1,85 +1,63 @@
-"""Read weight files of other programs without running anything in them.
+"""Read weight files of other programs without running anything in them: torch's and safetensors.
 
-A torch file is a pickle beside raw numbers, and a pickle may name any function to be called. Here it can name tensors,
-plain containers and the *classes* of a few known packages only. Such a class becomes an inert `Stub`, which keeps what
-the file says about an object and does nothing; any other name ends the reading. TorchScript archives are the same kind
-of file with a program added, which is not looked at.
+A torch file is a pickle beside raw numbers. TorchScript archives are the same kind of file with a program added, which
+is not looked at. Tensors are views of the file, mapped into memory: reading costs nothing until a tensor is used.
 
-Tensors are views of the file, mapped into memory: reading costs nothing until a tensor is used.
-
-Source: the formats are those of torch.serialization (zip since torch 1.6, before it the "legacy" one).
+Sources: the formats are those of torch.serialization (zip since torch 1.6, before it the "legacy" one);
+github.com/huggingface/safetensors, README.md.
 """
 
 import io
+import json
+import math
 import mmap
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-HARMLESS = ("__torch__", "argparse", "collections", "dall_e", "dalle", "deepspeed", "lightning", "lightning_fabric",
-            "numpy", "omegaconf", "pathlib", "pytorch_lightning", "taming", "torch", "transformers")  # fmt: skip
-"""Packages whose classes may be named in a file; none of them is imported."""
-LOWER_CASE = ("device", "dtype", "ndarray", "scalar", "_reconstruct", "defaultdict")
-"""Names of such packages that do not look like classes and may stand in a file all the same."""
-STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-}
+from dalle_pytorch.importers.errors import first_line, refuse
+from dalle_pytorch.importers.unpickler import Refused, Storage, Stub, Unpickler, is_count
+
+__all__ = [
+    "Mappings",
+    "Stub",
+    "read",
+    "read_safetensors",
+    "refuse",
+    "release",
+    "safetensors_notes",
+    "state_dict",
+    "weights_of",
+]
+
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-
-class Stub:
-    """What a file says about an object of a class that is not imported.
-
-    Attributes:
-        name: module and class.
-        args: what it would have been made with.
-        state: what it would have been filled with; for most objects their ``__dict__``.
-    """
-
-    name = ""
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any, **_: Any) -> "Stub":
-        """Keeps the arguments."""
-        stub = object.__new__(cls)
-        stub.args, stub.state = args, None
-        return stub
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        """Keeps the state."""
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Items of a class derived from dict; not kept."""
-
-    def append(self, item: Any) -> None:
-        """Items of a class derived from list; not kept."""
-
-    def extend(self, items: Any) -> None:
-        """As ``append``."""
+PARTS = ("state_dict", "model", "weights", "ema", "module")
+"""Where a checkpoint that holds more keeps its weights. ``model`` before ``ema``: LlamaGen's GPTs were trained on its
+codes (extract_codes_c2i.py)."""
+SAFE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 class Mappings:
@@ -95,16 +73,20 @@ class Mappings:
     def __exit__(self, *_: object) -> None:
         _mappings.reset(self.token)
 
-    def release(self) -> None:
-        """Give back the memory of what has been read so far; it is read again when used again.
-
-        Not once a tensor of these files has been written to: the change would be lost.
-        """
-        for mapping in self.maps:
-            mapping.madvise(mmap.MADV_DONTNEED)
-
 
 _mappings: ContextVar[Mappings | None] = ContextVar("mappings", default=None)
+
+
+def release() -> None:
+    """Give back the memory of what has been read so far of the mapped files; it is read again when used again.
+
+    Outside of a ``Mappings`` block it does nothing. Not once a tensor of these files has been written to: the change
+    would be lost.
+    """
+    mappings = _mappings.get()
+    if mappings is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        for mapping in mappings.maps:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def read(path: str | Path) -> Any:
@@ -118,7 +100,7 @@ def read(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, of another format, or it names something that is not on the list above.
+        ValueError: truncated, of another format, or it names something that is not on the unpickler's list.
     """
     path = Path(path)
     if not path.is_file():
@@ -129,140 +111,53 @@ def read(path: str | Path) -> Any:
         if start.startswith(b"PK"):
             return _read_zip(path)
         if start[8:9] == b"{":
-            with safe_open(path, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            return read_safetensors(path)
         if start.startswith(b"\x80"):
             return _read_legacy(path)
     except Refused as error:
         raise ValueError(f"{path} {error}; nothing was loaded") from None
     except Exception as error:  # foreign bytes can break an unpickler in any way
-        raise ValueError(f"{path} cannot be read: truncated or damaged ({_first_line(error)})") from error
+        raise ValueError(f"{path} cannot be read: truncated or damaged ({first_line(error)})") from error
     hint = ": it looks like a web page, download it again" if start.lstrip()[:1] == b"<" else ""
+    hint = ": of Flax's weights give the folder" if path.suffix == ".msgpack" else hint
     raise ValueError(f"{path} is neither a torch nor a safetensors file{hint}")
+
+
+def weights_of(content: Any) -> dict[str, Tensor]:
+    """The weights of a checkpoint that may hold more, under their own names."""
+    if isinstance(content, dict):
+        content = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
+    return state_dict(content)
 
 
 def state_dict(content: Any) -> dict[str, Tensor]:
     """The tensors of a content under dotted names: of a pickled module, a TorchScript archive, or nested dicts.
 
     Buffers that a module does not save are left out, as ``Module.state_dict`` does.
+
+    Raises:
+        ValueError: nested too deep.
     """
-    return dict(_walk(content, ""))
+    try:
+        return dict(_walk(content, "", ()))
+    except RecursionError as error:
+        raise ValueError("the weights lie too deep in one another") from error
 
 
-def _walk(content: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _walk(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Stub):
         content = content.state if isinstance(content.state, dict) else {}
         if "_modules" in content:
             skipped = content.get("_non_persistent_buffers_set", ())
-            buffers = {name: value for name, value in content["_buffers"].items() if name not in skipped}
-            content = {**content["_parameters"], **buffers, **content["_modules"]}
-    for name, value in content.items() if isinstance(content, dict) else ():
+            parts = [content.get(part, {}) for part in ("_parameters", "_buffers", "_modules")]
+            content = {name: value for part in parts for name, value in part.items() if name not in skipped}
+    if not isinstance(content, dict) or id(content) in above:  # what holds itself has no names of its own
+        return
+    for name, value in content.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, dict | Stub):
-            yield from _walk(value, f"{prefix}{name}.")
-
-
-class Refused(Exception):
-    """The file names what must not be called."""
-
-
-class Storage(NamedTuple):
-    """Numbers in a row, which tensors are views of."""
-
-    numbers: Tensor
-
-
-class Call(NamedTuple):
-    """A function that a file may call; a tuple, so that no file can change it."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        """Call it."""
-        return self.function(*args)
-
-
-def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return storage.numbers.as_strided(size, stride, offset)  # refuses what lies outside the storage
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-def _typed(function: Call, _: Any, args: tuple[Any, ...], __: Any) -> Any:
-    if not isinstance(function, Call):
-        raise Refused("makes a tensor in an unknown way")
-    return function(*args)
-
-
-def _object(kind: type[Any], *_: Any) -> Any:
-    return kind()
-
-
-def _same(data: Any, *_: Any) -> Any:
-    return data
-
-
-CALLS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor"): Call(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Call(_tensor),
-    ("torch._utils", "_rebuild_parameter"): Call(_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): Call(_parameter),
-    ("torch._tensor", "_rebuild_from_type_v2"): Call(_typed),
-    ("copyreg", "_reconstructor"): Call(_object),
-    ("copy_reg", "_reconstructor"): Call(_object),
-    ("torch", "Size"): Call(_same),
-    **{
-        ("torch.jit._pickle", f"build_{kind}list"): Call(_same)
-        for kind in ("int", "tensor", "double", "bool")
-    },
-    ("torch.jit._pickle", "restore_type_tag"): Call(_same),
-    ("collections", "OrderedDict"): OrderedDict,
-    **{
-        (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, dict, list, tuple, object, slice, complex, int, float, bool, str)
-    },
-}  # fmt: skip
-
-
-class Unpickler(pickle.Unpickler):
-    """Builds tensors, containers and stubs; refuses every other name.
-
-    Args:
-        file: the pickle.
-        storage: finds the numbers of a storage by (key, type, count).
-    """
-
-    def __init__(self, file: Any, storage: Callable[[str, torch.dtype, int], Storage]) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.storage = storage
-        self.stubs: dict[str, type[Stub]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a name of the file stands for."""
-        if (module, name) in CALLS:
-            return CALLS[module, name]
-        full = f"{module}.{name}"
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        last = name.rsplit(".", 1)[-1]
-        if module.split(".")[0] in HARMLESS and (last.lstrip("_")[:1].isupper() or last in LOWER_CASE):
-            return self.stubs.setdefault(full, type(last, (Stub,), {"name": full}))
-        raise Refused(f"calls {full}, which has no place in a file of weights")
-
-    def persistent_load(self, pid: Any) -> Any:
-        """The storage that a tensor of the file is a view of; of a class that comes with its source the class."""
-        if pid[0] == "module":
-            return pid[1]
-        _, dtype, key, _, count, *view = pid
-        if view and view[0] is not None:
-            raise Refused("holds views of storages, as torch 0.3 wrote them: save it again with a newer torch")
-        return self.storage(str(key), dtype, count)
+            yield from _walk(value, f"{prefix}{name}.", (*above, id(content)))
 
 
 def _read_zip(path: Path) -> Any:
@@ -272,7 +167,14 @@ def _read_zip(path: Path) -> Any:
         if len(pickles) != 1:
             raise Refused("is a zip file, but none of torch's: it has no data.pkl")
         root = pickles[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+        size = path.stat().st_size
+
+        def small(name: str) -> bytes:
+            if entries[name].compress_type != zipfile.ZIP_STORED or entries[name].file_size > size:
+                raise Refused(f"has a compressed {name}, which torch does not write")
+            return archive.read(name)
+
+        if f"{root}byteorder" in entries and small(f"{root}byteorder") != b"little":
             raise Refused("was written on a big-endian machine: save it again on another")
         mapping = _map(path)
 
@@ -282,9 +184,9 @@ def _read_zip(path: Path) -> Any:
                 raise Refused(f"holds less data than its tensor {key} needs")
             file.seek(entry.header_offset + 26)  # the local header repeats the name and may have another extra field
             name, extra = struct.unpack("<HH", file.read(4))
-            return _numbers(mapping, dtype, count, entry.header_offset + 30 + name + extra)
+            return Storage(_numbers(mapping, dtype, count, entry.header_offset + 30 + name + extra))
 
-        return Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+        return Unpickler(io.BytesIO(small(pickles[0])), storage).load()
 
 
 def _read_legacy(path: Path) -> Any:
@@ -294,8 +196,8 @@ def _read_legacy(path: Path) -> Any:
 
     def storage(key: str, dtype: torch.dtype, count: int) -> Storage:
         if key not in parts:
-            if count * dtype.itemsize > size:
-                raise Refused(f"holds less data than its tensor {key} needs")
+            if count * dtype.itemsize + sum(part.numbers.nbytes for part in parts.values()) > size:
+                raise EOFError(f"tensor {key} needs more bytes than the file has")
             parts[key] = Storage(torch.empty(count, dtype=dtype))
         return parts[key]
 
@@ -305,14 +207,60 @@ def _read_legacy(path: Path) -> Any:
         for _ in ("version", "machine"):
             Unpickler(file, storage).load()
         content = Unpickler(file, storage).load()
-        for key in Unpickler(file, storage).load():
-            numbers = parts[str(key)].numbers
+        keys = [str(key) for key in Unpickler(file, storage).load()]
+        if set(keys) != parts.keys():
+            raise Refused("lists other tensors than it has")
+        for key in keys:
+            numbers = parts[key].numbers
             (count,) = struct.unpack("<q", file.read(8))
             if count != numbers.numel() or (
                 count and file.readinto(numbers.view(torch.uint8).numpy().data) != numbers.nbytes
             ):
                 raise EOFError(f"numbers of tensor {key} are missing")
         return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped.
+
+    Raises:
+        ValueError: truncated or damaged.
+    """
+    header, start = _safetensors_header(path)
+    header.pop("__metadata__", None)
+    mapping, state, position = _map(path), {}, start
+    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = SAFE_DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+        if not all(map(is_count, (begin, end, *shape))) or math.prod(shape) * dtype.itemsize != end - begin:
+            raise ValueError(f"the place of tensor {name} is not of its size")
+        if start + begin != position:
+            raise ValueError(f"tensor {name} does not begin where the one before it ends")
+        state[name] = _numbers(mapping, dtype, math.prod(shape), position).view(shape)
+        position = start + end
+    if position != path.stat().st_size:
+        raise ValueError("the numbers end before the file or after it")
+    return {name: state[name] for name in header}
+
+
+def safetensors_notes(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        ValueError: truncated or damaged.
+    """
+    return _safetensors_header(path)[0].get("__metadata__", {})
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON at the start, and where the numbers begin."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if 8 + length > path.stat().st_size:
+            raise ValueError(f"its header of {length} bytes is cut off")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no map")
+    return header, 8 + length
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -323,20 +271,9 @@ def _map(path: Path) -> mmap.mmap:
     return mapping
 
 
-def _numbers(mapping: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Storage:
+def _numbers(mapping: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
     if not count:
-        return Storage(torch.empty(0, dtype=dtype))
-    return Storage(torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def refuse(path: Path, why: str) -> NoReturn:
-    """End an import with one line that names the file.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(f"{path}: {why}")
+        return torch.empty(0, dtype=dtype)
+    if offset % dtype.itemsize:  # older safetensors do not begin at a multiple of 8
+        return torch.frombuffer(bytearray(mapping[offset : offset + count * dtype.itemsize]), dtype=dtype)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)

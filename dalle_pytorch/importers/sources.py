@@ -17,10 +17,8 @@ from dalle_pytorch.importers import (
     taming,
     transformers_clip,
 )
-from dalle_pytorch.importers.reader import read, state_dict
-
-PARTS = ("state_dict", "model", "weights", "ema", "module")
-"""Where a checkpoint that holds more keeps its weights."""
+from dalle_pytorch.importers.errors import first_line, read_json
+from dalle_pytorch.importers.reader import read, weights_of
 
 
 class Source(NamedTuple):
@@ -32,6 +30,8 @@ class Source(NamedTuple):
     """Files that a folder of this format has; one of the sets."""
     signatures: tuple[frozenset[str], ...] = ()
     """Weights that a file of this format has; one of the sets."""
+    model_types: tuple[str, ...] = ()
+    """What a folder's config.json calls the model, if it says; any where empty."""
 
 
 SOURCES: dict[str, Source] = {
@@ -53,7 +53,10 @@ SOURCES: dict[str, Source] = {
         "DALL·E mini and mega of min-dalle: folder of .pt files", min_dalle.convert, files=min_dalle.FILES
     ),
     "dalle_mini": Source(
-        "DALL·E mini and mega of dalle-mini: folder with flax_model.msgpack", dalle_mini.convert, files=dalle_mini.FILES
+        "DALL·E mini and mega of dalle-mini: folder with flax_model.msgpack",
+        dalle_mini.convert,
+        files=dalle_mini.FILES,
+        model_types=("dallebart",),
     ),
     "dalle_pytorch": Source(
         "DALLE-pytorch 1.6.6: vae.pt, dalle.pt",
@@ -62,16 +65,21 @@ SOURCES: dict[str, Source] = {
     ),
     "mindalle": Source("minDALL-E of Kakao Brain: folder", mindalle.convert, files=(mindalle.FILES,)),
     "openai_clip": Source(
-        "CLIP of OpenAI: .pt (TorchScript archive)", openai_clip.convert, signatures=(openai_clip.SIGNATURE,)
+        "CLIP of OpenAI: .pt (TorchScript archive)",
+        openai_clip.convert,
+        signatures=(openai_clip.SIGNATURE, openai_clip.PLAIN_SIGNATURE),
     ),
     "open_clip": Source(
         "CLIP or SigLIP of open_clip: folder with open_clip_config.json",
         open_clip.convert,
         files=(open_clip.FILES,),
-        signatures=(open_clip.SIGNATURE,),
+        signatures=(open_clip.SIGNATURE, openai_clip.PLAIN_SIGNATURE),
     ),
     "transformers_clip": Source(
-        "CLIP or SigLIP of transformers: folder", transformers_clip.convert, files=(transformers_clip.FILES,)
+        "CLIP or SigLIP of transformers: folder",
+        transformers_clip.convert,
+        files=(transformers_clip.FILES,),
+        model_types=tuple(transformers_clip.HABITS),
     ),
 }
 
@@ -79,21 +87,28 @@ SOURCES: dict[str, Source] = {
 def find(path: Path) -> str:
     """The name of the format of a file or folder; of a folder that holds several the first of the table.
 
+    Of a file the most weights that a format is known by count: an archive of OpenAI's has the names of its state dict,
+    and some more.
+
     Raises:
         ValueError: none fits, or a file could be of several; names them.
     """
     if path.is_dir():
-        names = [name for name, row in SOURCES.items() if any(_all_there(path, files) for files in row.files)][:1]
+        said = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
+        rows = {name: row for name, row in SOURCES.items() if said is None or said in (row.model_types or (said,))}
+        names = [name for name, row in rows.items() if any(_all_there(path, files) for files in row.files)][:1]
     else:
-        keys = weights(read(path)).keys()
-        names = [name for name, row in SOURCES.items() if any(part <= keys for part in row.signatures)]
+        keys = weights_of(read(path)).keys()
+        found = {name: max((len(part) for part in row.signatures if part <= keys), default=0)
+                 for name, row in SOURCES.items()}  # fmt: skip
+        names = [name for name, count in found.items() if count and count == max(found.values())]
     if len(names) != 1:
-        found = f"could be {' or '.join(names)}" if names else "is of no known format"
-        raise ValueError(f"{path} {found}; say which with source=, one of {', '.join(SOURCES)}")
+        guess = f"could be {' or '.join(names)}" if names else "is of no known format"
+        raise ValueError(f"{path} {guess}; say which with source=, one of {', '.join(SOURCES)}")
     return names[0]
 
 
-def convert(path: Path, source: str | None = None, **options: Any) -> tuple[Header, State]:
+def convert(path: Path, source: str | None = None, /, **options: Any) -> tuple[Header, State]:
     """Header and weights of a foreign file or folder.
 
     Args:
@@ -103,30 +118,36 @@ def convert(path: Path, source: str | None = None, **options: Any) -> tuple[Head
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: an unknown source or option, or content that does not fit; names it.
+        ValueError: an unknown source or option, an option of another type, or content that does not fit; names it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}")
     name = source or find(path)
     if name not in SOURCES:
         raise ValueError(f"source {name!r} is not one of {', '.join(SOURCES)}")
-    hints = get_type_hints(SOURCES[name].convert)
-    for option, value in options.items():
-        if isinstance(value, str) and Path in get_args(hints.get(option)):
-            options[option] = Path(value)
+    checked = {option: _checked(name, option, value) for option, value in options.items()}
     try:
-        return SOURCES[name].convert(path, **options)
-    except TypeError as error:
-        if "keyword argument" in str(error):
-            raise ValueError(f"source {name}: {error}") from error
-        raise
+        return SOURCES[name].convert(path, **checked)
+    except (TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{path} does not have the form of {name}, {SOURCES[name].what} ({reason})") from error
 
 
-def weights(content: Any) -> State:
-    """The weights of a checkpoint that may hold more, under their own names."""
-    if isinstance(content, dict):
-        content = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
-    return state_dict(content)
+def _checked(source: str, option: str, value: Any) -> Any:
+    """The value of an option as the source's ``convert`` takes it."""
+    hints = get_type_hints(SOURCES[source].convert)
+    known = {name: get_args(hint) or (hint,) for name, hint in hints.items() if name not in ("path", "return")}
+    if option not in known:
+        raise ValueError(f"source {source}: it takes no {option}, only {', '.join(known) or 'the path'}")
+    kinds = known[option]
+    if isinstance(value, str) and str not in kinds and Path in kinds:
+        return Path(value)
+    if type(value) is int and int not in kinds and float in kinds:
+        return float(value)
+    if type(value) not in kinds and not (isinstance(value, Path) and Path in kinds):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"source {source}: {option}={value!r} is no {expected}")
+    return value
 
 
 def _all_there(folder: Path, files: tuple[str, ...]) -> bool:

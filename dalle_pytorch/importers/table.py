@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dalle_pytorch.importers.errors import some
+
 Table = Mapping[str, str | None]
 """Regular expressions of whole source keys, and the target with its groups; None = dropped on purpose. The first row
 that fits counts."""
@@ -38,8 +40,3 @@ def rename(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     if left:
         raise ValueError(f"weights left over that this format does not have: {some(left)}")
     return renamed
-
-
-def some(names: list[str]) -> str:
-    """A few names for an error message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

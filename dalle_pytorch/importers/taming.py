@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dalle_pytorch.header import Header, State, make_header
-from dalle_pytorch.importers.reader import read, refuse, state_dict
+from dalle_pytorch.importers.errors import first_line
+from dalle_pytorch.importers.reader import read, refuse, weights_of
 from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.vqgan import VQGANConfig
 
@@ -110,8 +111,7 @@ def convert_detoker(path: Path, *, norm_eps: float = 1e-6) -> tuple[Header, Stat
 
 def read_state(path: Path) -> State:
     """The weights of a Lightning checkpoint, or of a file that has nothing else."""
-    content = read(path)
-    return state_dict(content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content)
+    return weights_of(read(path))
 
 
 def vqgan_from_state(
@@ -209,8 +209,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if not isinstance(model["params"]["ddconfig"]["resolution"], int) or not isinstance(model["target"], str):
             raise TypeError("resolution must be a number, target a name")
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        refuse(path, f"no config of a VQGAN, which has model.target and model.params.ddconfig ({reason})")
+        refuse(path, f"no config of a VQGAN, which has model.target and model.params.ddconfig ({first_line(error)})")
     return model
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dalle_pytorch.checkpoint import Header, State, make_header
-from dalle_pytorch.importers.clip_text import openai_tokenizer, read_json, read_tokenizer, special
+from dalle_pytorch.importers.clip_text import openai_tokenizer, read_tokenizer, special
 from dalle_pytorch.importers.clip_weights import block_rows, finish, make_config, sizes
-from dalle_pytorch.importers.reader import read, refuse, state_dict
+from dalle_pytorch.importers.errors import read_json, refuse
+from dalle_pytorch.importers.reader import read, state_dict
 from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.pretrained_clip import OPENAI_MEAN, OPENAI_STD
 from dalle_pytorch.text import TextTokenizer

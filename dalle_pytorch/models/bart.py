@@ -166,11 +166,13 @@ class DecoderBlock(Block):
         self,
         x: Float[Tensor, "r q d"],
         view: LayerView,
-        keys: Float[Tensor, "2 g h t e"],
+        captions: Float[Tensor, "2 g h t e"] | Float[Tensor, "g t d"],
         visible: Bool[Tensor, "g t"],
     ) -> Float[Tensor, "r q d"]:
         """One block over the positions that the view shows it, and over the visible ones of the caption."""
         x = self.attend(x, view)
+        # made here, inside forward: of sharded weights those of this block are there now only
+        keys = captions if captions.ndim == 5 else self.cross_attention.keys(captions)
         branch = self.cross_post(self.cross_attention(self.cross_norm(x), keys, visible))
         return self.feed(x + drop(branch, self.dropout, self.training))
 
@@ -208,7 +210,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "r q d"],
-        keys: Sequence[Float[Tensor, "2 g h t e"]],
+        captions: Sequence[Float[Tensor, "2 g h t e"]] | Float[Tensor, "g t d"],
         visible: Bool[Tensor, "g t"],
         views: Sequence[LayerView],
     ) -> Float[Tensor, "r q d"]:
@@ -216,12 +218,14 @@ class Decoder(nn.Module):
 
         Args:
             x: inputs; the rows of a prompt's candidates lie together.
-            keys: of the prompts, from ``keys``; read once for all candidates.
+            captions: the encoder's output, from which each block makes its keys, as in training; or their ``keys``,
+                made once for many positions. Read once for all candidates.
             visible: caption positions that may be attended to.
             views: what each layer's self-attention sees; of each only ``attend`` is called.
         """
-        for block, view, layer_keys in zip(self.blocks, views, keys, strict=True):
-            x = run(self.config, block, x, view, layer_keys, visible)
+        each = [captions] * len(self.blocks) if isinstance(captions, Tensor) else captions
+        for block, view, caption in zip(self.blocks, views, each, strict=True):
+            x = run(self.config, block, x, view, caption, visible)
         return self.norm(x)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.models.attention import ROTARIES, StreamView, rotary_turns
 from dalle_pytorch.models.block_sparse import layout
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy
 from dalle_pytorch.models.patterns import pattern_mask
@@ -86,6 +86,14 @@ class DALLEConfig(TransformerConfig):
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.rotary not in ROTARIES:
             raise ValueError(f"rotary must be one of {', '.join(ROTARIES)}, got {self.rotary!r}")
+        if self.rotate_values and not self.rotated:
+            raise ValueError(f"rotate_values needs positions that rotate (rotary or both), got {self.positions!r}")
+        if self.rotary != "grid" and not self.rotated:
+            raise ValueError(
+                f"rotary={self.rotary} needs positions that rotate (rotary or both), got {self.positions!r}"
+            )
+        if not self.bos and self.text_len < 2:
+            raise ValueError(f"without bos text_len must be at least 2, got {self.text_len}: its first token is given")
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -285,11 +293,7 @@ class DALLE(nn.Module):
             raise ValueError(
                 f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
             )
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.codebook_size:
-            raise ValueError(
-                f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
-                f"the vae's codebook has ids 0 to {self.codebook_size - 1}"
-            )
+        check_ids(image_tokens, self.codebook_size)
 
     def hidden(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.bart import EPS, BartConfig, Decoder, Encoder, drop
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy
 from dalle_pytorch.text import TextTokenizer
@@ -183,12 +183,12 @@ class DALLEBart(nn.Module):
     def embed_bos(self, batch: int) -> Float[Tensor, "b 1 d"]:
         """Input of the first position, which begins a picture."""
         x = self.image_norm(self.image_emb.weight[self.config.bos_id] + self.image_pos.weight[0])
-        return drop(x.expand(batch, 1, -1), self.config.dropout, self.training)
+        return x.expand(batch, 1, -1)
 
     def embed_image(self, image_tokens: Int[Tensor, "b m"], start: int) -> Float[Tensor, "b m d"]:
         """Inputs of image tokens at raster positions ``start`` and on; each is read one position later."""
         positions = self.image_pos.weight.narrow(0, 1 + start, image_tokens.shape[1])
-        return drop(self.image_norm(self.image_emb(image_tokens) + positions), self.config.dropout, self.training)
+        return self.image_norm(self.image_emb(image_tokens) + positions)
 
     def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
         """Refuse ids outside the codebook or more of them than the grid holds.
@@ -200,11 +200,7 @@ class DALLEBart(nn.Module):
             raise ValueError(
                 f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
             )
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.codebook_size:
-            raise ValueError(
-                f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
-                f"the vae's codebook has ids 0 to {self.codebook_size - 1}"
-            )
+        check_ids(image_tokens, self.codebook_size)
 
     def hidden(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q d"]:
         """The decoder's outputs; the last image token, which predicts nothing, is not read."""
@@ -212,11 +208,11 @@ class DALLEBart(nn.Module):
         if len(text_tokens) != len(image_tokens):
             raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
         padded = self.pad_text(text_tokens)
-        keys = self.decoder.keys(self.encode_text(padded))
         x = self.embed_bos(len(padded))
         if read := min(image_tokens.shape[1], self.num_image_tokens - 1):
             x = torch.cat([x, self.embed_image(image_tokens[:, :read], 0)], dim=1)
-        return self.decoder(x, keys, self.visible(padded), self.views())
+        x = drop(x, self.config.dropout, self.training)
+        return self.decoder(x, self.encode_text(padded), self.visible(padded), self.views())
 
     def logits(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q k"]:
         """Scores of every image token given the caption and those before it.

@@ -35,6 +35,11 @@ class ImageTokenizer(nn.Module, ABC):
         """Tokens per picture, ``grid_size ** 2``."""
         return self.grid_size**2
 
+    @property
+    def can_encode(self) -> bool:
+        """Whether pictures can be turned into tokens; not where a file had a decoder alone."""
+        return True
+
     @abstractmethod
     def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
         """Tokens of pictures in [0, 1], raster order. Deterministic: no sampling, no dropout."""
@@ -69,11 +74,20 @@ class ImageTokenizer(nn.Module, ABC):
                 f"{image_tokens.shape[1]} image tokens given, the tokenizer's grid is "
                 f"{self.grid_size} x {self.grid_size} = {self.num_image_tokens}"
             )
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.codebook_size:
-            raise ValueError(
-                f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
-                f"the codebook has ids 0 to {self.codebook_size - 1}"
-            )
+        check_ids(image_tokens, self.codebook_size)
+
+
+def check_ids(image_tokens: Int[Tensor, "..."], codebook_size: int) -> None:
+    """Refuse ids that are none of the codebook's.
+
+    Raises:
+        ValueError: an id outside ``[0, codebook_size)``; names the numbers.
+    """
+    if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < codebook_size:
+        raise ValueError(
+            f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
+            f"the codebook has ids 0 to {codebook_size - 1}"
+        )
 
 
 def as_image_tokenizer(vae: nn.Module) -> ImageTokenizer:

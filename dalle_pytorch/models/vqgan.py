@@ -2,13 +2,12 @@
 
 Paper: Esser et al. 2021, https://arxiv.org/abs/2012.09841. One network for the tokenizers of taming-transformers
 (VQModel and GumbelVQ), of DALL·E mini and minDALL-E, and of LlamaGen (Sun et al. 2024, https://arxiv.org/abs/2406.06525);
-they differ in sizes, in how a code is chosen, in the range of pixels and in where attention stands. Layers are named as
-in taming-transformers.
+they differ in sizes, in how a code is chosen, in the range of pixels and in where attention stands. Sizes and
+layers are in vqgan_layers.py.
 
 Axes: b batch, c channels, H W pixels, h w token grid, n = h * w, i o layer channels, d embed_dim.
 """
 
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,88 +16,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer, check_ids
+from dalle_pytorch.models.vqgan_layers import Decoder, Encoder, VQGANConfig, in_fast_layout
 
-QUANTIZERS = ("vq", "gumbel")
-PIXEL_RANGES = ("minus_one_to_one", "zero_to_one")
-NORM_GROUPS = 32  # of every GroupNorm, in all of these models
 MAX_SCORES = 2**25  # of codes at a time: 128 MB, or 2048 tokens with the common 16384 codes
-
-
-@dataclass(kw_only=True)
-class VQGANConfig:
-    """Sizes of a VQGAN; the defaults are those of taming's f16 with 16384 codes."""
-
-    image_size: int = 256
-    """Side of the square picture in pixels; a multiple of 2 ** (levels - 1). The weights fit any."""
-    channels: int = 3
-    """Picture channels, in and out."""
-    ch: int = 128
-    """Channels of the finest level per unit of ``ch_mult``; a multiple of 32 with every entry of it."""
-    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    """Width of every level, finest first, in units of ``ch``; between two levels the resolution is halved."""
-    num_res_blocks: int = 2
-    """Residual blocks of a level of the encoder; the decoder has one more."""
-    attention_levels: list[int] = field(default_factory=lambda: [4])
-    """Levels with attention after every residual block, 0 = finest; the middle always has one."""
-    z_channels: int = 256
-    """Channels between encoder and codes, and between codes and decoder."""
-    embed_dim: int = 256
-    """Width of a code vector."""
-    codebook_size: int = 16384
-    """Number of codes."""
-    quantizer: str = "vq"
-    """"vq": the code next to the encoder's output; "gumbel": the largest of logits."""
-    normalize_codes: bool = False
-    """Compare and decode codes at length 1, as LlamaGen does; "vq" only."""
-    pixel_range: str = "minus_one_to_one"
-    """Pixels that the network was trained on: "minus_one_to_one", or "zero_to_one" (DALL·E mini)."""
-    norm_eps: float = 1e-6
-    """Added to the variance in every GroupNorm; min-dalle decodes with 1e-5."""
-    encoder: bool = True
-    """False: the decoder alone, as in min-dalle's files; ``encode`` is refused."""
-
-    def __post_init__(self) -> None:
-        """Validate; every message names the field and the values.
-
-        Raises:
-            ValueError: a field is out of range.
-        """
-        for name in ("image_size", "channels", "ch", "num_res_blocks", "z_channels", "embed_dim", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.ch_mult or min(self.ch_mult) < 1 or any(self.ch * mult % NORM_GROUPS for mult in self.ch_mult):
-            raise ValueError(
-                f"ch ({self.ch}) times every one of ch_mult ({self.ch_mult}) must be a multiple of {NORM_GROUPS}"
-            )
-        if self.encoder and self.ch % NORM_GROUPS:
-            raise ValueError(f"ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
-        if self.image_size % self.reduction:
-            raise ValueError(
-                f"image_size ({self.image_size}) must be a multiple of {self.reduction}: "
-                f"ch_mult ({self.ch_mult}) has {len(self.ch_mult) - 1} halvings"
-            )
-        if not set(self.attention_levels) <= set(range(len(self.ch_mult))):
-            raise ValueError(
-                f"attention_levels ({self.attention_levels}) must be levels of ch_mult, 0 to {len(self.ch_mult) - 1}"
-            )
-        for name, choices in (("quantizer", QUANTIZERS), ("pixel_range", PIXEL_RANGES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.normalize_codes and self.quantizer != "vq":
-            raise ValueError(f"normalize_codes needs quantizer 'vq', got {self.quantizer!r}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
-
-    @property
-    def reduction(self) -> int:
-        """Pixels per token, along a side."""
-        return 2 ** (len(self.ch_mult) - 1)
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of every level, finest first."""
-        return [self.ch * mult for mult in self.ch_mult]
+PIXELS = 2**18  # computed at a time, at least one picture: about 1 GB of features in fp32 with 128 channels
 
 
 class VQGAN(ImageTokenizer):
@@ -127,28 +49,38 @@ class VQGAN(ImageTokenizer):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
+    @property
+    def can_encode(self) -> bool:
+        """Whether it has an encoder."""
+        return self.encoder is not None
+
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
-        """Code of every position, from pictures in [0, 1]; without noise, for "gumbel" too.
+        """Code of every position, from pictures in [0, 1]; without noise, for "gumbel" too. Large batches in parts.
 
         Raises:
             ValueError: pictures of another shape, or the model has only a decoder.
         """
         if self.encoder is None or self.quant_conv is None:
-            raise ValueError("this VQGAN cannot encode pictures: its file has only a decoder, as min-dalle's has")
+            raise ValueError(
+                "this VQGAN cannot encode pictures: its file has only a decoder, as min-dalle's detoker.pt; import the "
+                "weights with a whole one (vqgan=)"
+            )
         self.check_images(images)
+        codes = []
         with torch.autocast(images.device.type, enabled=False):  # the same codes in training as when cached or sampled
-            pixels = images.to(self.codebook.weight.dtype)
-            if self.config.pixel_range == "minus_one_to_one":
-                pixels = 2 * pixels - 1
-            latents = self.quant_conv(self.encoder(in_fast_layout(pixels)))
-            codes = self.nearest(rearrange(latents, "b d h w -> (b h w) d"))
-        return codes.view(len(images), -1)
+            for part in images.split(self.together(self.image_size**2)):
+                pixels = part.to(self.codebook.weight.dtype)
+                if self.config.pixel_range == "minus_one_to_one":
+                    pixels = 2 * pixels - 1
+                latents = self.quant_conv(self.encoder(in_fast_layout(pixels)))
+                codes.append(self.nearest(rearrange(latents, "b d h w -> (b h w) d")).view(len(part), -1))
+        return torch.cat(codes)
 
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
-        """Pictures in [0, 1]."""
+        """Pictures in [0, 1]; large batches in parts."""
         self.check_tokens(image_tokens)
-        return self.decode_grid(rearrange(image_tokens, "b (h w) -> b h w", h=self.grid_size))
+        return self._decode(rearrange(image_tokens, "b (h w) -> b h w", h=self.grid_size))
 
     def decode_grid(self, image_tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b c H W"]:
         """Pictures in [0, 1] of any rectangle of tokens, which blend into each other; ``reduction`` pixels a token.
@@ -156,7 +88,19 @@ class VQGAN(ImageTokenizer):
         Raises:
             ValueError: an id outside the codebook; names the numbers.
         """
-        self.check_ids(image_tokens)
+        check_ids(image_tokens, self.codebook_size)
+        return self._decode(image_tokens)
+
+    def together(self, pixels: int) -> int:
+        """Pictures of so many pixels computed at a time."""
+        return max(1, PIXELS // pixels)
+
+    def _decode(self, image_tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b c H W"]:
+        _, rows, columns = image_tokens.shape
+        size = self.together(rows * columns * self.config.reduction**2)
+        return torch.cat([self._pixels(part) for part in image_tokens.split(size)])
+
+    def _pixels(self, image_tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b c H W"]:
         codes = self.codebook(image_tokens)
         if self.config.normalize_codes:
             codes = F.normalize(codes, dim=-1)
@@ -164,18 +108,6 @@ class VQGAN(ImageTokenizer):
         if self.config.pixel_range == "minus_one_to_one":
             pixels = (pixels + 1) / 2
         return pixels.clamp(0, 1)
-
-    def check_ids(self, image_tokens: Int[Tensor, "..."]) -> None:
-        """Refuse ids that are none of the codebook's.
-
-        Raises:
-            ValueError: an id outside ``[0, codebook_size)``; names the numbers.
-        """
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.codebook_size:
-            raise ValueError(
-                f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
-                f"the codebook has ids 0 to {self.codebook_size - 1}"
-            )
 
     def nearest(self, latents: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
         """Code of every latent: the nearest, or for "gumbel" that of the largest logit; in fp32."""
@@ -188,185 +120,3 @@ class VQGAN(ImageTokenizer):
             bias = weight.square().sum(dim=1) / -2  # |z - e|^2 is least where z e - |e|^2 / 2 is largest
         rows = max(1, MAX_SCORES // self.codebook_size)
         return torch.cat([F.linear(part, weight, bias).argmax(dim=1) for part in latents.float().split(rows)])
-
-
-class Encoder(nn.Module):
-    """Pixels to latents: levels that halve the resolution, and the middle."""
-
-    def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        widths = config.widths
-        self.conv_in = conv(config.channels, config.ch)
-        self.down = nn.ModuleList()
-        for level, (source, target) in enumerate(zip([config.ch, *widths], widths, strict=False)):
-            self.down.append(Down(config, level, source, target))
-        self.mid = Middle(widths[-1], config.norm_eps)
-        self.norm_out = norm(widths[-1], config.norm_eps)
-        self.conv_out = conv(widths[-1], config.z_channels)
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b z h w"]:
-        """Latents of pixels in the model's range."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
-
-
-class Decoder(nn.Module):
-    """Latents to pixels: the middle, and levels that double the resolution, the coarsest (the last) first."""
-
-    def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        widths = config.widths
-        self.conv_in = conv(config.z_channels, widths[-1])
-        self.mid = Middle(widths[-1], config.norm_eps)
-        self.up = nn.ModuleList()
-        for level, (target, source) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            self.up.append(Up(config, level, source, target))
-        self.norm_out = norm(widths[0], config.norm_eps)
-        self.conv_out = conv(widths[0], config.channels)
-
-    def forward(self, x: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c H W"]:
-        """Pixels in the model's range, which they may leave a little."""
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(norm_silu(self.norm_out, x))
-
-
-class Level(nn.Module):
-    """Residual blocks of one resolution, with attention after each where the level has it."""
-
-    def __init__(self, config: VQGANConfig, level: int, source: int, target: int, num_blocks: int) -> None:
-        super().__init__()
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
-        for index in range(num_blocks):
-            self.block.append(ResBlock(target if index else source, target, config.norm_eps))
-            if level in config.attention_levels:
-                self.attn.append(Attention(target, config.norm_eps))
-
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        """The same resolution in and out."""
-        for index, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[index](x)
-        return x
-
-
-class Down(Level):
-    """A level of the encoder; all but the coarsest halve the resolution at their end."""
-
-    def __init__(self, config: VQGANConfig, level: int, source: int, target: int) -> None:
-        super().__init__(config, level, source, target, config.num_res_blocks)
-        coarsest = level == len(config.ch_mult) - 1
-        self.downsample = nn.Identity() if coarsest else Downsample(target)
-
-    def forward(self, x: Float[Tensor, "b i H W"]) -> Float[Tensor, "b o h w"]:
-        """Half the resolution, but for the coarsest level."""
-        return self.downsample(super().forward(x))
-
-
-class Up(Level):
-    """A level of the decoder; all but the finest double the resolution at their end."""
-
-    def __init__(self, config: VQGANConfig, level: int, source: int, target: int) -> None:
-        super().__init__(config, level, source, target, config.num_res_blocks + 1)
-        self.upsample = Upsample(target) if level else nn.Identity()
-
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o H W"]:
-        """Twice the resolution, but for the finest level."""
-        return self.upsample(super().forward(x))
-
-
-class Middle(nn.Module):
-    """Block, attention, block at the coarsest resolution."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(width, width, eps)
-        self.attn_1 = Attention(width, eps)
-        self.block_2 = ResBlock(width, width, eps)
-
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
-        """Same shape in and out."""
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class ResBlock(nn.Module):
-    """Two normed convolutions added to the input; a 1 x 1 one fits the input to another width."""
-
-    def __init__(self, source: int, target: int, eps: float) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = norm(source, eps), conv(source, target)
-        self.norm2, self.conv2 = norm(target, eps), conv(target, target)
-        self.nin_shortcut = nn.Identity() if source == target else nn.Conv2d(source, target, 1)
-
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        """Same resolution in and out."""
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = self.conv2(norm_silu(self.norm2, h))
-        return h.add_(self.nin_shortcut(x))
-
-
-class Attention(nn.Module):
-    """One head over all positions, added to the input."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.norm = norm(width, eps)
-        self.q, self.k, self.v = (nn.Conv2d(width, width, 1) for _ in range(3))
-        self.proj_out = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
-        """Same shape in and out."""
-        h = self.norm(x)
-        q, k, v = (rearrange(layer(h), "b i h w -> b 1 (h w) i") for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_out(rearrange(h, "b 1 (h w) i -> b i h w", h=x.shape[2])).add_(x)
-
-
-class Downsample(nn.Module):
-    """Half the resolution by a strided convolution, with a zero row and column at the far sides only."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Float[Tensor, "b i H W"]) -> Float[Tensor, "b i h w"]:
-        """Half the sides."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the resolution: every position four times, then a convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = conv(width, width)
-
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i H W"]:
-        """Twice the sides."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def conv(source: int, target: int) -> nn.Conv2d:
-    """A 3 x 3 convolution that keeps the resolution."""
-    return nn.Conv2d(source, target, 3, padding=1)
-
-
-def norm(width: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm over 32 groups."""
-    return nn.GroupNorm(NORM_GROUPS, width, eps=eps)
-
-
-def norm_silu(layer: nn.GroupNorm, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
-    """GroupNorm, then SiLU; in the norm's own memory where no gradient needs it."""
-    h = layer(x)
-    return F.silu(h, inplace=not h.requires_grad)
-
-
-def in_fast_layout(x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
-    """Channels last on a CPU, where all layers here work in it; elsewhere GroupNorm would undo it at every step."""
-    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)

@@ -10,10 +10,11 @@ from torch import nn
 from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.generation.engine import AnyDALLE
-from dalle_pytorch.header import KINDS, Header
+from dalle_pytorch.header import KINDS, Header, describe_tokenizer
 from dalle_pytorch.loading import read_header
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.text import TextTokenizer
 from dalle_pytorch.training.text import make_tokenizer
 
@@ -41,8 +42,8 @@ def asked_for(overrides: Sequence[str]) -> set[str]:
     return names
 
 
-def check_network(network: str, overrides: Sequence[str]) -> None:
-    """Refuse an unknown network, and settings of the one that is not trained.
+def check_network(network: str, overrides: Sequence[str], *, plan: bool) -> None:
+    """Refuse an unknown network, settings of the one that is not trained, and, but for a plan, of the tokenizers.
 
     Raises:
         ConfigError: names the setting.
@@ -54,6 +55,25 @@ def check_network(network: str, overrides: Sequence[str]) -> None:
     for item in overrides:
         if match := re.match(rf"[+~]*({other}\.\w+)", item):
             raise ConfigError(f"{match[1]} is no setting of this network, whose settings are {own}.*")
+        if not plan and (match := re.match(rf"[+~]*({own}\.({'|'.join(FILLED)}))\b", item)):
+            raise ConfigError(f"{match[1]} comes from the tokenizers (vae= and text.*, or init=): leave it out")
+
+
+def check_can_encode(vae: ImageTokenizer, data: TextImageDataModule, origin: str) -> None:
+    """Refuse to train on pictures that the image tokenizer cannot turn into tokens.
+
+    Raises:
+        ConfigError: it has no encoder, and the data are no token shards of it; names the mend.
+    """
+    if getattr(vae, "can_encode", True) or data.tokenizer == describe_tokenizer(vae):
+        return
+    what = "pictures" if data.tokenizer is None else "tokens of another image tokenizer"
+    raise ConfigError(
+        f"{origin} has an image tokenizer without encoder, as min-dalle's detoker.pt is, and the data are {what}: "
+        "import the weights with the whole VQGAN (dalle-mini/vqgan_imagenet_f16_16384), python -m "
+        "dalle_pytorch.importers min_dalle PATH vqgan=FOLDER --out FILE, and train with init=FILE; token shards must "
+        "be of that VQGAN, too"
+    )
 
 
 def take_sizes(config: "TrainDALLEConfig", asked: Collection[str]) -> Header:

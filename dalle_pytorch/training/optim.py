@@ -10,8 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dalle_pytorch.models.bart import Decoder, Encoder
-from dalle_pytorch.models.transformer import Transformer
+from dalle_pytorch.models.blocks import STACKS
 from dalle_pytorch.training.schedules import LR_SCHEDULES, lr_factor
 
 KINDS = ("adamw", "muon", "adamw8bit")
@@ -87,9 +86,7 @@ def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
 def inner_matrices(net: nn.Module) -> list[nn.Parameter]:
     """Trainable matrices inside the net's transformers, each once; no embedding, nothing shared with one, no head."""
     embeddings = _embeddings(net)
-    transformers = nn.ModuleList(
-        module for module in net.modules() if isinstance(module, Transformer | Encoder | Decoder)
-    )
+    transformers = nn.ModuleList(module for module in net.modules() if isinstance(module, STACKS))
     return [p for p in transformers.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in embeddings]
 
 

@@ -22,8 +22,7 @@ from dalle_pytorch import checkpoint
 from dalle_pytorch.checkpoint import Header, atomic
 from dalle_pytorch.config import build
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
-from dalle_pytorch.models.bart import Block as BartBlock
-from dalle_pytorch.models.transformer import Block
+from dalle_pytorch.models.blocks import BLOCKS
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
 from dalle_pytorch.training.launch import LauncherConfig
@@ -202,7 +201,7 @@ class Run:
             pictures = len(data.train_set)
             log.info("%s: %.2f M parameters, %d training pictures, %s", self.kind, count, pictures, self.out)
         if config.compile:
-            for block in (part for part in lit.net.modules() if isinstance(part, Block | BartBlock)):
+            for block in (part for part in lit.net.modules() if isinstance(part, BLOCKS)):
                 block.compile()
         try:
             trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)

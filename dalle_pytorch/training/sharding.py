@@ -8,8 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from dalle_pytorch.models.bart import Block as BartBlock
-from dalle_pytorch.models.transformer import Block
+from dalle_pytorch.models.blocks import BLOCKS
 
 ENTRANCES = ("loss", "encode", "decode", "encode_text", "encode_image")
 """Methods by which a training calls its network, in place of ``forward``."""
@@ -31,7 +30,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, *, half: bool) -> None:
     whole = {p for p in net.parameters() if not p.requires_grad or p.ndim == 0}
     settings: dict[str, Any] = {"mesh": data, "mp_policy": policy, "ignored_params": whole}
     for part in net.modules():
-        if isinstance(part, Block | BartBlock):
+        if isinstance(part, BLOCKS):
             fully_shard(part, **settings)
     fully_shard(net, **settings)
     for name in ENTRANCES:

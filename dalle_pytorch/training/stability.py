@@ -10,8 +10,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dalle_pytorch.models.bart import Block as BartBlock
-from dalle_pytorch.models.transformer import Block
+from dalle_pytorch.models.blocks import BLOCKS
+from dalle_pytorch.models.dalle_bart import DALLEBart
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,10 @@ class SkippedSteps:
         names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if self.in_a_row >= MOST_SKIPPED:
+            mends = "" if isinstance(net, DALLEBart) else ", model.qk_norm=true or model.z_loss=1e-4"
             raise FloatingPointError(
                 f"{self.in_a_row} steps in a row up to step {step} had gradients that are not finite, in {where}: "
-                "lower optim.lr, or set trainer.precision=bf16-mixed, model.qk_norm=true or model.z_loss=1e-4"
+                f"lower optim.lr, or set trainer.precision=bf16-mixed{mends}"
             )
         log.warning("step %d left out: gradients are not finite in %s (%d steps so far)", step, where, self.total)
 
@@ -84,7 +85,7 @@ class ActivationScales(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the blocks."""
-        blocks = [(name, part) for name, part in pl_module.named_modules() if isinstance(part, Block | BartBlock)]
+        blocks = [(name, part) for name, part in pl_module.named_modules() if isinstance(part, BLOCKS)]
         for number, (_, block) in enumerate(blocks):
             self.hooks.append(block.register_forward_hook(self._note(f"scale/block_{number:02d}")))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.generation.linear import CastLinear, Int8Linear, prepare
+from dalle_pytorch.generation.linear import CastLinear, Int8Linear, keep_stored, keys_dtype, prepare
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 
@@ -57,7 +57,7 @@ def test_shared_layers_stay_shared_and_the_model_untouched(make_dalle):
 
 @pytest.mark.parametrize(
     ("precision", "error"),
-    [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01), ("int8", 0.1), ("stored", 1e-5)],
+    [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.01), ("int8", 0.1)],
 )
 def test_logits_of_each_precision_are_near(make_dalle, precision, error):
     dalle = make_dalle(dim=64)
@@ -66,6 +66,33 @@ def test_logits_of_each_precision_are_near(make_dalle, precision, error):
     assert (logits - expected).norm() / expected.norm() < error
 
 
-def test_unknown_precision_is_named(make_dalle):
-    with pytest.raises(ValueError, match=r"fp32, bf16, fp16, int8, got 'fp64'"):
-        Decoder(make_dalle(), precision="fp64")
+def test_stored_weights_keep_their_type_and_give_the_same(make_dalle):
+    dalle, x = make_dalle(dim=64), torch.randn(2, 20, 64)
+    kept = keep_stored(dalle.transformer)
+    torch.testing.assert_close(kept(x, dalle.views()), dalle.transformer(x, dalle.views()))
+    assert not kept.training
+    half = keep_stored(nn.Linear(3, 5).to(torch.bfloat16))
+    assert half.weight.dtype == torch.bfloat16
+    assert half(torch.ones(2, 3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp64", "stored"])
+def test_unknown_precision_is_named(make_dalle, precision):
+    with pytest.raises(ValueError, match=rf"fp32, bf16, fp16, int8, got '{precision}'"):
+        Decoder(make_dalle(), precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_cpu", "else_"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("fp16", torch.float32, torch.float16),
+        ("int8", torch.float32, torch.bfloat16),
+    ],
+)
+def test_keys_have_16_bits_where_that_is_faster(make_dalle, precision, on_cpu, else_):
+    assert keys_dtype(precision, torch.device("cpu"), False) == on_cpu
+    assert keys_dtype(precision, torch.device("cpu"), True) == else_
+    assert keys_dtype(precision, torch.device("cuda"), False) == else_
+    assert Decoder(make_dalle(), precision=precision, compiled=True).cache_dtype == else_

@@ -78,3 +78,20 @@ def min_dalle_folder(min_dalle_fixture, seeded, tmp_path_factory) -> Path:
     (root / "vqgan").mkdir()
     torch.save(state, root / "vqgan" / "detoker.pt")
     return root
+
+
+@pytest.fixture(scope="session")
+def min_dalle_files(min_dalle_folder):
+    """Write the small files of the hub's kuprel/min-dalle; the names of mini's end in _mini."""
+
+    def write(folder: Path, *, weights=False) -> Path:
+        folder.mkdir(exist_ok=True)
+        source = min_dalle_folder / "dalle_bart_mini"
+        names = {"vocab.json", "merges.txt", *(("encoder.pt", "decoder.pt") if weights else ())}
+        for name in names:
+            (folder / name).write_bytes((source / name).read_bytes())
+            (folder / name.replace(".", "_mini.")).write_bytes((source / name).read_bytes())
+        (folder / "detoker.pt").write_bytes((min_dalle_folder / "vqgan/detoker.pt").read_bytes())
+        return folder
+
+    return write

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dalle_pytorch.checkpoint import build, load_state
-from dalle_pytorch.importers import dalle_mini, flax, min_dalle
+from dalle_pytorch.importers import dalle_mini, flax, hub, min_dalle
+from dalle_pytorch.importers.sources import convert
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
@@ -288,6 +289,14 @@ def test_any_file_of_the_vqgan_will_do(write, tmp_path, vqgan):
     (path / "elsewhere/config.json").write_text('{"double_z": true}')
     with pytest.raises(ValueError, match=r"config\.json: double_z is True; only False can be imported"):
         dalle_mini.convert(path, vqgan=path / "elsewhere")
+
+
+def test_the_vqgan_may_be_on_the_hub(write, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or tmp_path / "vqgan")
+    header, _ = convert(write(), "dalle_mini", vqgan="dalle-mini/vqgan_imagenet_f16_16384")
+    assert asked == ["dalle-mini/vqgan_imagenet_f16_16384"]
+    assert header["vae"]["config"]["pixel_range"] == "zero_to_one"
 
 
 def test_config_without_optional_fields_has_dalle_minis_defaults(write, bart):

@@ -12,6 +12,7 @@ from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.header import build, make_header
 from dalle_pytorch.importers import mindalle
+from dalle_pytorch.importers.reader import read, state_dict
 from dalle_pytorch.models.vqgan import VQGANConfig
 
 STAGE1, STAGE2 = mindalle.STAGES
@@ -76,7 +77,7 @@ def test_logits_tokens_and_pixels_are_its(folder, reference):
     torch.testing.assert_close(dalle.vae.decode(tokens), tensors["decoded"], atol=1e-5, rtol=0)
     text = padded(tensors["text"].long(), metadata["text"]["unk_first"], 1)
     logits = dalle.logits(text, tokens)
-    torch.testing.assert_close(logits.image, tensors["logits.image"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits.image, tensors["logits.image"], atol=1e-5, rtol=0)
     drawn = generate_image_tokens(dalle, text, torch.rand(2, 64), SamplingConfig(temperature=0.0))
     assert torch.equal(drawn, tensors["greedy"].long())
     fused = Decoder(dalle, compiled=True)
@@ -95,16 +96,16 @@ def test_text_probabilities_are_its(folder, reference, vocabulary, shift):
     ours = dalle.logits(padded(text, ids, shift), tensors["tokens"].long()).text.log_softmax(-1)
     theirs = theirs_for(folder(vocabulary), text).log_softmax(-1)
     words = [i for i in range(24) if i != pad]
-    torch.testing.assert_close(ours[:, :, [i + shift for i in words]], theirs[:, :, words], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours[:, :, [i + shift for i in words]], theirs[:, :, words], atol=1e-5, rtol=0)
     pads = ours[:, :, -6:].logsumexp(-1)
-    torch.testing.assert_close(pads, theirs[:, :, pad], atol=1e-4, rtol=0)
+    torch.testing.assert_close(pads, theirs[:, :, pad], atol=1e-5, rtol=0)
     assert ours[:, :, pad + shift].exp().max() == 0
     assert shift == 0 or ours[:, :, 0].exp().max() == 0
 
 
 def theirs_for(path, text):
     """Its text logits, by our model without pads: every one of its ids stands for itself."""
-    weights = mindalle.state_dict(mindalle.read(path / STAGE2)["state_dict"])
+    weights = state_dict(read(path / STAGE2)["state_dict"])
     config, state = mindalle.dalle_from_state(weights, heads=4, shift=1, pad=1)
     state["text_head.bias"] = torch.zeros_like(state["text_head.bias"])
     vae = VQGANConfig(image_size=16, ch=32, ch_mult=[1, 2], num_res_blocks=1, z_channels=8, embed_dim=6,
@@ -119,7 +120,7 @@ def test_its_recorded_text_logits(folder, reference):
     """What the test above takes for the reference is what the reference gave."""
     tensors, _ = reference
     theirs = theirs_for(folder(), tensors["text"].long())
-    torch.testing.assert_close(theirs, tensors["logits.text"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(theirs, tensors["logits.text"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("vocabulary", "shift"), [("unk_first", 1), ("pad_first", 0), ("letter_first", 1)])

@@ -296,3 +296,16 @@ def test_reversible_means_what_it_did_in_dalle_pytorch(tiny_vae):
     config = DALLE(dim=32, depth=1, heads=2, dim_head=16, num_text_tokens=9, vae=tiny_vae, reversible=True).config
     assert config.reversible
     assert config.checkpoint_activations
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rotate_values": True, "positions": "learned"}, "rotate_values needs positions that rotate.*'learned'"),
+        ({"rotate_values": True, "positions": "flat"}, "rotate_values needs positions that rotate.*'flat'"),
+        ({"bos": False, "text_len": 1}, r"text_len must be at least 2, got 1"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DALLEConfig(**settings)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dalle_pytorch.models import image_tokenizer
 from dalle_pytorch.models import vqgan as module
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
+from dalle_pytorch.models.vqgan_layers import QUANTIZERS
 
 
 def make(**settings) -> VQGAN:
@@ -24,7 +26,7 @@ def as_picture(pixels):
     return ((pixels + 1) / 2).clamp(0, 1)
 
 
-@pytest.mark.parametrize("quantizer", module.QUANTIZERS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(
     ("image_size", "ch_mult", "levels", "channels"),
     [
@@ -48,6 +50,28 @@ def test_any_size_that_the_halvings_divide(quantizer, image_size, ch_mult, level
     assert decoded.shape == images.shape
     assert decoded.dtype == torch.float32
     assert 0 <= decoded.min() < decoded.max() <= 1
+
+
+def test_large_batches_are_worked_through_in_parts(monkeypatch):
+    """As many pictures at a time as there is room for, one at least; grids too; ids are looked at once."""
+    vqgan, images, tokens = make(), torch.rand(5, 3, 16, 16), torch.randint(8, (5, 64))
+    grids, seen, checks = tokens.view(5, 8, 8), [], []
+    expected = vqgan.encode(images), vqgan.decode(tokens), vqgan.decode_grid(grids)
+    vqgan.encoder.register_forward_hook(lambda net, inputs, out: seen.append(len(inputs[0])))
+    vqgan.decoder.register_forward_hook(lambda net, inputs, out: seen.append(len(inputs[0])))
+    for pixels, parts in ((2 * 16**2, [2, 2, 1]), (100, [1] * 5)):
+        monkeypatch.setattr(module, "PIXELS", pixels)
+        for got, want in zip(
+            (vqgan.encode(images), vqgan.decode(tokens), vqgan.decode_grid(grids)), expected, strict=True
+        ):
+            torch.testing.assert_close(got, want)
+            assert seen[: len(parts)] == parts
+            del seen[: len(parts)]
+    check = image_tokenizer.check_ids
+    for place in (module, image_tokenizer):
+        monkeypatch.setattr(place, "check_ids", lambda *ids: checks.append(ids) or check(*ids))
+    vqgan.decode(tokens)
+    assert len(checks) == 1
 
 
 def test_codes_do_not_depend_on_the_batch():

@@ -1,6 +1,5 @@
 """A few pictures of 16 x 16 as shards, and commands run in this process."""
 
-import logging
 import sys
 from io import BytesIO
 
@@ -57,13 +56,10 @@ def run_command(monkeypatch, capsys):
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
-        handlers = logging.getLogger().handlers[:]
         try:
             main()
         except SystemExit as stop:
             return stop.code, capsys.readouterr().err
-        finally:
-            logging.getLogger().handlers = handlers  # Hydra's write to a stream that pytest closes
         return capsys.readouterr().out.strip().splitlines()[-1]
 
     return run

@@ -8,7 +8,8 @@ import torch
 import dalle_pytorch
 from dalle_pytorch.commands import train_dalle
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
-from dalle_pytorch.text import BartTokenizer
+from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
+from dalle_pytorch.text import BartTokenizer, BPETokenizer
 
 COMMON = [
     "trainer=cpu",
@@ -67,9 +68,49 @@ def test_it_trains_on_and_resumes(shards, mini, tmp_path, run_command):
     assert not torch.equal(again.image_head.weight, first.image_head.weight)
 
 
+def test_a_resumed_run_is_the_uninterrupted_one(shards, mini, tmp_path, run_command):
+    """Weight for weight, with dropout, dropped captions and averaged weights."""
+    more = [
+        f"data.path={shards}", f"init={mini}", "bart.dropout=0.1", "bart.caption_dropout=0.3", "optim.warmup_steps=0",
+        "optim.schedule=constant", "trainer.limit_val_batches=0", "callbacks.ema_decay=0.9", "resume=true",
+    ]  # fmt: skip
+    run = lambda out, steps: run_command(  # noqa: E731
+        train_dalle.main, *COMMON, *more, f"out={tmp_path / out}", f"trainer.max_steps={steps}"
+    )
+    whole = dalle_pytorch.load(run("whole", 5)).state_dict()
+    half = dalle_pytorch.load(run("parts", 2)).state_dict()
+    assert any(not torch.equal(half[name], tensor) for name, tensor in whole.items())
+    resumed = dalle_pytorch.load(run("parts", 5)).state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_pictures_need_an_image_tokenizer_with_encoder(shards, tmp_path, run_command):
+    """Weights as min-dalle's, whose VQGAN is a decoder."""
+    sizes = {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "attention_levels": [], "z_channels": 8}
+    vae = VQGAN(VQGANConfig(image_size=16, codebook_size=32, embed_dim=4, encoder=False, **sizes))
+    config = DALLEBartConfig(
+        dim=32, encoder_layers=1, decoder_layers=1, heads=2, ffn_dim=40, text_vocab_size=300, text_positions=40,
+        image_vocab_size=32, bos_id=32, grid_size=4, text_pad=298, text_eos=299,
+    )  # fmt: skip
+    net = DALLEBart(config, vae)
+    net.text_tokenizer = BPETokenizer.train(["a red square"], 262)
+    dalle_pytorch.save(net, tmp_path / "mini.safetensors")
+    arguments = [f"data.path={shards}", f"out={tmp_path / 'run'}", f"init={tmp_path / 'mini.safetensors'}"]
+    code, error = run_command(train_dalle.main, *COMMON, *arguments)
+    assert code == 2
+    assert re.search(
+        r"mini\.safetensors has an image tokenizer without encoder.*data are pictures.*vqgan=FOLDER", error
+    )
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["bart.bos_id=3"], r"bart\.bos_id comes from the tokenizers"),
+        (["bart.grid_size=4"], r"bart\.grid_size comes from the tokenizers"),
+        (["bart.image_vocab_size=17000"], r"bart\.image_vocab_size comes from the tokenizers"),
         (["model=dalle_mini", "bart.dim=64"], r"bart\.\w+=\d+, bart\.\w+=\d+ contradicts"),
         (["model.dim=64"], r"model\.dim is no setting of this network, whose settings are bart\.\*"),
         (["text.tokenizer=clip"], "brings its text tokenizer"),
@@ -81,6 +122,18 @@ def test_what_contradicts_the_weights_is_refused(shards, mini, tmp_path, run_com
     )
     assert code == 2
     assert re.search(message, error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [(SMALL, "bart.bos_id=3"), (SMALL, "bart.text_vocab_size=300"), (["model=tiny"], "model.text_vocab_size=300")],
+)
+def test_what_the_tokenizers_say_cannot_be_set(shards, vae_file, tmp_path, run_command, model, setting):
+    more = [f"data.path={shards}", f"out={tmp_path / 'run'}", f"vae={vae_file}", setting]
+    code, error = run_command(train_dalle.main, *COMMON, *model, *more)
+    assert code == 2
+    assert f"{setting.partition('=')[0]} comes from the tokenizers" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -96,6 +96,21 @@ def test_sharded_weights_take_the_same_steps_resume_and_become_one_file(odd_shar
     assert json.loads((tmp_path / "drawn/ranking.json").read_text())
 
 
+def test_a_sharded_dalle_mini_takes_the_same_steps(odd_shards, vae_file, tmp_path):
+    """With the keys of the caption recomputed in the backward pass as well."""
+    mini = [
+        "model=dalle_mini", "bart.dim=32", "bart.encoder_layers=1", "bart.decoder_layers=2", "bart.heads=2",
+        "bart.ffn_dim=40", "bart.text_positions=30", "bart.caption_dropout=0", "text.vocab_size=262", f"vae={vae_file}",
+        "bart.checkpoint_activations=true",
+    ]  # fmt: skip
+    for name, more in (("one", ["trainer=cpu"]), ("two", ["trainer=fsdp", *TWO])):
+        arguments = [item for item in settings(odd_shards, tmp_path / name, *mini, *more) if item != "model=tiny"]
+        train("train_dalle", *arguments, "trainer.max_steps=4")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    a, b = (dalle_pytorch.load(tmp_path / name / "dalle.safetensors").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
 def test_compressed_gradients_stay_near(odd_shards, dalle, one, tmp_path):
     """Of rank 8 where the widest matrices have 32: another path, not another training."""
     power = ["trainer=powersgd", "trainer.strategy.rank=8", "trainer.strategy.start_step=2"]

@@ -11,6 +11,7 @@ from torch import nn
 
 import dalle_pytorch
 from dalle_pytorch.commands import train_dalle
+from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.training.stability import MOST_SKIPPED, SkippedSteps, clip_gradients
 
 
@@ -34,7 +35,18 @@ def test_skipped_steps_are_named_and_too_many_in_a_row_are_fatal(caplog):
     for step in range(MOST_SKIPPED - 1):
         skipped.note(False, net, step)
     assert skipped.total == MOST_SKIPPED
-    with pytest.raises(FloatingPointError, match=r"20 steps in a row.*weight.*lower optim\.lr"):
+    with pytest.raises(FloatingPointError, match=r"20 steps in a row.*weight.*lower optim\.lr.*model\.qk_norm=true"):
+        skipped.note(False, net, 99)
+
+
+def test_the_advice_fits_the_network(tiny_vae):
+    config = DALLEBartConfig(
+        dim=8, encoder_layers=1, decoder_layers=1, heads=1, ffn_dim=8, grid_size=4, text_vocab_size=9, text_positions=4
+    )
+    net, skipped = DALLEBart(config, tiny_vae), SkippedSteps()
+    for step in range(MOST_SKIPPED - 1):
+        skipped.note(False, net, step)
+    with pytest.raises(FloatingPointError, match=r"lower optim\.lr, or set trainer\.precision=bf16-mixed$"):
         skipped.note(False, net, 99)
 
 

@@ -321,7 +321,7 @@ def archive(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def compare(clip: Any, recorded: tuple[dict[str, Tensor], dict[str, str]], name: str, tolerance: float = 1e-5) -> None:
+def compare(clip: Any, recorded: tuple[dict[str, Tensor], dict[str, str]], name: str, tolerance: float = 1e-6) -> None:
     """Assert that an imported ranker frames texts and gives features as the package did."""
     tensors, notes = recorded
     tokens = tensors[f"{name}.tokens"]

@@ -1,0 +1,133 @@
+"""A DALLEBart token by token gives what one pass over all of them gives."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dalle_pytorch import Generator, SamplingConfig, caption_picture, image_log_likelihood, save
+from dalle_pytorch.evaluation.baselines import image_loss
+from dalle_pytorch.evaluation.exact_match import greedy_matches
+from dalle_pytorch.generation.bart import BartDecoder
+from dalle_pytorch.generation.captions import draw_texts
+from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.text import BPETokenizer
+
+TEXT = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("given", [0, 1, 6, 15])
+def test_cached_equals_uncached(make_bart, compiled, candidates, given):
+    """Two prompts, with and without first tokens. The program is run as it is written, not compiled."""
+    bart = make_bart()
+    decoder = BartDecoder(bart, compiled=compiled)
+    if decoder.fused is not None:
+        decoder.fused.compiled = decoder.fused.program
+    tokens, start = torch.randint(12, (2 * candidates, 16)), torch.randint(12, (2, given))
+    tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
+    expected = bart.logits(TEXT.repeat_interleave(candidates, dim=0), tokens)[:, given:]
+    state, logits = decoder.start(TEXT, candidates, start)
+    steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+PROGRAM = """
+import json, sys, torch
+from dalle_pytorch import load
+from dalle_pytorch.generation.bart import BartDecoder
+
+text, tokens = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]]), torch.arange(96).reshape(6, 16) * 5 % 12
+rows = {}
+for compiled in (False, True):
+    decoder = BartDecoder(load(sys.argv[1]), precision="int8", compiled=compiled)
+    state, logits = decoder.start(text, 3)
+    rows[compiled] = torch.stack([logits, *(decoder.step(state, tokens[:, i]) for i in range(15))])
+error = ((rows[True] - rows[False]).norm() / rows[False].norm()).item()
+print(json.dumps([error, torch._dynamo.utils.counters["stats"]["unique_graphs"]]))
+"""
+
+
+def test_compiled_once_it_serves_every_position(make_bart, tmp_path):
+    """In a process of its own, since the shape checks of these tests cannot be compiled. Keys are bf16 in it."""
+    save(make_bart(), tmp_path / "mini.safetensors")
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "mini.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    error, programs = json.loads(done.stdout.splitlines()[-1])
+    assert error < 0.03
+    assert programs == 1
+
+
+@pytest.fixture
+def prompted(make_bart):
+    """One that reads prompts."""
+    tokenizer = BPETokenizer.train(["a red apple", "a blue car"], 300)
+    ids = tokenizer.vocab_size
+    bart = make_bart(
+        text_vocab_size=ids + 2, text_pad=ids, text_eos=ids + 1, text_positions=14, caption_dropout=0.1, dropout=0.3
+    )
+    bart.text_tokenizer = tokenizer
+    return bart
+
+
+GUIDED = SamplingConfig(temperature=0.8, top_k=5, cfg_scale=2.0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_candidate_does_not_depend_on_the_others(prompted, precision):
+    """Whatever is drawn beside it, with guidance away from a prompt."""
+    drawn = [
+        Generator(prompted, batch_size=size, precision=precision).candidates(
+            "a red apple", [4, 2, 0], seed=3, sampling=GUIDED, negative_prompt="a car"
+        )
+        for size in (1, 2, 3)
+    ]
+    assert torch.equal(drawn[0].image_tokens, drawn[1].image_tokens)
+    assert torch.equal(drawn[0].image_tokens, drawn[2].image_tokens)
+    assert len(drawn[0].image_tokens.unique(dim=0)) == 3
+
+
+def test_guided_tokens_are_those_of_uncached_scores(prompted):
+    """Greedy, so that the tokens follow from the scores alone."""
+    sampling = SamplingConfig(temperature=0.0, cfg_scale=3.0)
+    (tokens,) = (
+        Generator(prompted).candidates("a red apple", [0], sampling=sampling, negative_prompt="a car").image_tokens
+    )
+    text, null = (prompted.text_tokenizer.tokenize(part, 12) for part in ("a red apple", "a car"))
+    cond, uncond = (prompted.logits(part, tokens[None]) for part in (text, null))
+    assert torch.equal((uncond + 3 * (cond - uncond)).argmax(-1)[0], tokens)
+    assert not torch.equal(cond.argmax(-1)[0], tokens)
+
+
+def test_dropout_is_off_while_drawing(prompted):
+    """A model in training draws what it would in evaluation, and stays in training."""
+    text, uniforms = prompted.text_tokenizer.tokenize(["a red apple"], 12), torch.rand(2, 16)
+    given = torch.randint(12, (1, 3))
+    expected = generate_image_tokens(prompted, text, uniforms, GUIDED, given_tokens=given)
+    prompted.train()
+    assert torch.equal(generate_image_tokens(prompted, text, uniforms, GUIDED, given_tokens=given), expected)
+    assert prompted.training
+    assert all(module.training for module in prompted.encoder.modules())
+    assert not prompted.vae.training
+
+
+def test_likelihoods_and_exact_matches(make_bart):
+    bart = make_bart()
+    image = torch.randint(12, (2, 16))
+    log_probs = bart.logits(TEXT, image).log_softmax(-1)
+    expected = log_probs.gather(2, image[..., None]).sum(dim=(1, 2))
+    torch.testing.assert_close(image_log_likelihood(bart, TEXT, image), expected)
+    greedy = generate_image_tokens(bart, TEXT, torch.zeros(2, 16), SamplingConfig(temperature=0.0))
+    greedy[1, 5] = (greedy[1, 5] + 1) % 12
+    assert (~greedy_matches(bart, TEXT, greedy)).nonzero().tolist() == [[1, 5]]
+    assert image_loss(bart, TEXT, image) == pytest.approx(bart.loss(TEXT, image).image.item())
+
+
+def test_it_writes_no_captions(prompted):
+    with pytest.raises(ValueError, match="no head to write them"):
+        draw_texts(prompted, torch.zeros(1, 0, dtype=torch.long), torch.rand(1, 12), SamplingConfig())
+    with pytest.raises(ValueError, match="no head to write them"):
+        caption_picture(prompted, torch.rand(3, 16, 16))
