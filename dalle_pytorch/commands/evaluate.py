@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dalle_pytorch import checkpoint, loading
 from dalle_pytorch.commands.baselines import distinct_pairs
-from dalle_pytorch.commands.generate import new_folder
+from dalle_pytorch.commands.results import new_folder
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, open_split
 from dalle_pytorch.data.samples import Pictures
