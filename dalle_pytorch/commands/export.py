@@ -107,15 +107,16 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     Raises:
         ValueError: the hub refuses or cannot be reached; says why.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from dalle_pytorch.importers.hub import NetworkError
 
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, NetworkError, OSError) as error:
         raise ValueError(
             f"push={repo} failed ({first_line(error)}); {folder} is complete: set HF_TOKEN to a token that may write, "
             f"and then: hf upload {repo} {folder}"

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import httpx  # comes with huggingface_hub
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -24,6 +23,9 @@ from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.importers.errors import first_line
 
 log = logging.getLogger(__name__)
+
+NetworkError = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+"""Of the HTTP library that huggingface_hub is built on: httpx before its version 2, then httpx2."""
 
 CACHE = Path("~/.cache/dalle_pytorch").expanduser()
 """Where files come to lie that are not on the hub."""
@@ -153,7 +155,7 @@ def _snapshot(repo: str, revision: str | None, files: list[str] | None) -> Path:
         raise ValueError(
             f"no file or folder {at} here, and {repo} is not on the hub, or private: set HF_TOKEN to read a private one"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, NetworkError, OSError) as error:
         raise ValueError(
             f"no file or folder {at} here, and {repo} is not in the cache, and the hub cannot be reached "
             f"({first_line(error)}); try again, or download it where there is a network, and give the folder in place "
