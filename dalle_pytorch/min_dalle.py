@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dalle_pytorch.data.images import fit, flatten, to_pil, to_tensor
 from dalle_pytorch.generation.bart import BartDecoder
 from dalle_pytorch.generation.engine import Given, draw_image_tokens
-from dalle_pytorch.generation.linear import check_precision, keep_stored
+from dalle_pytorch.generation.linear import DTYPES, check_precision, keep_stored
 from dalle_pytorch.generation.min_dalle import Request, tile
 from dalle_pytorch.generation.processes import find_device
 from dalle_pytorch.loading import load
@@ -34,7 +34,7 @@ from dalle_pytorch.models.dalle_bart import DALLEBart
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 PREVIEW = 32
 """Image tokens between two pictures of a stream, as in min-dalle."""
 

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from dalle_pytorch import checkpoint
+from dalle_pytorch.commands.results import new_folder
 from dalle_pytorch.config import entry
 from dalle_pytorch.header import Header, role
 from dalle_pytorch.importers.errors import first_line
+from dalle_pytorch.importers.hub import NetworkError
 from dalle_pytorch.loading import load_with_header
 
 log = logging.getLogger(__name__)
@@ -53,10 +57,8 @@ class ExportConfig:
 @entry("export", ExportConfig)
 def main(config: ExportConfig) -> None:
     """Write the folder, and upload it where asked."""
-    folder = Path(config.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
     model, head = load_with_header(config.weights, dtype=None)
+    folder = new_folder(config.out)
     head = checkpoint.header(model, head["training"])
     checkpoint.save(model, folder / checkpoint.HUB_FILE, training=head["training"])
     (folder / "config.json").write_text(json.dumps(without_tokenizer(head), indent=2) + "\n", encoding="utf-8")
@@ -107,11 +109,6 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     Raises:
         ValueError: the hub refuses or cannot be reached; says why.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    from dalle_pytorch.importers.hub import NetworkError
-
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)

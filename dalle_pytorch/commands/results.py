@@ -41,7 +41,7 @@ def new_folder(path: str) -> Path:
         FileExistsError: it holds files already.
     """
     folder = Path(path)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
