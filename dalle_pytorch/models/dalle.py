@@ -289,11 +289,7 @@ class DALLE(nn.Module):
         Raises:
             ValueError: names the numbers.
         """
-        if image_tokens.shape[1] > self.num_image_tokens:
-            raise ValueError(
-                f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
-            )
-        check_ids(image_tokens, self.codebook_size)
+        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
 
     def hidden(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]

@@ -196,11 +196,7 @@ class DALLEBart(nn.Module):
         Raises:
             ValueError: names the numbers.
         """
-        if image_tokens.shape[1] > self.num_image_tokens:
-            raise ValueError(
-                f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
-            )
-        check_ids(image_tokens, self.codebook_size)
+        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
 
     def hidden(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q d"]:
         """The decoder's outputs; the last image token, which predicts nothing, is not read."""

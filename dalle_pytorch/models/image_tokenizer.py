@@ -77,12 +77,14 @@ class ImageTokenizer(nn.Module, ABC):
         check_ids(image_tokens, self.codebook_size)
 
 
-def check_ids(image_tokens: Int[Tensor, "..."], codebook_size: int) -> None:
-    """Refuse ids that are none of the codebook's.
+def check_ids(image_tokens: Int[Tensor, "..."], codebook_size: int, *, most: int | None = None) -> None:
+    """Refuse ids outside a codebook, or more of them a row than a grid holds.
 
     Raises:
-        ValueError: an id outside ``[0, codebook_size)``; names the numbers.
+        ValueError: names the numbers.
     """
+    if most is not None and image_tokens.shape[1] > most:
+        raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {most}")
     if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < codebook_size:
         raise ValueError(
             f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
