@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dalle_pytorch.data.images import fit, flatten, to_pil, to_tensor
 from dalle_pytorch.generation.bart import BartDecoder
 from dalle_pytorch.generation.engine import Given, draw_image_tokens
-from dalle_pytorch.generation.linear import DTYPES, check_precision, keep_stored
+from dalle_pytorch.generation.linear import DTYPES, check_precision, keep_stored, prepare
 from dalle_pytorch.generation.min_dalle import Request, tile
 from dalle_pytorch.generation.processes import find_device
 from dalle_pytorch.loading import load
@@ -247,7 +247,11 @@ def lay_out(dalle: DALLEBart, *, precision: str, **options: Any) -> BartDecoder:
         if not isinstance(module, nn.Linear) and not name.startswith("vae."):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
-    dalle.add_module("encoder", keep_stored(dalle.encoder))
+    if precision in ("bf16", "int8"):
+        encoder = prepare(dalle.encoder, precision, packed=not options.get("compiled"), consume=True)
+    else:
+        encoder = keep_stored(dalle.encoder)
+    dalle.add_module("encoder", encoder)
     return BartDecoder(dalle, precision=precision, consume=True, **options)
 
 

@@ -1,0 +1,1 @@
+"""YAML of evaluation.replicate alone: the experiments."""

@@ -1,0 +1,132 @@
+"""Draws pictures of a DALLE, ranks them with one CLIP and judges them with another.
+
+Axes: p prompts, m candidates of a prompt, c channels, H W pixels, e features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle_pytorch import checkpoint
+from dalle_pytorch.evaluation.dalle import draw
+from dalle_pytorch.evaluation.distribution import cmmd
+from dalle_pytorch.evaluation.features import caption_features, clip_extractor
+from dalle_pytorch.evaluation.replicate import dalles
+from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of, train
+from dalle_pytorch.evaluation.replicate.pictures import EMOJI, read
+from dalle_pytorch.evaluation.retrieval import best_of_n, clip_score, r_precision
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.models.clip import CLIP
+from dalle_pytorch.models.dalle import DALLE
+
+RANKER = ("experiment=replicate", "trainer.max_steps=1000")
+JUDGE = (*RANKER, "model.patch_size=4", "model.dim_image=96", "model.dim_text=96", "data.jitter=3")
+"""Another network than the ranker, and with another seed: their mistakes should have little in common."""
+WRITER = ("experiment=replicate", "trainer.max_steps=1500", "model.caption_dropout=0.1", "model.dim=192")
+KNEE = 32
+"""Candidates after which more of them bring little, as the paper has it."""
+JUDGE_SEED = 1000
+"""Added to the seed of the experiment."""
+
+
+@dataclass
+class DrawnConfig:
+    """Settings of an arm."""
+
+    split: str = "train"
+    """Whose captions are drawn: "train" for known ones, "test_compose", "test_concept"."""
+    num_prompts: int = 64
+    """Different captions."""
+    num_candidates: int = 32
+    """Of each."""
+    best_of: int = 1
+    """How many candidates the ranker chooses from for the headline numbers."""
+    cfg_scale: float = 1.0
+    """Guidance; 1 = none."""
+    temperature: float = 1.0
+    """Of sampling."""
+
+
+class Models(NamedTuple):
+    """What draws, what chooses, what judges."""
+
+    dalle: DALLE
+    ranker: CLIP
+    judge: CLIP
+
+
+def prepare(shared: Path) -> None:
+    """Image tokenizer and tokens."""
+    dalles.prepare(shared)
+
+
+def models(job: Job) -> Models:
+    """The three networks of a seed, trained if they are not there; all experiments share them."""
+    folder, data = job.shared / f"seed_{job.seed}", [f"vae={job.shared / 'vae' / 'vae.safetensors'}"]
+    data.append(f"data.path={job.shared / 'tokens'}")
+    paths = (
+        train("dalle", [*WRITER, *data], job.seed, folder / "dalle", job.threads),
+        train("clip", RANKER, job.seed, folder / "ranker", job.threads),
+        train("clip", JUDGE, job.seed + JUDGE_SEED, folder / "judge", job.threads),
+    )
+    return Models(*(checkpoint.load(path) for path in paths))
+
+
+def run(job: Job) -> Result:
+    """Numbers of the best of ``best_of``, and curves over N from the same candidates."""
+    config = settings_of(DrawnConfig, job.settings)
+    dalle, ranker, judge = models(job)
+    known = read(EMOJI, config.split, dalle.vae.image_size)
+    captions = list(dict.fromkeys(known.captions))
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(job.seed)).tolist()
+    prompts = [captions[place] for place in order[: config.num_prompts]]
+    sampling = SamplingConfig(cfg_scale=config.cfg_scale, temperature=config.temperature)
+    drawn = draw(dalle, prompts, num_candidates=config.num_candidates, seed=job.seed, sampling=sampling, ranker=ranker)
+    assert drawn.ranks is not None
+    texts, places = caption_features(judge, captions), torch.tensor(order[: config.num_prompts])
+    eyes = clip_extractor(judge)
+    features = eyes(drawn.images.flatten(0, 1))
+    each = places.repeat_interleave(config.num_candidates)
+    shape = (len(prompts), config.num_candidates)
+    scores = {
+        "clip_score": clip_score(features, texts[each]).view(shape),
+        "r_precision": 100 * r_precision(features, texts, each, generator(job)).view(shape),
+    }
+    sizes = [2**power for power in range(config.num_candidates.bit_length()) if 2**power <= config.num_candidates]
+    curves, numbers = {}, {}
+    for name, values in scores.items():
+        means = best_of_n(drawn.ranks, values, sizes).mean(dim=0).tolist()
+        curves[name] = Curve(sizes, means)
+        numbers |= {f"{name}_best_of_{size}": mean for size, mean in zip(sizes, means, strict=True)}
+        numbers[name] = numbers[f"{name}_best_of_{config.best_of}"]
+    numbers |= gains(numbers, sizes)
+    own = torch.stack([known.images[known.captions.index(prompt)] for prompt in prompts])
+    real = eyes(own)
+    numbers["clip_score_real"] = clip_score(real, texts[places]).mean().item()
+    numbers["r_precision_real"] = 100 * r_precision(real, texts, places, generator(job)).mean().item()
+    numbers["cmmd"] = cmmd(eyes(known.images), best(features.view(*shape, -1), drawn.ranks, config.best_of))
+    return Result(numbers, curves)
+
+
+def gains(numbers: Mapping[str, float], sizes: Sequence[int]) -> dict[str, float]:
+    """What the judge's score gains up to KNEE candidates, and from there to all; nothing where there are fewer."""
+    if sizes[-1] <= KNEE:
+        return {}
+    scores = [numbers[f"clip_score_best_of_{size}"] for size in (1, KNEE, sizes[-1])]
+    return {"first_gain": scores[1] - scores[0], "later_gain": scores[2] - scores[1]}
+
+
+def best(features: Float[Tensor, "p m e"], ranks: Float[Tensor, "p m"], best_of: int) -> Float[Tensor, "chosen e"]:
+    """Features of the pictures that the ranker chooses, one of every ``best_of`` candidates in a row."""
+    groups = ranks.unfold(1, best_of, best_of).argmax(dim=2) + torch.arange(0, ranks.shape[1] - best_of + 1, best_of)
+    return torch.cat([row[chosen] for row, chosen in zip(features, groups, strict=True)])
+
+
+def generator(job: Job) -> torch.Generator:
+    """Source of the distractors, the same for all arms of a seed."""
+    return torch.Generator().manual_seed(job.seed)

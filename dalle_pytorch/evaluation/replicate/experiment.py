@@ -1,0 +1,102 @@
+"""What one replication is: a claim, arms that differ in one thing, seeds, what to measure, and what the claim says."""
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+NAME = re.compile(r"[\w.+-]+\[[^\]]+\]|-?[\d.]+(e-?\d+)?")  # psnr[arm], or a number
+
+
+@dataclass(kw_only=True)
+class ReplicateConfig:
+    """Settings of ``python -m dalle_pytorch.evaluation.replicate``."""
+
+    name: str = "???"
+    """Of the experiment, and of its folder."""
+    row: str = ""
+    """Its number in docs/replication.md."""
+    claim: str = "???"
+    """What is said."""
+    source: str = "???"
+    """Who says it, and where."""
+    run: str = "???"
+    """What an arm does, one of ``arms.RUNS``."""
+    base: list[str] = field(default_factory=list)
+    """Settings of all arms: of the training, or of the run's own dataclass, as on a command line."""
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    """Name of an arm, and the settings in which it differs."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each arm is run once for each."""
+    minutes: float = 0.0
+    """That an arm takes on one core, roughly."""
+    shown: list[str] = field(default_factory=list)
+    """Numbers in table and plot, in order."""
+    expect: list[str] = field(default_factory=list)
+    """What the claim predicts: ``psnr[6.6] > psnr[0]``; also with numbers and as a chain, a > b > c."""
+    axis: str = "arm"
+    """What the arms' names mean; the plot has a scale where they are numbers."""
+    log_x: bool = False
+    """Whether that scale is logarithmic."""
+    curve_axis: str = ""
+    """Horizontal axis of curves, where a run gives some."""
+    log_curves: bool = False
+    """Whether it is logarithmic."""
+    out: str = "runs/replicate"
+    """Folder of all experiments; what is there already is not run again."""
+    publish: str | None = None
+    """Folder to which the plot and the numbers are copied at the end, as docs/replication."""
+    jobs: int = 1
+    """Arms at a time; they share the cores."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: no arms or seeds, a seed twice, or an expectation that cannot be read or names no arm.
+        """
+        if not self.arms or not self.seeds:
+            raise ValueError(f"arms ({list(self.arms)}) and seeds ({self.seeds}) must not be empty")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {self.seeds}")
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        for text in self.expect:
+            for side in (side for claim in parse(text) for side in (claim.greater, claim.smaller)):
+                if isinstance(side, Number) and side.arm not in self.arms:
+                    raise ValueError(f"expect: {text!r} names the arm {side.arm!r}; there are {', '.join(self.arms)}")
+
+
+class Number(NamedTuple):
+    """A number of an arm."""
+
+    metric: str
+    arm: str
+
+
+class Claim(NamedTuple):
+    """One number above another."""
+
+    greater: Number | float
+    smaller: Number | float
+
+
+def parse(text: str) -> list[Claim]:
+    """``a[x] > b[y] > 2`` as pairs of neighbours; all signs of a chain must be alike.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    signs = set(re.findall(r" ([<>]) ", text))
+    parts = [part.strip() for part in re.split(r" [<>] ", text)]
+    if len(signs) != 1 or len(parts) < 2 or not all(NAME.fullmatch(part) for part in parts):
+        raise ValueError(f"expect: {text!r} is not like 'psnr[a] > psnr[b]' or 'gap[a] < 0.1'")
+    sides = [_side(part) for part in parts]
+    if signs == {"<"}:
+        sides.reverse()
+    return [Claim(*pair) for pair in itertools.pairwise(sides)]
+
+
+def _side(part: str) -> Number | float:
+    metric, bracket, arm = part.removesuffix("]").partition("[")
+    return Number(metric, arm) if bracket else float(part)
