@@ -18,6 +18,8 @@ from dalle_pytorch.commands import (
     train_vae,
 )
 from dalle_pytorch.config import ConfigError, build, typed
+from dalle_pytorch.evaluation.replicate import __main__ as replicate
+from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
@@ -32,6 +34,7 @@ COMMANDS = {
     "baselines": (baselines.main, baselines.BaselinesConfig),
     "exact_match": (exact_match.main, exact_match.ExactMatchConfig),
     "evaluate": (evaluate.main, evaluate.EvaluateConfig),
+    "replicate": (replicate.main, ReplicateConfig),
 }
 NEEDED = {
     "train_dalle": ["vae=x"],
@@ -40,6 +43,7 @@ NEEDED = {
     "baselines": ["dalle=x", "clip=x", "ranking=x"],
     "exact_match": ["dalle=x"],
     "evaluate": ["checkpoint=x"],
+    "replicate": ["experiment=kl_weight"],
 }
 SHARED = ("data", "optim", "trainer", "callbacks", "logger")
 TRAININGS = ("train_vae", "train_dalle", "train_clip")
@@ -52,7 +56,9 @@ def options(group):
 CASES = [(name, f"{group}={option}") for name in TRAININGS for group in SHARED for option in options(group)]
 CASES += [(name, f"model={option}") for name in TRAININGS for option in options(f"{name}/model")]
 CASES += [
-    (name, f"experiment={option}") for name in (*TRAININGS, "generate") for option in options(f"{name}/experiment")
+    (name, f"experiment={option}")
+    for name in (*TRAININGS, "generate", "replicate")
+    for option in options(f"{name}/experiment")
 ]
 CASES += [(name, None) for name in COMMANDS]
 
@@ -60,6 +66,8 @@ CASES += [(name, None) for name in COMMANDS]
 @pytest.mark.parametrize(("name", "choice"), CASES)
 def test_every_option_of_every_group_composes(name, choice):
     overrides = [*NEEDED.get(name, []), *([choice] if choice else [])]
+    if name == "replicate" and choice:
+        overrides = [choice]
     if choice == "data=folder":
         overrides.append("data.path=x")
     with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
@@ -70,8 +78,8 @@ def test_every_option_of_every_group_composes(name, choice):
 
 
 def test_the_same_experiments_exist_for_every_stage():
-    """But for the paper's recipes, which are of the DALLE alone."""
-    shared = options("generate/experiment")
+    """But for the paper's recipes, which are of the DALLE alone, and the arms of replications, which draw nothing."""
+    shared = sorted([*options("generate/experiment"), "replicate"])
     experiments = {name: options(f"{name}/experiment") for name in TRAININGS}
     experiments["train_dalle"] = [name for name in experiments["train_dalle"] if not name.startswith("paper_")]
     assert experiments == dict.fromkeys(TRAININGS, shared)

@@ -88,7 +88,9 @@ class BartDecoder:
         for view in recorded:  # the token that begins a picture is all that candidates share
             cache = LayerCache(self.plan, view.full, 1, candidates, dtype=self.cache_dtype, in_front=self.fused is None)
             steps.append(StepView(view, cache, None, candidates=candidates, grid_size=dalle.grid_size))
-        keys = [layer.to(self.cache_dtype) for layer in keys]
+        # shared by all candidates, so small; on a CPU torch's attention, which reads them, is slower in 16 bits
+        kept = torch.float32 if self.device.type == "cpu" else self.cache_dtype
+        keys = [layer.to(kept) for layer in keys]
         return BartState(steps, keys, visible), self.scores(self.head(out[:, -1])).repeat_interleave(candidates, dim=0)
 
     @torch.inference_mode()

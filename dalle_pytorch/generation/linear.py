@@ -5,11 +5,12 @@ Axes: q positions in all, i inputs, o outputs.
 
 import copy
 import itertools
+import weakref
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -32,9 +33,7 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True, consume: 
     check_precision(precision, next(itertools.chain(module.parameters(), module.buffers())).device)
 
     def lay_out(linear: nn.Linear) -> nn.Module:
-        made = (
-            Int8Linear(linear, packed=packed) if precision == "int8" else CastLinear(linear, precision, packed=packed)
-        )
+        made = Int8Linear(linear) if precision == "int8" else CastLinear(linear, precision, packed=packed)
         if consume:
             linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
         return made
@@ -43,9 +42,9 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True, consume: 
 
 
 def prepare_head(head: nn.Linear, precision: str, *, packed: bool = True, consume: bool = False) -> nn.Module:
-    """The layer that scores the codebook, as ``prepare`` does it; under int8 it stays in 16 bits, or 32 if compiled."""
+    """The layer that scores the codebook, as ``prepare`` does it; under int8 in bf16, where the CPU knows that."""
     if precision == "int8":
-        precision = "bf16" if packed and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+        precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
     return prepare(head, precision, packed=packed, consume=consume)
 
 
@@ -144,24 +143,26 @@ class Int8Linear(nn.Module):
 
     The sums are exact integers and a row is scaled by its own largest input, so a candidate does not depend on its
     neighbours, not even by rounding. On a CPU with VNNI the weight is laid out for oneDNN's kernels once, which take
-    half the time of ``torch._int_mm`` at 2 to 16 rows (benchmarks/sampling.py).
+    half the time of ``torch._int_mm`` at 2 to 16 rows, also under ``torch.compile``.
 
     Source:
         The scheme of Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, section 3, without its outlier columns.
     """
 
-    def __init__(self, linear: nn.Linear, *, packed: bool = True) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         weight = (weight / scale[:, None]).round().to(torch.int8)
         # without VNNI oneDNN adds pairs of products in 16 bits, which can overflow
-        self.packed = packed and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+        self.packed = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
         self.weight = torch.ops.onednn.qlinear_prepack(weight, None) if self.packed else weight.T
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.scale = scale / 127  # all of it but a row's largest input
         self.zero = torch.zeros(len(scale), dtype=torch.long)  # of the weights, which are symmetric
         self.shift = torch.tensor(128.5)
+        self.number = next(_NUMBERS)
+        _LAYERS[self.number] = self
 
     def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """``x @ weight.T + bias``, approximately."""
@@ -169,12 +170,31 @@ class Int8Linear(nn.Module):
         largest = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-20)
         # -127 to 127, rounded, with 128 for zero, since oneDNN is fast for inputs without a sign
         steps = torch.addcdiv(self.shift, rows, largest, value=127).to(torch.uint8)
-        if self.packed:
-            out = torch.ops.onednn.qlinear_pointwise(
-                steps, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
-            )
+        if torch.compiler.is_compiling():
+            out = torch.ops.dalle_pytorch.int8_products(steps, self.number, len(self.scale))
         else:
-            signed = (steps - 128).view(torch.int8).flatten(0, -2)
-            out = (torch._int_mm(signed, self.weight) * self.scale).view(*x.shape[:-1], -1)
+            out = self.products(steps)
         out = out.mul_(largest) if self.bias is None else torch.addcmul(self.bias, out, largest)
         return out.to(x.dtype)
+
+    def products(self, steps: Shaped[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
+        """Scaled sums of products with the weight."""
+        if self.packed:
+            return torch.ops.onednn.qlinear_pointwise(
+                steps, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        signed = (steps - 128).view(torch.int8).flatten(0, -2)
+        return (torch._int_mm(signed, self.weight) * self.scale).view(*steps.shape[:-1], -1)
+
+
+# What torch.compile cannot read, as a packed weight, it can call: an operator that finds its layer by number.
+_NUMBERS = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, Int8Linear] = weakref.WeakValueDictionary()
+_OPERATORS = torch.library.Library("dalle_pytorch", "DEF")
+_OPERATORS.define("int8_products(Tensor steps, int layer, int outputs) -> Tensor")
+_OPERATORS.impl("int8_products", lambda steps, layer, outputs: _LAYERS[layer].products(steps), "CPU")
+
+
+@torch.library.register_fake("dalle_pytorch::int8_products", lib=_OPERATORS)
+def _shape_of_products(steps: Tensor, layer: int, outputs: int) -> Tensor:
+    return steps.new_empty((*steps.shape[:-1], outputs), dtype=torch.float32)

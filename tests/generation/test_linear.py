@@ -35,6 +35,33 @@ def test_a_row_does_not_depend_on_the_others(make):
     assert torch.equal(layer(x)[1:], alone[1:])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_is_the_same_on_every_cpu(monkeypatch, bias):
+    """The sums are exact, packed or not."""
+    linear, x = nn.Linear(300, 64, bias=bias), torch.randn(2, 5, 300)
+    here = Int8Linear(linear)(x)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    plain = Int8Linear(linear)
+    assert not plain.packed
+    torch.testing.assert_close(plain(x), here, atol=1e-6, rtol=1e-6)
+
+
+def test_int8_rounds_to_the_nearest_step():
+    """One weight of 1, so that what comes out is the input in steps of a 127th of the row's largest."""
+    linear = nn.Linear(3, 3, bias=False)
+    linear.weight.data = torch.eye(3)
+    x = torch.tensor([[1.27, 0.0149, -0.0151], [-127.0, 3.4, 90.6]])
+    expected = torch.tensor([[1.27, 0.01, -0.02], [-127.0, 3.0, 91.0]])
+    torch.testing.assert_close(Int8Linear(linear)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_operator_of_compiled_programs_keeps_its_promises():
+    layer = Int8Linear(nn.Linear(64, 32))
+    steps = torch.randint(256, (2, 1, 64), dtype=torch.uint8)
+    operator = torch.ops.dalle_pytorch.int8_products.default
+    torch.library.opcheck(operator, (steps, layer.number, 32), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_zeros_stay_finite():
     assert torch.equal(Int8Linear(nn.Linear(16, 4, bias=False))(torch.zeros(2, 16)), torch.zeros(2, 4))
 

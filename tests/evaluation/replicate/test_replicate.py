@@ -1,0 +1,116 @@
+"""Running arms, going on after an interruption, and what is written."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from dalle_pytorch.evaluation.replicate import __main__ as replicate
+from dalle_pytorch.evaluation.replicate import arms, plot
+from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, perform, slug
+from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
+
+SETTINGS = ["data.path=data/emoji", "model.hidden_dim=8", "model.codebook_size=16", "trainer.max_steps=2",
+            "trainer.val_check_interval=2", "callbacks.checkpoint_every=2"]  # fmt: skip
+
+
+def config(out, **changes):
+    given = {
+        "name": "toy", "row": "R0", "claim": "More is more.", "source": "nobody", "run": "vae", "base": SETTINGS,
+        "arms": {"1/2": ["model.codebook_dim=4"], "1": ["model.codebook_dim=8"]}, "seeds": [0, 1],
+        "shown": ["psnr"], "expect": ["psnr[1] > psnr[1/2]"], "out": str(out), "axis": "share",
+    }  # fmt: skip
+    return ReplicateConfig(**{**given, **changes})
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """In place of a run: numbers from arm and seed, and a count of what ran."""
+    ran = []
+
+    def run(job: Job) -> Result:
+        ran.append((job.settings, job.seed))
+        return Result({"psnr": float(job.seed + 10 * len(job.settings))}, {"loss": Curve([1, 2], [0.5, 0.25])})
+
+    monkeypatch.setattr(arms, "function", lambda run_name, name: run if name == "run" else None)
+    return ran
+
+
+def job(folder, **changes):
+    given = {"run": "vae", "settings": ("a=1",), "seed": 3, "folder": folder, "shared": folder, "threads": 1}
+    return Job(**{**given, **changes})
+
+
+def test_what_ended_is_not_run_again(tmp_path, counted):
+    first = perform(job(tmp_path))
+    assert perform(job(tmp_path)) == first
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("change", [{"settings": ("a=2",)}, {"seed": 4}, {"run": "clip"}])
+def test_results_of_other_settings_are_refused_and_kept(tmp_path, counted, change):
+    perform(job(tmp_path))
+    before = (tmp_path / "result.json").read_bytes()
+    with pytest.raises(ValueError, match="choose another out=, or delete that folder"):
+        perform(job(tmp_path, **change))
+    assert (tmp_path / "result.json").read_bytes() == before
+
+
+def test_every_arm_gets_a_folder_of_its_own(tmp_path):
+    found = replicate.jobs_of(config(tmp_path))
+    assert len({each.folder for each in found.values()}) == 4
+    assert all(each.folder.is_relative_to(tmp_path / "toy") for each in found.values())
+    assert [each.seed for each in found.values()] == [0, 0, 1, 1]  # all arms of a seed, then the next seed
+    assert "/" not in slug("1/16")
+
+
+def test_a_failed_training_shows_the_end_of_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)train_vae.* failed with 2:.*model.image_sise"):
+        arms.command("train_vae", ["model.image_sise=3", f"out={tmp_path / 'x'}"], tmp_path / "x.log", 1)
+
+
+def test_written_files_hold_numbers_verdict_and_plot(tmp_path, capsys):
+    results = {
+        "1/2": {seed: Result({"psnr": seed + 1.0}, {"loss": Curve([1, 2], [3, 4])}) for seed in (0, 1)},
+        "1": {seed: Result({"psnr": seed + 5.0}) for seed in (0, 1)},
+    }
+    publish = tmp_path / "docs"
+    folder = replicate.write(config(tmp_path, publish=str(publish)), results)
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert "psnr[1] > psnr[1/2]: by 4.000 ± 0.0000, holds" in text
+    assert "The claim holds." in text
+    assert text == capsys.readouterr().out
+    numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))["numbers"]
+    assert numbers == {"1/2": {"0": {"psnr": 1.0}, "1": {"psnr": 2.0}}, "1": {"0": {"psnr": 5.0}, "1": {"psnr": 6.0}}}
+    for name in ("table.md", "numbers.json", "plot.png"):
+        assert (publish / f"toy.{name}").read_bytes() == (folder / name).read_bytes()
+    with Image.open(folder / "plot.png") as picture:
+        assert picture.width > picture.height  # two panels in a row
+
+
+def test_arms_that_are_numbers_have_a_scale():
+    assert plot.positions(["0", "1/16", "2e-3"]) == [0.0, 0.0625, 0.002]
+    assert plot.positions(["1", "dense"]) is None
+    assert plot.positions(["1/0"]) is None
+
+
+def test_arms_are_really_trained_and_an_experiment_goes_on(tmp_path):
+    """Two steps each; what was there stays untouched, what was lost comes back the same."""
+    toy = config(tmp_path, seeds=[0])
+    first = replicate.run_all(toy)
+    assert first["1"][0].numbers["psnr"] > 5
+    kept, lost = (tmp_path / "toy" / slug(arm) / "seed_0" / "result.json" for arm in ("1/2", "1"))
+    written = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert replicate.run_all(toy) == first
+    assert kept.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="holds a result with settings"):
+        replicate.run_all(replace(toy, arms={"1": ["model.codebook_dim=16"]}, expect=[]))
+
+
+def test_without_a_name_the_names_are_shown(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["replicate"])
+    with pytest.raises(SystemExit, match=r"there are .*kl_weight"):
+        replicate.run()
