@@ -45,7 +45,7 @@ def run_all(config: ReplicateConfig) -> Results:
 
     Raises:
         ValueError: an unknown run, or results of other settings.
-        RuntimeError: an arm failed; the others that ran beside it are kept.
+        ArmError: an arm failed; the others that ran beside it are kept.
     """
     jobs = jobs_of(config)
     prepare = function(config.run, "prepare")

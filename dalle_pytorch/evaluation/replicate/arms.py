@@ -1,5 +1,6 @@
 """One arm of an experiment with one seed: where it works, its trainings, its result."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,8 +33,14 @@ RUNS = {
 """What an arm can do: a module of this package and its function from a ``Job`` to a ``Result``. A module may also have
 ``prepare(shared)``, called before all arms, for what they share."""
 
+KINDS = ("vae", "dalle", "clip")
+"""What our commands train."""
 TAIL = 15
 """Lines of a failed training's log in the error."""
+
+
+class ArmError(ValueError):
+    """An arm that could not be run to its end."""
 
 
 class Curve(NamedTuple):
@@ -69,7 +77,14 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """What its result depends on."""
-        return {"run": self.run, "settings": list(self.settings), "seed": self.seed}
+        return {"run": self.run, "settings": list(self.settings), "seed": self.seed, "recipes": recipes()}
+
+
+def recipes() -> str:
+    """A short hash of ``experiment=replicate`` of the three trainings: results of other recipes are not these."""
+    configs = files("dalle_pytorch.configs")
+    parts = [configs.joinpath(f"train_{kind}/experiment/replicate.yaml").read_bytes() for kind in KINDS]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def function(run: str, name: str) -> Callable[..., Any] | None:
@@ -90,7 +105,7 @@ def perform(job: Job) -> Result:
 
     Raises:
         ValueError: the folder holds the result of other settings.
-        RuntimeError: a training failed; with the end of its log.
+        ArmError: a training failed; with the end of its log.
     """
     path = job.folder / "result.json"
     if path.is_file():
@@ -144,7 +159,7 @@ def train(kind: str, settings: Sequence[str], seed: int, folder: Path, threads: 
         The trained weights.
 
     Raises:
-        RuntimeError: it failed; with the end of its log.
+        ArmError: it failed; with the end of its log.
     """
     result = folder / f"{kind}.safetensors"
     if not result.is_file():
@@ -161,7 +176,7 @@ def command(name: str, settings: Sequence[str], log: Path, threads: int) -> None
     """Run one of our commands in a process of its own; what it prints is added to ``log``.
 
     Raises:
-        RuntimeError: it failed; with the end of its log.
+        ArmError: it failed; with the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, "-m", f"dalle_pytorch.commands.{name}", *settings]
@@ -172,7 +187,7 @@ def command(name: str, settings: Sequence[str], log: Path, threads: int) -> None
         )  # fmt: skip
     if ended.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-        raise RuntimeError(f"{' '.join(line)} failed with {ended.returncode}:\n" + "\n".join(tail))
+        raise ArmError(f"{' '.join(line)} failed with {ended.returncode}:\n" + "\n".join(tail))
 
 
 def settings_of(cls: type[T], settings: Sequence[str]) -> T:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dalle_pytorch.evaluation.replicate import __main__ as replicate
 from dalle_pytorch.evaluation.replicate import arms, plot
-from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, perform, slug
+from dalle_pytorch.evaluation.replicate.arms import ArmError, Curve, Job, Result, perform, slug
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
 SETTINGS = ["data.path=data/emoji", "model.hidden_dim=8", "model.codebook_size=16", "trainer.max_steps=2",
@@ -58,6 +58,13 @@ def test_results_of_other_settings_are_refused_and_kept(tmp_path, counted, chang
     assert (tmp_path / "result.json").read_bytes() == before
 
 
+def test_results_of_other_recipes_are_refused(tmp_path, counted, monkeypatch):
+    perform(job(tmp_path))
+    monkeypatch.setattr(arms, "recipes", lambda: "another")
+    with pytest.raises(ValueError, match="holds a result with recipes"):
+        perform(job(tmp_path))
+
+
 def test_every_arm_gets_a_folder_of_its_own(tmp_path):
     found = replicate.jobs_of(config(tmp_path))
     assert len({each.folder for each in found.values()}) == 4
@@ -67,7 +74,7 @@ def test_every_arm_gets_a_folder_of_its_own(tmp_path):
 
 
 def test_a_failed_training_shows_the_end_of_its_log(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)train_vae.* failed with 2:.*model.image_sise"):
+    with pytest.raises(ArmError, match=r"(?s)train_vae.* failed with 2:.*model.image_sise"):
         arms.command("train_vae", ["model.image_sise=3", f"out={tmp_path / 'x'}"], tmp_path / "x.log", 1)
 
 
