@@ -1,5 +1,6 @@
 """Trains a DALLE on cached tokens and measures how likely it finds held-out captions and pictures."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -51,16 +52,23 @@ def trained(job: Job) -> str:
 
 
 def nats(dalle: DALLE, pairs: Captioned, image_tokens: torch.Tensor) -> dict[str, float]:
-    """Per image token, per text token, and per image token with the captions of other pictures."""
+    """Per image token, per text token, and per image token with captions of other pictures and with misspelt ones."""
     assert dalle.text_tokenizer is not None
     text = dalle.text_tokenizer.tokenize(pairs.captions, dalle.config.text_len, truncate=True)
     found = likelihoods(dalle, text, image_tokens)
     assert found.text is not None
     assert found.text_tokens is not None
     others = likelihoods(dalle, text.roll(len(text) // 2, dims=0), image_tokens)
+    misspelt = dalle.text_tokenizer.tokenize([typos(c) for c in pairs.captions], dalle.config.text_len, truncate=True)
     count = image_tokens.shape[1]
     return {
         "image": found.image.mean().item() / count,
         "text": (found.text.sum() / found.text_tokens.sum()).item(),
         "shuffled": others.image.mean().item() / count,
+        "typos": likelihoods(dalle, misspelt, image_tokens).image.mean().item() / count,
     }
+
+
+def typos(caption: str) -> str:
+    """A caption with the second and third letter of every word of four letters or more swapped."""
+    return re.sub(r"\b(\w)(\w)(\w)(?=\w)", r"\1\3\2", caption)
