@@ -7,7 +7,6 @@ import concurrent.futures
 import json
 import logging
 import multiprocessing
-import os
 import sys
 from collections.abc import Mapping
 from importlib.resources import files
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.config import entry
 from dalle_pytorch.evaluation.replicate import plot, summary
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, slug
+from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, slug, threads_of
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def jobs_of(config: ReplicateConfig) -> dict[tuple[str, int], Job]:
     return {
         (arm, seed): Job(
             config.run, (*config.base, *settings), seed, out / config.name / slug(arm) / f"seed_{seed}",
-            out / "shared", max(1, (os.cpu_count() or 1) // config.jobs),
+            out / "shared", threads_of(config.jobs),
         )
         for seed in config.seeds
         for arm, settings in config.arms.items()
@@ -50,7 +49,7 @@ def run_all(config: ReplicateConfig) -> Results:
     jobs = jobs_of(config)
     prepare = function(config.run, "prepare")
     if prepare is not None:
-        prepare(next(iter(jobs.values())).shared)
+        prepare(next(iter(jobs.values())).shared, config.seeds, config.jobs)
     found: dict[str, dict[int, Result]] = {arm: {} for arm in config.arms}
     context = multiprocessing.get_context("spawn")
     with (
@@ -96,7 +95,7 @@ def write(config: ReplicateConfig, results: Results) -> Path:
 def main(config: ReplicateConfig) -> None:
     """Run, judge, draw."""
     folder = write(config, run_all(config))
-    log.info("%s", folder)
+    log.info("%s\n%s", (folder / "table.md").read_text(encoding="utf-8"), folder)
 
 
 def run() -> None:

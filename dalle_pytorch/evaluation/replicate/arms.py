@@ -31,7 +31,7 @@ RUNS = {
     "drawn": "drawn:run",
 }
 """What an arm can do: a module of this package and its function from a ``Job`` to a ``Result``. A module may also have
-``prepare(shared)``, called before all arms, for what they share."""
+``prepare(shared, seeds, jobs)``, called before all arms, for what they share."""
 
 KINDS = ("vae", "dalle", "clip")
 """What our commands train."""
@@ -159,9 +159,17 @@ def train(kind: str, settings: Sequence[str], seed: int, folder: Path, threads: 
         The trained weights.
 
     Raises:
-        ArmError: it failed; with the end of its log.
+        ArmError: it failed; with the end of its log. Or the folder is of a training with other settings.
     """
-    result = folder / f"{kind}.safetensors"
+    result, note = folder / f"{kind}.safetensors", folder.with_name(f"{folder.name}.json")
+    wanted = {"kind": kind, "settings": list(settings), "seed": seed, "recipes": recipes()}
+    if note.is_file():
+        if json.loads(note.read_text(encoding="utf-8")) != wanted:
+            raise ArmError(f"{folder} was trained with other settings, see {note}: choose another out=, or delete both")
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(note) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     if not result.is_file():
         command(
             f"train_{kind}",
@@ -203,6 +211,11 @@ def settings_of(cls: type[T], settings: Sequence[str]) -> T:
         raise ValueError(f"{' '.join(settings)}: {str(error).splitlines()[0]}") from error
     assert isinstance(found, cls)
     return found
+
+
+def threads_of(jobs: int) -> int:
+    """CPU threads for each of so many at a time."""
+    return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def slug(arm: str) -> str:

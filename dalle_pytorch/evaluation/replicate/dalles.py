@@ -1,6 +1,7 @@
 """Trains a DALLE on cached tokens and measures how likely it finds held-out captions and pictures."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from dalle_pytorch import checkpoint
 from dalle_pytorch.evaluation.image_tokenizer import reconstruct
 from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_nats
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, command, train
+from dalle_pytorch.evaluation.replicate.arms import Job, Result, command, threads_of, train
 from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, Captioned, read
 from dalle_pytorch.models.dalle import DALLE
 
@@ -18,15 +19,16 @@ CROPS = 2
 """Shifted copies of each training picture among the cached tokens."""
 
 
-def prepare(shared: Path) -> None:
-    """One image tokenizer for all DALLEs, and the tokens of all pictures; kept for other experiments."""
-    weights = train("vae", ["experiment=replicate"], 0, shared / "vae", torch.get_num_threads())
+def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
+    """One image tokenizer for all DALLEs of all seeds, and the tokens of all pictures; kept for other experiments."""
+    threads = threads_of(1)
+    weights = train("vae", ["experiment=replicate"], 0, shared / "vae", threads)
     if not (shared / "tokens" / "index.json").is_file():
         command(
             "prepare_data",
             ["encode=true", f"path={EMOJI}", f"vae={weights}", f"out={shared / 'tokens'}", "resize=true",
              f"crops={CROPS}", "jitter=2", "workers=1"],
-            shared / "tokens.log", torch.get_num_threads(),
+            shared / "tokens.log", threads,
         )  # fmt: skip
 
 

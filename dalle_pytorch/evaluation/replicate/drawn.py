@@ -3,6 +3,7 @@
 Axes: p prompts, m candidates of a prompt, c channels, H W pixels, e features.
 """
 
+import concurrent.futures
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from dalle_pytorch.evaluation.dalle import draw
 from dalle_pytorch.evaluation.distribution import cmmd
 from dalle_pytorch.evaluation.features import caption_features, clip_extractor
 from dalle_pytorch.evaluation.replicate import dalles
-from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of, train
+from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of, threads_of, train
 from dalle_pytorch.evaluation.replicate.pictures import EMOJI, read
 from dalle_pytorch.evaluation.retrieval import best_of_n, clip_score, r_precision
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -60,21 +61,32 @@ class Models(NamedTuple):
     judge: CLIP
 
 
-def prepare(shared: Path) -> None:
-    """Image tokenizer and tokens."""
-    dalles.prepare(shared)
+def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
+    """Image tokenizer, tokens, and the three networks of every seed, ``jobs`` at a time; all experiments share them."""
+    dalles.prepare(shared, seeds, jobs)
+    threads = threads_of(jobs)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        trainings = [pool.submit(train, *each, threads) for seed in seeds for each in recipes_of(shared, seed)]
+        for training in trainings:
+            training.result()
+
+
+def recipes_of(shared: Path, seed: int) -> list[tuple[str, list[str], int, Path]]:
+    """Kind, settings, seed and folder of the DALLE, the ranker and the judge."""
+    folder = shared / f"seed_{seed}"
+    data = [f"vae={shared / 'vae' / 'vae.safetensors'}", f"data.path={shared / 'tokens'}"]
+    return [
+        ("dalle", [*WRITER, *data], seed, folder / "dalle"),
+        ("clip", list(RANKER), seed, folder / "ranker"),
+        ("clip", list(JUDGE), seed + JUDGE_SEED, folder / "judge"),
+    ]
 
 
 def models(job: Job) -> Models:
-    """The three networks of a seed, trained if they are not there; all experiments share them."""
-    folder, data = job.shared / f"seed_{job.seed}", [f"vae={job.shared / 'vae' / 'vae.safetensors'}"]
-    data.append(f"data.path={job.shared / 'tokens'}")
-    paths = (
-        train("dalle", [*WRITER, *data], job.seed, folder / "dalle", job.threads),
-        train("clip", RANKER, job.seed, folder / "ranker", job.threads),
-        train("clip", JUDGE, job.seed + JUDGE_SEED, folder / "judge", job.threads),
+    """The three networks of a seed."""
+    return Models(
+        *(checkpoint.load(folder / f"{kind}.safetensors") for kind, _, _, folder in recipes_of(job.shared, job.seed))
     )
-    return Models(*(checkpoint.load(path) for path in paths))
 
 
 def run(job: Job) -> Result:
