@@ -7,6 +7,7 @@ other, and refuses numbers that were measured in two ways.
 import hashlib
 import random
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from dalle_pytorch.data.stream import is_stream
 from dalle_pytorch.data.tokens import TokenShards
 from dalle_pytorch.evaluation import compare, page, report
 from dalle_pytorch.evaluation.clip import evaluate_clip
+from dalle_pytorch.evaluation.completion import CompletionConfig, Eyes, complete, evaluate_completion
 from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, evaluate_likelihood
 from dalle_pytorch.evaluation.features import (
     Extractor,
@@ -37,7 +39,10 @@ from dalle_pytorch.evaluation.features import (
 )
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.generation.generator import text_tokenizer_of
+from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
+from dalle_pytorch.evaluation.report import Protocol
+from dalle_pytorch.evaluation.sweep import SweepConfig, evaluate_sweep
+from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.header import role, weights_sha256
@@ -64,7 +69,7 @@ class EvaluateConfig:
     inception: str | None = None
     """FID's Inception, pt_inception-2015-12-05-6726825d.pth: FID, KID, precision, recall, Inception score."""
     vgg: str | None = None
-    """torchvision's vgg16-397923af.pth: LPIPS of an image tokenizer."""
+    """torchvision's vgg16-397923af.pth: LPIPS of an image tokenizer, and of what a DALLE completes."""
     lpips_heads: str | None = None
     """LPIPS' own weights, vgg.pth of version 0.1; null = those of torchmetrics."""
     num_prompts: int = 16
@@ -73,6 +78,12 @@ class EvaluateConfig:
     """Candidates of each."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How they are drawn."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Other ways to draw them, all combinations, as sweep.cfg_scale=[1,2,3] sweep.temperature=[0.7,1]."""
+    complete: CompletionConfig = field(default_factory=CompletionConfig)
+    """Held-out pictures that a DALLE completes, as complete.rows=[0.25,0.5] complete.hole=[0.5]."""
+    memorisation: bool = False
+    """Look up the nearest training pictures of what a DALLE draws, among all of data.train_split."""
     codecs: bool = True
     """Set JPEG and WebP beside an image tokenizer."""
     blurs: list[float] = field(default_factory=lambda: [0.0])
@@ -106,6 +117,12 @@ class EvaluateConfig:
             raise ValueError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
         if self.ranker is not None and self.judge is None:
             raise ValueError("ranker= chooses and judge= judges the choice: give judge= too")
+        if self.sweep.settings(self.sampling) and self.judge is None:
+            raise ValueError("sweep needs judge=, a CLIP that tells the settings apart")
+        if self.num_prompts == 0 and (self.sweep.swept() or self.memorisation):
+            raise ValueError("num_prompts=0 draws nothing, so sweep and memorisation have no pictures to judge")
+        if self.memorisation and (both := set(self.split.split("+")) & set(self.data.train_split.split("+"))):
+            raise ValueError(f"memorisation needs held-out pictures, and split {min(both)!r} is data.train_split too")
 
 
 class Samples(NamedTuple):
@@ -171,45 +188,106 @@ def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure:
     return evaluate_clip(clip, samples.captions, samples.images, measure)
 
 
+def pairs_of(dalle: Any, samples: Samples) -> Pairs:
+    """Pictures and captions as tokens."""
+    text = text_tokenizer_of(dalle, "dalle").tokenize(samples.captions, dalle.config.text_len, truncate=True)
+    return Pairs(samples.captions, text, reconstruct(dalle.vae, samples.images)[0])
+
+
 def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """A DALLE: likelihoods, then the pictures that it draws."""
-    tokenizer, size = text_tokenizer_of(dalle, "dalle"), dalle.vae.image_size
-
-    def pairs(samples: Samples) -> Pairs:
-        text = tokenizer.tokenize(samples.captions, dalle.config.text_len, truncate=True)
-        return Pairs(samples.captions, text, reconstruct(dalle.vae, samples.images)[0])
-
+    size = dalle.vae.image_size
+    config.complete.parts(dalle.grid_size)  # before time is spent, as the settings of the sweep
+    settings = checked(dalle, config.sweep.settings(config.sampling))
     samples = read_samples(shards, config, size, config.max_samples)
     train = open_split(config.data.path, config.data.train_split, "data.path")
-    known = pairs(read_samples(train, config, size, config.max_train))
-    found = evaluate_likelihood(dalle, pairs(samples), known, measure)
-    if not config.num_prompts:
-        return found
+    known = pairs_of(dalle, read_samples(train, config, size, config.max_train))
+    found = evaluate_likelihood(dalle, pairs_of(dalle, samples), known, measure)
     device = next(dalle.parameters()).device.type
     judge, extractors, inception = extractors_of(config, device)
+    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
+    own = Samples(samples.images[places], [samples.captions[i] for i in places])
+    found = join([*completions(dalle, config, own, judge, measure), found])
+    if not config.num_prompts:
+        return found
     ranker = None if config.ranker is None else loading.load(config.ranker, kind="clip").to(device)
     if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
         raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
-    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
-    captions, drawn_places = [samples.captions[i] for i in places], places[: config.num_prompts]
-    prompts = [samples.captions[i] for i in drawn_places]
-    drawn = drawn_pictures(dalle, prompts, config, ranker)
-    how = {f"sampling.{key}": str(value) for key, value in asdict(config.sampling).items()} | {
-        "seed": config.seed,
-        "prompts": len(prompts),
-        "candidates": config.num_candidates,
-    }
-    if ranker is not None:
-        how["ranker_sha256"] = weights_sha256(ranker)
+    prompts, captions = own.captions[: config.num_prompts], own.captions
+    drawn = drawn_pictures(dalle, prompts, config, config.sampling, ranker)
+    how = drawn_how(config, config.sampling, prompts=len(prompts))
+    ranked = {} if ranker is None else {"ranker_sha256": weights_sha256(ranker)}
     judged = evaluate_drawn(
-        drawn, samples.images, samples.images[drawn_places], measure,
+        drawn, samples.images, own.images[: len(prompts)], measure,
         judge=judge, captions=captions, extractors=extractors,
-        logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how=how,
+        logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how={**how, **ranked},
     )  # fmt: skip
-    return Evaluation(found.metrics | judged.metrics, judged.sections + found.sections)
+    more = []
+    if settings:
+        more.append(evaluate_sweep(
+            lambda sampling: drawn_pictures(dalle, prompts, config, sampling, None).images, settings, prompts,
+            samples.images, own.images[: len(prompts)], measure, judge=judge, captions=captions, extractors=extractors,
+            how=lambda sampling: drawn_how(config, sampling, prompts=len(prompts)),
+        ))  # fmt: skip
+    if config.memorisation:
+        pictures = Pictures(train, replace(config.data, cache_decoded=False), image_size=size, train=False)
+        held_out = {"real": samples.images, "reconstructed": reconstruct(dalle.vae, samples.images)[1]}
+        more.append(evaluate_memorisation(
+            drawn.images, prompts, held_out, lambda places: torch.stack([pictures[i]["image"] for i in places]),
+            len(pictures), measure, extractors=extractors, how=how,
+        ))  # fmt: skip
+    return join([judged, *more, found])
 
 
-def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:
+def checked(dalle: Any, settings: dict[str, SamplingConfig]) -> dict[str, SamplingConfig]:
+    """The settings, if the model can be sampled so.
+
+    Raises:
+        ValueError: guidance of a model that never saw an empty caption.
+    """
+    if settings:
+        generator = Generator(dalle)
+        for sampling in settings.values():
+            generator.check([], sampling)
+    return settings
+
+
+def completions(dalle: Any, config: EvaluateConfig, own: Samples, judge: Any, measure: Measure) -> Iterator[Evaluation]:
+    """Every part of ``config.complete``; pictures and captions that all differ are given."""
+    settings, device = config.complete, next(dalle.parameters()).device
+    parts = settings.parts(dalle.grid_size)
+    if not parts:
+        return
+    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(device)
+    images, prompts = own.images[: settings.num_pictures], own.captions[: settings.num_pictures]
+    pairs, generator = pairs_of(dalle, Samples(images, prompts)), Generator(dalle)
+    eyes = Eyes(measure, judge, lpips, own.captions)
+    how = drawn_how(config, config.sampling, candidates=settings.num_candidates)
+    tokens = sum(int((~part.keep()).sum()) for part in parts.values())
+    with tqdm(total=2 * tokens * len(prompts) * settings.num_candidates, desc="completing", unit="token") as bar:
+        for name, part in parts.items():
+            done = complete(
+                generator, pairs, part,
+                num_candidates=settings.num_candidates, seed=config.seed, sampling=config.sampling, progress=bar.update,
+            )  # fmt: skip
+            yield evaluate_completion(done, images, part, name, prompts, eyes, how)
+
+
+def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -> Protocol:
+    """The protocol of drawn pictures; ``counts`` are of prompts, and of candidates where not ``num_candidates``."""
+    settings = {f"sampling.{key}": str(value) for key, value in asdict(sampling).items()}
+    return {**settings, "seed": config.seed, "candidates": config.num_candidates, **counts}
+
+
+def join(found: Sequence[Evaluation]) -> Evaluation:
+    """All numbers and sections, in this order."""
+    metrics = {name: metric for one in found for name, metric in one.metrics.items()}
+    return Evaluation(metrics, [section for one in found for section in one.sections])
+
+
+def drawn_pictures(
+    dalle: Any, prompts: list[str], config: EvaluateConfig, sampling: SamplingConfig, ranker: Any
+) -> Draw:
     """The candidates, under a progress bar."""
     total = len(prompts) * config.num_candidates * dalle.num_image_tokens
     with tqdm(total=total, desc="drawing", unit="token", unit_scale=True) as bar:
@@ -218,7 +296,7 @@ def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranke
             prompts,
             num_candidates=config.num_candidates,
             seed=config.seed,
-            sampling=config.sampling,
+            sampling=sampling,
             ranker=ranker,
             progress=bar.update,
         )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.evaluation.report import Metric, Record, shown
+from dalle_pytorch.evaluation.scatter import Scatter, draw_scatter
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -62,7 +63,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-Section = Plot | Picture | Table
+Section = Plot | Picture | Table | Scatter
 
 
 def write(record: Record, sections: Sequence[Section], path: str | Path, *, title: str) -> None:
@@ -114,10 +115,13 @@ def section(part: Section) -> str:
         return head + image_html(png(part.image), part.title)
     if isinstance(part, Table):
         return head + table_html(part.head, part.rows)
-    columns = [part.x_name, *[line.name for line in part.lines]]
-    rows = [(shown(x), *[shown(line.y[i]) for line in part.lines]) for i, x in enumerate(part.x)]
-    values = table_html(columns, rows, numeric=range(len(columns)))
-    drawn = draw(part)
+    if isinstance(part, Scatter):
+        points = [(p.name, shown(p.x), shown(p.y), part.marks if p.marked else "") for p in part.points]
+        values, drawn = table_html(("", part.x_name, part.y_name, ""), points, numeric=(1, 2)), draw_scatter(part)
+    else:
+        columns = [part.x_name, *[line.name for line in part.lines]]
+        rows = [(shown(x), *[shown(line.y[i]) for line in part.lines]) for i, x in enumerate(part.x)]
+        values, drawn = table_html(columns, rows, numeric=range(len(columns))), draw(part)
     if drawn is None:
         return head + values
     return head + image_html(drawn, part.title) + f"<details><summary>as a table</summary>{values}</details>"
