@@ -112,6 +112,46 @@ def test_a_dalle_with_ranker_and_judge(place, call):
     assert "clip_score" not in read(place / "three" / "metrics.json").metrics
 
 
+def test_sweep_completion_and_memorisation_of_a_dalle(place, call):
+    given = [
+        f"judge={place}/judge.safetensors",
+        "sweep.temperature=[0.5,1]",
+        "sweep.top_k=[0,3]",
+        "complete.rows=[0.25,0.5]",
+        "complete.hole=[0.5]",
+        "complete.num_pictures=4",
+        "memorisation=true",
+    ]
+    for out in ("one", "two"):
+        code, error = call(*common(place, "dalle", out), *given)
+        assert code == 0, error
+    assert (place / "one" / "metrics.json").read_bytes() == (place / "two" / "metrics.json").read_bytes()
+    metrics = read(place / "one" / "metrics.json").metrics
+    # the same prompts and seeds: the setting that is the model's own draws what was drawn without a sweep
+    for name in ("clip_score", "r_precision", "fid_clip", "cmmd"):
+        assert metrics[f"{name}_at_temperature_1_top_k_0"] == metrics[name]
+    swept = [name for name in metrics if name.startswith("clip_score_at_")]
+    assert len(swept) == len({metrics[name].value for name in swept}) == 4
+    assert metrics["clip_score_at_temperature_0.5_top_k_3"].protocol["sampling.top_k"] == "3"
+    for part in ("rows_0.25", "rows_0.5", "hole_0.5"):
+        assert metrics[f"complete_{part}_l1"].count == 4
+        assert metrics[f"complete_{part}_l1"].protocol["candidates"] == 2
+        assert metrics[f"complete_{part}_clip_score_real"].protocol["part"] == part
+    assert metrics["nearest_train_pixel"].protocol["train_pictures"] == 14
+    assert metrics["nearest_train_clip_reconstructed"].count == 12
+    html = (place / "one" / "report.html").read_text()
+    for title in ("Sampling: CMMD against CLIP score", "Completion, hole_0.5", "Nearest training pictures: clip"):
+        assert title in html
+
+
+def test_completion_needs_no_drawn_pictures_and_no_judge(place, call):
+    code, error = call(*common(place, "dalle", "out")[:-3], "num_prompts=0", "complete.rows=[0.5]", f"out={place}/out")
+    assert code == 0, error
+    metrics = read(place / "out" / "metrics.json").metrics
+    assert {"complete_rows_0.5_psnr", "complete_rows_0.5_l1_gain_of_caption"} <= set(metrics)
+    assert not [name for name in metrics if "clip" in name]
+
+
 def test_a_clip(place, call):
     code, error = call(*common(place, "judge", "out"))
     assert code == 0, error
@@ -154,6 +194,14 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["data.path=pipe:cat x.tar"], "stream"),
         (["max_samples=1"], "at least two"),
         (["checkpoint={}/nothing.safetensors"], "no file or folder"),
+        (["judge={}/judge.safetensors", "sweep.temperature=[]"], "sweep.temperature is an empty list"),
+        (["judge={}/judge.safetensors", "sweep.cond_scale=[1]"], "sweep.cond_scale"),
+        (["judge={}/judge.safetensors", "sweep.top_k=[a]"], "sweep.top_k"),
+        (["judge={}/judge.safetensors", "sweep.top_p=[2]"], "sweep with top_p=2"),
+        (["judge={}/judge.safetensors", "sweep.top_k=[1]", "num_prompts=0"], "num_prompts=0"),
+        (["sweep.top_k=[1]"], "sweep needs judge="),
+        (["complete.rows=[0.01]"], "complete.rows=0.01 gives 0 of 4"),
+        (["memorisation=true", "split=train+val"], "'train' is data.train_split too"),
     ],
 )
 def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):

@@ -1,7 +1,7 @@
 """How well a DALLE completes held-out pictures of which some image tokens are given: the top rows, or all but a hole.
 
-Axes: b pictures, m completions of a picture, n image tokens, c channels, H W pixels of a picture, h w pixels of the drawn
-part.
+Axes: b pictures, m completions of a picture, n image tokens, c channels, H W pixels of a picture, h w of the part that
+is drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,8 +49,8 @@ class CompletionConfig:
     rows: list[float] = field(default_factory=list)
     """The top is given, so much of the height each; in (0, 1)."""
     hole: list[float] = field(default_factory=list)
-    """All but the middle square is given, whose side is so much of the picture's each; in (0, 1). A model writes in raster
-    order and does not see what is given below."""
+    """All but the middle square is given, whose side is so much of the picture's; in (0, 1). A model writes in raster
+    order: what is given below it is not seen."""
     num_pictures: int = 16
     """Pictures to complete, with captions that all differ."""
     num_candidates: int = 2
@@ -89,7 +89,7 @@ class CompletionConfig:
             side = round(share * grid)
             if not 0 < side < grid:
                 raise ValueError(
-                    f"complete.hole={share:g} is a square {side} tokens wide in a picture of {grid}: draw 1 to {grid - 1}"
+                    f"complete.hole={share:g} is {side} of {grid} tokens wide: it must hold one, and leave some"
                 )
             first = (grid - side) // 2
             found[f"hole_{share:g}"] = Part(grid, first, first + side, first, first + side)
@@ -172,9 +172,7 @@ def complete(
         ValueError: fewer than two pictures.
     """
     if len(pairs.captions) < 2:
-        raise ValueError(
-            f"{len(pairs.captions)} pictures with captions of their own given: baselines need two at least"
-        )
+        raise ValueError(f"{len(pairs.captions)} pictures given: the baselines of completion need at least two")
     keep, own = part.keep(), pairs.image_tokens
     shift = len(own) // 2
     others = pairs.captions[shift:] + pairs.captions[:shift]

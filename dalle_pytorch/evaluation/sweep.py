@@ -52,7 +52,7 @@ class SweepConfig:
             if len(set(values)) < len(values):
                 raise ValueError(f"sweep.{name} must hold different values, got {values}")
 
-    def swept(self) -> dict[str, list[float]]:
+    def swept(self) -> dict[str, list[Any]]:
         """The fields that have values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(given) for name, given in values.items() if given is not None}
