@@ -140,7 +140,11 @@ def test_sweep_completion_and_memorisation_of_a_dalle(place, call):
     assert metrics["nearest_train_pixel"].protocol["train_pictures"] == 14
     assert metrics["nearest_train_clip_reconstructed"].count == 12
     html = (place / "one" / "report.html").read_text()
-    for title in ("Sampling: CMMD against CLIP score", "Completion, hole_0.5", "Nearest training pictures: clip"):
+    for title in (
+        "Sampling: CMMD against CLIP score",
+        "Completion, hole_0.5",
+        "Nearest training pictures, features of clip",
+    ):
         assert title in html
 
 

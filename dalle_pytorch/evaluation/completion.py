@@ -176,18 +176,23 @@ def complete(
     keep, own = part.keep(), pairs.image_tokens
     shift = len(own) // 2
     others = pairs.captions[shift:] + pairs.captions[:shift]
-    tokens: dict[str, Tensor] = {}
-    for way, captions in (("own", pairs.captions), ("other_caption", others)):
-        drawn = [
+
+    def drawn_for(captions: Sequence[str]) -> Int[Tensor, "b m n"]:
+        parts = [
             generator.candidates(
-                caption, range(num_candidates), seed=seed, sampling=sampling,
-                given=Given(own[i : i + 1], keep), truncate=True, progress=progress,
-            ).image_tokens
-            for i, caption in enumerate(captions)
+                caption, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress,
+                given=Given(own[place : place + 1], keep),
+            )
+            for place, caption in enumerate(captions)
         ]  # fmt: skip
-        tokens[way] = torch.stack(drawn)
-    tokens["copied"] = torch.where(keep, own, own.roll(-shift, dims=0))[:, None]
-    tokens["reconstructed"] = own[:, None]
+        return torch.stack([part.image_tokens for part in parts])
+
+    tokens = {
+        "own": drawn_for(pairs.captions),
+        "other_caption": drawn_for(others),
+        "copied": torch.where(keep, own, own.roll(-shift, dims=0))[:, None],
+        "reconstructed": own[:, None],
+    }
     images = {
         way: generator.decode(rows.flatten(0, 1)).clamp(0, 1).unflatten(0, rows.shape[:2])
         for way, rows in tokens.items()

@@ -16,8 +16,8 @@ from torch import Tensor
 from dalle_pytorch.evaluation.checks import check_two
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Section
-from dalle_pytorch.evaluation.report import Metrics, Protocol
+from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.generation.grid import GridRow, picture_grid
 
 QUANTILE = 0.01
@@ -124,7 +124,7 @@ def evaluate_memorisation(
         of = {key: Nearest(*part) for key, part in zip(sets, parts, strict=True)}
         distances = {key: part.distances for key, part in of.items()}
         metrics |= numbers(f"nearest_train_{name}", distances, drawn.shape[1], measure, extractor, how)
-        sections.append(pairs(name, sets, of, prompts, train))
+        sections += [table(name, distances, metrics), pairs(name, sets, of, prompts, train)]
     return Evaluation(metrics, sections)
 
 
@@ -157,8 +157,30 @@ def numbers(
         if len(of) >= LEAST_HELD_OUT:
             near = (drawn < torch.quantile(of, QUANTILE)).double().mean(dim=1)
             extra = {**how, "held_out": len(of), "quantile": QUANTILE}
-            found[f"{name}_copied_beside_{key}"] = measure.mean(near, better="lower", extractor=extractor, how=extra)
+            found[f"{name}_nearer_than_{key}"] = measure.mean(near, better="lower", extractor=extractor, how=extra)
     return found
+
+
+def table(name: str, distances: Mapping[str, Float[Tensor, " _"]], metrics: Metrics) -> Table:
+    """Quantiles of the distances, a row a set."""
+    names = {"drawn": "drawn", "real": "held out", "reconstructed": "held out, through the image tokenizer"}
+    shares, rows = [0.0, QUANTILE, 0.1, 0.5], []
+    for key, of in distances.items():
+        nearer_ones = metrics.get(f"nearest_train_{name}_nearer_than_{key}")
+        share = "" if nearer_ones is None else f"{100 * nearer_ones.value:.1f} %"
+        quantiles = torch.quantile(of, torch.tensor(shares, dtype=of.dtype)).tolist()
+        rows.append((names[key], *(shown(value) for value in quantiles), share))
+    head = ("distance to the nearest training picture", "least", "1 %", "10 %", "median", "drawn nearer than its 1 %")
+    note = (
+        f"A model that does not copy has about 1 % in the last column, which needs {LEAST_HELD_OUT} held-out pictures. "
+        "An image tokenizer smooths, and smooth pictures lie nearer to all: the third row is the fairer one."
+    )
+    return Table(f"Nearest training pictures, {spelt(name)}", note, head, rows)
+
+
+def spelt(name: str) -> str:
+    """A space in words."""
+    return "pixels (root mean square)" if name == "pixel" else f"features of {name}"
 
 
 def pairs(
@@ -178,9 +200,8 @@ def pairs(
         rows.append(GridRow(title, [sets[key][i] for i in order], labels))
         apart = [f"{found[key].distances[i]:.3f}" for i in order]
         rows.append(GridRow("nearest training picture, and how far it is", neighbours, apart))
-    where = "pixels (root mean square)" if name == "pixel" else f"features of {name}"
     note = (
-        f"The {SHOWN} drawn pictures with the nearest training neighbours in {where}, and the same of held-out "
+        f"The {SHOWN} drawn pictures with the nearest training neighbours in {spelt(name)}, and the same of held-out "
         "pictures. A copy is a drawn picture that equals its neighbour where held-out ones do not."
     )
-    return Picture(f"Nearest training pictures: {name}", note, picture_grid(rows, cell=96))
+    return Picture(f"Nearest training pictures, {spelt(name)}: five pairs", note, picture_grid(rows, cell=96))

@@ -14,7 +14,7 @@ class Point(NamedTuple):
     x: float
     y: float
     marked: bool = False
-    """Drawn in colour and named; the others are grey."""
+    """Drawn in colour, numbered and named; the others are grey."""
     x_ends: Interval | None = None
     """Interval of ``x``, drawn as a thin line."""
     y_ends: Interval | None = None
@@ -39,28 +39,26 @@ def draw_scatter(scatter: Scatter) -> bytes | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
+    marked = sorted((point for point in scatter.points if point.marked), key=lambda point: point.x)
+    figure = Figure(figsize=(7, 4.4 + 0.2 * len(marked)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for marked, colour in ((False, "#999999"), (True, "tab:blue")):
-        group = sorted((point for point in scatter.points if point.marked == marked), key=lambda point: point.x)
-        for point in group:
-            for ends, draw in ((point.x_ends, axes.hlines), (point.y_ends, axes.vlines)):
-                if ends is not None:
-                    draw(point.y if ends is point.x_ends else point.x, *ends, color=colour, alpha=0.35, linewidth=0.8)
-        label = scatter.marks if marked else "others"
-        style = {"linestyle": "-" if marked else "", "linewidth": 0.8, "marker": "o", "markersize": 5}
-        if group:
-            axes.plot([p.x for p in group], [p.y for p in group], color=colour, label=label, **style)
-    marked_points = sorted((point for point in scatter.points if point.marked), key=lambda point: point.x)
-    for number, point in enumerate(marked_points):  # above and below in turn, so that neighbours do not overlap
-        up = number % 2 == 0
-        place = {"xytext": (0, 9 if up else -9), "va": "bottom" if up else "top", "ha": "center"}
-        axes.annotate(point.name, (point.x, point.y), textcoords="offset points", fontsize=8, **place)
-    axes.margins(x=0.15, y=0.15)
+    for point in scatter.points:
+        colour = "tab:blue" if point.marked else "#999999"
+        style = {"color": colour, "alpha": 0.35, "linewidth": 0.8}
+        if point.x_ends is not None:
+            axes.hlines(point.y, *point.x_ends, **style)
+        if point.y_ends is not None:
+            axes.vlines(point.x, *point.y_ends, **style)
+        if not point.marked:
+            axes.plot(point.x, point.y, "o", color=colour, markersize=5)
+    axes.plot([point.x for point in marked], [point.y for point in marked], color="tab:blue", linewidth=0.8)
+    for number, point in enumerate(marked, 1):  # names are long: beside the points stand their numbers
+        axes.plot(point.x, point.y, "o", color="tab:blue", markersize=5, label=f"{number}   {point.name}")
+        axes.annotate(str(number), (point.x, point.y), textcoords="offset points", xytext=(5, 4), weight="bold")
     axes.set(xlabel=scatter.x_name, ylabel=scatter.y_name)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9, title=scatter.marks, alignment="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

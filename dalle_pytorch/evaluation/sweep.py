@@ -151,7 +151,7 @@ def trade_off(found: Mapping[str, Metrics]) -> list[Section]:
         for name, score, far, marked in zip(names, scores, distances, best, strict=True)
     ]
     title = {"fid": "FID", "cmmd": "CMMD"}[distance]
-    marks = "no other setting is better in both"
+    marks = "Pareto-best: no other setting is better in both"
     note = (
         "The same prompts and seeds under every setting; right is nearer to the captions, down nearer to real "
         "pictures. Thin lines are 95 % intervals: where they overlap widely, the order may be chance."
@@ -163,7 +163,7 @@ def trade_off(found: Mapping[str, Metrics]) -> list[Section]:
         (names[i], *(shown(metric.value) for metric in found[names[i]].values()), "yes" if best[i] else "")
         for i in order
     ]
-    head = ("setting", *first, f"best in {title} and CLIP score")
+    head = ("setting", *first, f"Pareto-best in {title} and CLIP score")
     return [
         plot,
         Table("Sampling: settings by CLIP score", f"The last column marks settings where {marks}.", head, rows),

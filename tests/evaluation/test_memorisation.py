@@ -7,6 +7,7 @@ from dalle_pytorch.evaluation import memorisation
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation, nearer, nobody, pixels
+from dalle_pytorch.evaluation.page import Picture, Table
 
 MEASURE = Measure({"split": "val"}, rounds=50, halves=0)
 
@@ -88,20 +89,21 @@ def test_copies_are_seen(pictures, tiny_clip):
         assert metrics[f"nearest_train_{space}"].value == 0
         assert metrics[f"nearest_train_{space}"].count == 20  # prompts
         assert metrics[f"nearest_train_{space}_real"].value > 0
-        assert metrics[f"nearest_train_{space}_copied_beside_real"].value == 1
+        assert metrics[f"nearest_train_{space}_nearer_than_real"].value == 1
     assert metrics["nearest_train_colours"].extractor == "colours (mean)"
     assert metrics["nearest_train_pixel"].protocol == {"split": "val", "seed": 0, "train_pictures": 300}
-    assert [section.title for section in sections] == [
-        "Nearest training pictures: pixel",
-        "Nearest training pictures: colours",
-    ]
+    assert [type(section) for section in sections] == [Table, Picture, Table, Picture]
+    rows = {row[0]: row[1:] for row in sections[0].rows}
+    assert rows["drawn"] == ("0.0000", "0.0000", "0.0000", "0.0000", "")
+    assert rows["held out"][-1] == "100.0 %"
+    assert float(rows["held out"][0]) < float(rows["held out"][2]) < float(rows["held out"][3])
 
 
 def test_half_copies_are_half(pictures, generator):
     train, held_out = pictures
     drawn = torch.stack([train[:30], torch.full((30, 3, 4, 4), 9.0)], dim=1)
     metrics, _ = evaluate(drawn, train, held_out)
-    assert metrics["nearest_train_pixel_copied_beside_real"].value == 0.5
+    assert metrics["nearest_train_pixel_nearer_than_real"].value == 0.5
 
 
 def test_pictures_like_the_held_out_ones_are_not_called_copies(pictures):
@@ -109,7 +111,7 @@ def test_pictures_like_the_held_out_ones_are_not_called_copies(pictures):
     train, held_out = pictures
     metrics, _ = evaluate(held_out[:, None], train, held_out)
     assert metrics["nearest_train_pixel"].value == metrics["nearest_train_pixel_real"].value
-    assert metrics["nearest_train_pixel_copied_beside_real"].value == 2 / 200
+    assert metrics["nearest_train_pixel_nearer_than_real"].value == 2 / 200
     reconstructed = look_up(pixels(held_out.round()), pixels(train), 300).distances.mean().item()
     assert metrics["nearest_train_pixel_reconstructed"].value == pytest.approx(reconstructed)
 
