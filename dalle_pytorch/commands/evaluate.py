@@ -231,10 +231,10 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
         ))  # fmt: skip
     if config.memorisation:
         pictures = Pictures(train, replace(config.data, cache_decoded=False), image_size=size, train=False)
-        held_out = {"real": samples.images, "reconstructed": reconstruct(dalle.vae, samples.images)[1]}
         more.append(evaluate_memorisation(
-            drawn.images, prompts, held_out, lambda places: torch.stack([pictures[i]["image"] for i in places]),
-            len(pictures), measure, extractors=extractors, how=how,
+            drawn.images, prompts, samples.images,
+            lambda places: torch.stack([pictures[i]["image"] for i in places]), len(pictures),
+            lambda images: reconstruct(dalle.vae, images)[1], measure, extractors=extractors, how=how,
         ))  # fmt: skip
     return join([judged, *more, found])
 

@@ -1,4 +1,4 @@
-"""Nearest training pictures: exact, whatever the chunks; copies are found, honest pictures are not called so."""
+"""Nearest training pictures: copies are found, honest pictures are not called so, and the test says what it can see."""
 
 import pytest
 import torch
@@ -6,57 +6,15 @@ import torch
 from dalle_pytorch.evaluation import memorisation
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.memorisation import evaluate_memorisation, nearer, nobody, pixels
+from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
 from dalle_pytorch.evaluation.page import Picture, Table
 
 MEASURE = Measure({"split": "val"}, rounds=50, halves=0)
 
 
-def look_up(queries, rows, size):
-    found = nobody(len(queries))
-    for first in range(0, len(rows), size):
-        found = nearer(found, queries, rows[first : first + size], first)
-    return found
-
-
-def test_nearest_rows_are_those_of_a_double_loop_in_any_chunks(generator, monkeypatch):
-    queries, rows = torch.randn(7, 5, generator=generator), torch.randn(23, 5, generator=generator)
-    each = torch.stack([torch.stack([(q.double() - r.double()).norm() for r in rows]) for q in queries])
-    whole = look_up(queries, rows, 23)
-    assert torch.equal(whole.indices, each.argmin(dim=1))
-    torch.testing.assert_close(whole.distances, each.amin(dim=1), atol=1e-14, rtol=0)
-    monkeypatch.setattr(memorisation, "ROWS", 3)
-    for size in (1, 4, 22):
-        assert all(torch.equal(a, b) for a, b in zip(look_up(queries, rows, size), whole, strict=True))
-
-
-def test_a_copy_is_at_distance_zero_and_a_near_one_exactly_as_near_as_it_is(generator):
-    """Distances over products lose small differences of large numbers; in 32 bits this one, of 1000, entirely."""
-    rows = 1000 + torch.randn(50, 8, generator=generator)
-    queries = rows[[7, 31]].clone()
-    queries[1, 0] += 2**-10
-    found = look_up(queries, rows, 16)
-    assert found.indices.tolist() == [7, 31]
-    assert found.distances[0] == 0
-    assert found.distances[1].item() == pytest.approx(2**-10, rel=1e-12)
-
-
-def test_of_equal_rows_the_first_counts():
-    rows = torch.zeros(6, 2)
-    assert look_up(torch.ones(1, 2), rows, 2).indices.tolist() == [0]
-
-
-def test_rows_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match="5 columns, generated ones 4"):
-        nearer(nobody(2), torch.zeros(2, 4), torch.zeros(3, 5), 0)
-    with pytest.raises(ValueError, match="NaN"):
-        nearer(nobody(2), torch.full((2, 4), torch.nan), torch.zeros(3, 4), 0)
-
-
-def test_pixel_distances_are_root_mean_squares(generator):
-    a, b = torch.rand(2, 1, 3, 4, 4, generator=generator)
-    found = look_up(pixels(a), pixels(b), 1)
-    assert found.distances.item() == pytest.approx((a - b).square().mean().sqrt().item(), rel=1e-6)
+def reconstruct(images):
+    """An image tokenizer that keeps a picture's brightness at every place, in ten steps."""
+    return (images.mean(dim=1, keepdim=True) * 10).round().div(10).expand_as(images).contiguous()
 
 
 @pytest.fixture
@@ -67,21 +25,20 @@ def pictures(generator):
 
 def evaluate(drawn, train, held_out, **settings):
     prompts = [f"prompt {i}" for i in range(len(drawn))]
-    read = []
+    read = set()
 
     def pictures_at(places):
-        read.extend(places)
+        read.update(places)
         return train[list(places)]
 
     found = evaluate_memorisation(
-        drawn, prompts, {"real": held_out, "reconstructed": held_out.round()}, pictures_at, len(train), MEASURE,
-        how={"seed": 0}, **settings,
-    )  # fmt: skip
-    assert set(read) == set(range(len(train)))
+        drawn, prompts, held_out, pictures_at, len(train), reconstruct, MEASURE, how={"seed": 0}, **settings
+    )
+    assert read == set(range(len(train)))
     return found
 
 
-def test_copies_are_seen(pictures, tiny_clip):
+def test_pictures_copied_exactly_are_seen_everywhere(pictures, tiny_clip):
     train, held_out = pictures
     colours = Extractor("colours", "mean", "00" * 32, tiny_clip, lambda images: images.mean(dim=(2, 3)))
     metrics, sections = evaluate(train[:40].view(20, 2, 3, 4, 4), train, held_out, extractors=[colours])
@@ -92,18 +49,39 @@ def test_copies_are_seen(pictures, tiny_clip):
         assert metrics[f"nearest_train_{space}_nearer_than_real"].value == 1
     assert metrics["nearest_train_colours"].extractor == "colours (mean)"
     assert metrics["nearest_train_pixel"].protocol == {"split": "val", "seed": 0, "train_pictures": 300}
-    assert [type(section) for section in sections] == [Table, Picture, Table, Picture]
-    rows = {row[0]: row[1:] for row in sections[0].rows}
-    assert rows["drawn"] == ("0.0000", "0.0000", "0.0000", "0.0000", "")
-    assert rows["held out"][-1] == "100.0 %"
+    assert [type(section) for section in sections] == [Table, Picture] * 4
+    rows = {row[0]: row[1:] for row in sections[2].rows}
+    assert rows["drawn"] == ("0.0000", "0.0000", "0.0000", "0.0000", "100.0 %", "100.0 %")
+    assert rows["held out"][4:] == ("", "")
     assert float(rows["held out"][0]) < float(rows["held out"][2]) < float(rows["held out"][3])
 
 
-def test_half_copies_are_half(pictures, generator):
+def test_pictures_copied_token_by_token_are_seen_through_the_tokenizer(pictures):
+    """They differ from all training pictures as these are, by what the tokenizer loses."""
+    train, held_out = pictures
+    copies = reconstruct(train[:50])
+    metrics, _ = evaluate(copies[:, None], train, held_out)
+    assert metrics["nearest_train_decoded_pixel"].value == 0
+    assert metrics["nearest_train_decoded_pixel_nearer_than_reconstructed"].value == 1
+    assert metrics["nearest_train_decoded_pixel_reconstructed"].value > 0
+    assert metrics["nearest_train_pixel"].value > 0
+    assert not [name for name in metrics if name.startswith("nearest_train_decoded_pixel_copies")]
+
+
+def test_what_copies_would_give_is_told(pictures, monkeypatch):
+    """All training pictures as copies and as drawn ones: the same distances, the same shares."""
+    monkeypatch.setattr(memorisation, "COPIES", 300)
+    train, held_out = pictures
+    metrics, _ = evaluate(reconstruct(train)[:, None], train, held_out)
+    for end in ("", "_nearer_than_real", "_nearer_than_reconstructed"):
+        assert metrics[f"nearest_train_pixel_copies{end}"].value == metrics[f"nearest_train_pixel{end}"].value
+    assert metrics["nearest_train_pixel_copies"].count == 300
+
+
+def test_half_copies_are_half(pictures):
     train, held_out = pictures
     drawn = torch.stack([train[:30], torch.full((30, 3, 4, 4), 9.0)], dim=1)
-    metrics, _ = evaluate(drawn, train, held_out)
-    assert metrics["nearest_train_pixel_nearer_than_real"].value == 0.5
+    assert evaluate(drawn, train, held_out).metrics["nearest_train_pixel_nearer_than_real"].value == 0.5
 
 
 def test_pictures_like_the_held_out_ones_are_not_called_copies(pictures):
@@ -112,8 +90,18 @@ def test_pictures_like_the_held_out_ones_are_not_called_copies(pictures):
     metrics, _ = evaluate(held_out[:, None], train, held_out)
     assert metrics["nearest_train_pixel"].value == metrics["nearest_train_pixel_real"].value
     assert metrics["nearest_train_pixel_nearer_than_real"].value == 2 / 200
-    reconstructed = look_up(pixels(held_out.round()), pixels(train), 300).distances.mean().item()
-    assert metrics["nearest_train_pixel_reconstructed"].value == pytest.approx(reconstructed)
+    metrics, _ = evaluate(reconstruct(held_out)[:, None], train, held_out)
+    for space in ("pixel", "decoded_pixel"):
+        assert metrics[f"nearest_train_{space}"].value == metrics[f"nearest_train_{space}_reconstructed"].value
+        assert metrics[f"nearest_train_{space}_nearer_than_reconstructed"].value <= 2 / 200
+
+
+def test_distances_are_those_of_a_double_loop(pictures):
+    train, held_out = pictures
+    metrics, _ = evaluate(held_out[:4, None], train, held_out)
+    for name, pool in (("pixel", train), ("decoded_pixel", reconstruct(train))):
+        each = [min((a - b).square().mean().sqrt().item() for b in pool) for a in held_out[:4]]
+        assert metrics[f"nearest_train_{name}"].value == pytest.approx(sum(each) / 4, rel=1e-5)
 
 
 def test_chunks_change_no_number(pictures, monkeypatch):
@@ -125,9 +113,10 @@ def test_chunks_change_no_number(pictures, monkeypatch):
 
 def test_a_quantile_of_few_is_left_out(pictures):
     train, held_out = pictures
-    names = set(evaluate(train[:4, None], train, held_out[:99]).metrics)
-    assert names == {f"nearest_train_pixel{end}" for end in ("", "_real", "_reconstructed")}
-    assert len(evaluate(train[:4, None], train, held_out[:100]).metrics) == 5
+    few, enough = (evaluate(train[:4, None], train, held_out[:count]) for count in (99, 100))
+    assert not [name for name in few.metrics if "nearer" in name]
+    assert len([name for name in enough.metrics if "nearer" in name]) == 5
+    assert few.sections[0].rows[0][-1] == ""
 
 
 def test_no_training_pictures(pictures):
