@@ -183,13 +183,13 @@ def table(space: Space, distances: Mapping[str, Float[Tensor, " _"]]) -> Table:
     rows = []
     for name, of in distances.items():
         quantiles = torch.quantile(of, torch.tensor(shares, dtype=of.dtype)).tolist()
-        below = [
+        columns = [
             f"{100 * below(of, distances[other]).mean().item():.1f} %"
             if name not in HELD_OUT and len(distances[other]) >= LEAST_HELD_OUT
             else ""
             for other in limits
         ]
-        rows.append((SETS[name], *(shown(value) for value in quantiles), *below))
+        rows.append((SETS[name], *(shown(value) for value in quantiles), *columns))
     head = ("", "least", "1 %", "10 %", "median", *(f"nearer than the 1 % of: {SETS[other]}" for other in limits))
     note = (
         "Quantiles of the distance to the nearest training picture. A model that does not copy has about 1 % in the "
