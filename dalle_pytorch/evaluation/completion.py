@@ -315,7 +315,7 @@ def pictures(
             "given",
             *["completed"] * len(own),
             *["other caption"] * len(other),
-            "copied",
+            "other picture",
             "own tokens",
         ]
         rows.append(GridRow(prompt, [originals[i], given[i], *own, *other, *ends], labels))
