@@ -188,89 +188,17 @@ def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure:
     return evaluate_clip(clip, samples.captions, samples.images, measure)
 
 
-def pairs_of(dalle: Any, samples: Samples) -> Pairs:
-    """Pictures and captions as tokens."""
-    text = text_tokenizer_of(dalle, "dalle").tokenize(samples.captions, dalle.config.text_len, truncate=True)
-    return Pairs(samples.captions, text, reconstruct(dalle.vae, samples.images)[0])
-
-
-def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
-    """A DALLE: likelihoods, then the pictures that it draws."""
-    size = dalle.vae.image_size
-    config.complete.parts(dalle.grid_size)  # before time is spent, as the settings of the sweep
-    settings = checked(dalle, config.sweep.settings(config.sampling))
-    samples = read_samples(shards, config, size, config.max_samples)
-    train = open_split(config.data.path, config.data.train_split, "data.path")
-    known = pairs_of(dalle, read_samples(train, config, size, config.max_train))
-    found = evaluate_likelihood(dalle, pairs_of(dalle, samples), known, measure)
-    device = next(dalle.parameters()).device.type
-    judge, extractors, inception = extractors_of(config, device)
-    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
-    own = Samples(samples.images[places], [samples.captions[i] for i in places])
-    found = join([*completions(dalle, config, own, judge, measure), found])
-    if not config.num_prompts:
-        return found
-    ranker = None if config.ranker is None else loading.load(config.ranker, kind="clip").to(device)
-    if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
-        raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
-    prompts, captions = own.captions[: config.num_prompts], own.captions
-    drawn = drawn_pictures(dalle, prompts, config, config.sampling, ranker)
-    how = drawn_how(config, config.sampling, prompts=len(prompts))
-    ranked = {} if ranker is None else {"ranker_sha256": weights_sha256(ranker)}
-    judged = evaluate_drawn(
-        drawn, samples.images, own.images[: len(prompts)], measure,
-        judge=judge, captions=captions, extractors=extractors,
-        logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how={**how, **ranked},
-    )  # fmt: skip
-    more = []
-    if settings:
-        more.append(evaluate_sweep(
-            lambda sampling: drawn_pictures(dalle, prompts, config, sampling, None).images, settings, prompts,
-            samples.images, own.images[: len(prompts)], measure, judge=judge, captions=captions, extractors=extractors,
-            how=lambda sampling: drawn_how(config, sampling, prompts=len(prompts)),
-        ))  # fmt: skip
-    if config.memorisation:
-        pictures = Pictures(train, replace(config.data, cache_decoded=False), image_size=size, train=False)
-        more.append(evaluate_memorisation(
-            drawn.images, prompts, samples.images,
-            lambda places: torch.stack([pictures[i]["image"] for i in places]), len(pictures),
-            lambda images: reconstruct(dalle.vae, images)[1], measure, extractors=extractors, how=how,
-        ))  # fmt: skip
-    return join([judged, *more, found])
-
-
-def checked(dalle: Any, settings: dict[str, SamplingConfig]) -> dict[str, SamplingConfig]:
-    """The settings, if the model can be sampled so.
+def check(dalle: Any, config: EvaluateConfig) -> None:
+    """Refuse what cannot be drawn before time is spent.
 
     Raises:
-        ValueError: guidance of a model that never saw an empty caption.
+        ValueError: a part of no token, or guidance of a model that never saw an empty caption.
     """
-    if settings:
+    config.complete.parts(dalle.grid_size)
+    if settings := config.sweep.settings(config.sampling):
         generator = Generator(dalle)
         for sampling in settings.values():
             generator.check([], sampling)
-    return settings
-
-
-def completions(dalle: Any, config: EvaluateConfig, own: Samples, judge: Any, measure: Measure) -> Iterator[Evaluation]:
-    """Every part of ``config.complete``; pictures and captions that all differ are given."""
-    settings, device = config.complete, next(dalle.parameters()).device
-    parts = settings.parts(dalle.grid_size)
-    if not parts:
-        return
-    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(device)
-    images, prompts = own.images[: settings.num_pictures], own.captions[: settings.num_pictures]
-    pairs, generator = pairs_of(dalle, Samples(images, prompts)), Generator(dalle)
-    eyes = Eyes(measure, judge, lpips, own.captions)
-    how = drawn_how(config, config.sampling, candidates=settings.num_candidates)
-    tokens = sum(int((~part.keep()).sum()) for part in parts.values())
-    with tqdm(total=2 * tokens * len(prompts) * settings.num_candidates, desc="completing", unit="token") as bar:
-        for name, part in parts.items():
-            done = complete(
-                generator, pairs, part,
-                num_candidates=settings.num_candidates, seed=config.seed, sampling=config.sampling, progress=bar.update,
-            )  # fmt: skip
-            yield evaluate_completion(done, images, part, name, prompts, eyes, how)
 
 
 def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -> Protocol:
@@ -279,15 +207,109 @@ def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -
     return {**settings, "seed": config.seed, "candidates": config.num_candidates, **counts}
 
 
+def own_captions(samples: Samples, config: EvaluateConfig) -> Samples:
+    """The samples with a caption each to itself, in the order of the prompts."""
+    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
+    return Samples(samples.images[places], [samples.captions[i] for i in places])
+
+
 def join(found: Sequence[Evaluation]) -> Evaluation:
     """All numbers and sections, in this order."""
     metrics = {name: metric for one in found for name, metric in one.metrics.items()}
     return Evaluation(metrics, [section for one in found for section in one.sections])
 
 
-def drawn_pictures(
-    dalle: Any, prompts: list[str], config: EvaluateConfig, sampling: SamplingConfig, ranker: Any
-) -> Draw:
+def completions(dalle: Any, config: EvaluateConfig, samples: Samples, measure: Measure) -> Iterator[Evaluation]:
+    """Every part of ``config.complete`` of some pictures."""
+    settings, device = config.complete, next(dalle.parameters()).device
+    judge, _, _ = extractors_of(config, device.type)
+    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(device)
+    own = own_captions(samples, config)
+    images, prompts = own.images[: settings.num_pictures], own.captions[: settings.num_pictures]
+    image_tokens, _ = reconstruct(dalle.vae, images)
+    eyes, generator = Eyes(measure, judge, lpips, own.captions), Generator(dalle)
+    how = drawn_how(config, config.sampling, candidates=settings.num_candidates)
+    parts = settings.parts(dalle.grid_size)
+    total = 2 * len(parts) * len(prompts) * settings.num_candidates * dalle.num_image_tokens
+    with tqdm(total=total, desc="completing", unit="token", unit_scale=True) as bar:
+        for name, part in parts.items():
+            done = complete(
+                generator, prompts, image_tokens, part,
+                num_candidates=settings.num_candidates, seed=config.seed, sampling=config.sampling, progress=bar.update,
+            )  # fmt: skip
+            yield evaluate_completion(done, images, part, name, prompts, eyes, how)
+
+
+def swept(
+    dalle: Any, config: EvaluateConfig, samples: Samples, judge: Any, extractors: list[Extractor], measure: Measure
+) -> list[Evaluation]:
+    """What every setting of ``config.sweep`` draws of the prompts, if there is one."""
+    if not (settings := config.sweep.settings(config.sampling)):
+        return []
+    own = own_captions(samples, config)
+    prompts = own.captions[: config.num_prompts]
+
+    def drawn(sampling: SamplingConfig) -> Tensor:
+        return drawn_pictures(dalle, prompts, replace(config, sampling=sampling, sweep=SweepConfig()), None).images
+
+    return [evaluate_sweep(
+        drawn, settings, prompts, samples.images, own.images[: len(prompts)], measure,
+        judge=judge, captions=own.captions, extractors=extractors,
+        how=lambda sampling: drawn_how(config, sampling, prompts=len(prompts)),
+    )]  # fmt: skip
+
+
+def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
+    """A DALLE: likelihoods, then the pictures that it draws."""
+    tokenizer, size = text_tokenizer_of(dalle, "dalle"), dalle.vae.image_size
+
+    def pairs(samples: Samples) -> Pairs:
+        text = tokenizer.tokenize(samples.captions, dalle.config.text_len, truncate=True)
+        return Pairs(samples.captions, text, reconstruct(dalle.vae, samples.images)[0])
+
+    check(dalle, config)
+    samples = read_samples(shards, config, size, config.max_samples)
+    train = open_split(config.data.path, config.data.train_split, "data.path")
+    known = pairs(read_samples(train, config, size, config.max_train))
+    found = evaluate_likelihood(dalle, pairs(samples), known, measure)
+    if config.complete.parts(dalle.grid_size):
+        found = join([*completions(dalle, config, samples, measure), found])
+    if not config.num_prompts:
+        return found
+    device = next(dalle.parameters()).device.type
+    judge, extractors, inception = extractors_of(config, device)
+    ranker = None if config.ranker is None else loading.load(config.ranker, kind="clip").to(device)
+    if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
+        raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
+    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
+    captions, drawn_places = [samples.captions[i] for i in places], places[: config.num_prompts]
+    prompts = [samples.captions[i] for i in drawn_places]
+    drawn = drawn_pictures(dalle, prompts, config, ranker)
+    how = {f"sampling.{key}": str(value) for key, value in asdict(config.sampling).items()} | {
+        "seed": config.seed,
+        "prompts": len(prompts),
+        "candidates": config.num_candidates,
+    }
+    if ranker is not None:
+        how["ranker_sha256"] = weights_sha256(ranker)
+    judged = evaluate_drawn(
+        drawn, samples.images, samples.images[drawn_places], measure,
+        judge=judge, captions=captions, extractors=extractors,
+        logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how=how,
+    )  # fmt: skip
+    more = swept(dalle, config, samples, judge, extractors, measure)
+    if config.memorisation:
+        pictures = Pictures(train, replace(config.data, cache_decoded=False), image_size=size, train=False)
+        more.append(evaluate_memorisation(
+            drawn.images, prompts, samples.images,
+            lambda places: torch.stack([pictures[i]["image"] for i in places]), len(pictures),
+            lambda images: reconstruct(dalle.vae, images)[1], measure,
+            extractors=extractors, how=drawn_how(config, config.sampling, prompts=len(prompts)),
+        ))  # fmt: skip
+    return join([judged, *more, found])
+
+
+def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:
     """The candidates, under a progress bar."""
     total = len(prompts) * config.num_candidates * dalle.num_image_tokens
     with tqdm(total=total, desc="drawing", unit="token", unit_scale=True) as bar:
@@ -296,7 +318,7 @@ def drawn_pictures(
             prompts,
             num_candidates=config.num_candidates,
             seed=config.seed,
-            sampling=sampling,
+            sampling=config.sampling,
             ranker=ranker,
             progress=bar.update,
         )

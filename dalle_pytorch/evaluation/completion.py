@@ -1,7 +1,6 @@
 """How well a DALLE completes held-out pictures of which some image tokens are given: the top rows, or all but a hole.
 
-Axes: b pictures, m completions of a picture, n image tokens, c channels, H W pixels of a picture, h w of the part that
-is drawn.
+Axes: b pictures, m completions of a picture, n image tokens, c channels, H W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.evaluation.dalle import Pairs
 from dalle_pytorch.evaluation.features import Extractor, caption_features, clip_extractor, lpips_each
 from dalle_pytorch.evaluation.lpips import LEAST_SIZE, LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Picture, Table
+from dalle_pytorch.evaluation.part import Part
 from dalle_pytorch.evaluation.reconstruction import l1_each, psnr_each
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, clip_score, r_precision
@@ -71,7 +70,7 @@ class CompletionConfig:
         if self.num_candidates < 1:
             raise ValueError(f"complete.num_candidates must be at least 1, got {self.num_candidates}")
 
-    def parts(self, grid: int) -> dict[str, "Part"]:
+    def parts(self, grid: int) -> dict[str, Part]:
         """The parts to draw by name, "rows_0.25", of a grid of tokens.
 
         Raises:
@@ -96,47 +95,6 @@ class CompletionConfig:
         return found
 
 
-class Part(NamedTuple):
-    """A rectangle of a grid of tokens that is drawn, the rest being given."""
-
-    grid: int
-    """Token rows = columns of the picture."""
-    top: int
-    bottom: int
-    """One past the last row."""
-    left: int
-    right: int
-
-    def keep(self) -> Bool[Tensor, " n"]:
-        """Which tokens are given, in raster order."""
-        keep = torch.ones(self.grid, self.grid, dtype=torch.bool)
-        keep[self.top : self.bottom, self.left : self.right] = False
-        return keep.flatten()
-
-    def crop(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c h w"]:
-        """The pixels of the part alone."""
-        rows, columns = self._pixels(images)
-        return images[:, :, rows, columns]
-
-    def alone(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-        """The part at its place, the rest white."""
-        rows, columns = self._pixels(images)
-        result = torch.ones_like(images)
-        result[:, :, rows, columns] = images[:, :, rows, columns]
-        return result
-
-    def without(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-        """The rest at its place, the part grey."""
-        rows, columns = self._pixels(images)
-        result = images.clone()
-        result[:, :, rows, columns] = 0.6
-        return result
-
-    def _pixels(self, images: Float[Tensor, "b c H W"]) -> tuple[slice, slice]:
-        size = images.shape[-1] // self.grid
-        return slice(self.top * size, self.bottom * size), slice(self.left * size, self.right * size)
-
-
 class Completed(NamedTuple):
     """A part of some pictures, filled in the ways of ``WAYS``."""
 
@@ -147,7 +105,8 @@ class Completed(NamedTuple):
 
 def complete(
     generator: Generator,
-    pairs: Pairs,
+    captions: Sequence[str],
+    image_tokens: Int[Tensor, "b n"],
     part: Part,
     *,
     num_candidates: int,
@@ -161,34 +120,35 @@ def complete(
 
     Args:
         generator: of the model.
-        pairs: captioned pictures, two at least.
+        captions: of the pictures, two at least.
+        image_tokens: of the pictures.
         part: what is drawn.
         num_candidates: completions with its own caption, and with another's.
         seed: of both.
         sampling: how they are drawn.
-        progress: called with the number of image tokens that have just been drawn.
+        progress: called with the number of image tokens that have just been drawn, or were given before them.
 
     Raises:
         ValueError: fewer than two pictures.
     """
-    if len(pairs.captions) < 2:
-        raise ValueError(f"{len(pairs.captions)} pictures given: the baselines of completion need at least two")
-    keep, own = part.keep(), pairs.image_tokens
+    if len(captions) < 2:
+        raise ValueError(f"{len(captions)} pictures given: the baselines of completion need at least two")
+    keep, own = part.keep(), image_tokens
     shift = len(own) // 2
-    others = pairs.captions[shift:] + pairs.captions[:shift]
+    others = [*captions[shift:], *captions[:shift]]
 
-    def drawn_for(captions: Sequence[str]) -> Int[Tensor, "b m n"]:
+    def drawn_for(prompts: Sequence[str]) -> Int[Tensor, "b m n"]:
         parts = [
             generator.candidates(
                 caption, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress,
                 given=Given(own[place : place + 1], keep),
             )
-            for place, caption in enumerate(captions)
+            for place, caption in enumerate(prompts)
         ]  # fmt: skip
         return torch.stack([part.image_tokens for part in parts])
 
     tokens = {
-        "own": drawn_for(pairs.captions),
+        "own": drawn_for(captions),
         "other_caption": drawn_for(others),
         "copied": torch.where(keep, own, own.roll(-shift, dims=0))[:, None],
         "reconstructed": own[:, None],

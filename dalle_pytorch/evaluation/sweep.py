@@ -164,10 +164,8 @@ def trade_off(found: Mapping[str, Metrics]) -> list[Section]:
         for i in order
     ]
     head = ("setting", *first, f"Pareto-best in {title} and CLIP score")
-    return [
-        plot,
-        Table("Sampling: settings by CLIP score", f"The last column marks settings where {marks}.", head, rows),
-    ]
+    note = "The best CLIP score first. Intervals are among the numbers at the top of the page."
+    return [plot, Table("Sampling: settings by CLIP score", note, head, rows)]
 
 
 def same_seeds(rows: Sequence[GridRow]) -> Picture:
