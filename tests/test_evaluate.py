@@ -138,6 +138,7 @@ def test_sweep_completion_and_memorisation_of_a_dalle(place, call):
         assert metrics[f"complete_{part}_l1"].protocol["candidates"] == 2
         assert metrics[f"complete_{part}_clip_score_real"].protocol["part"] == part
     assert metrics["nearest_train_pixel"].protocol["train_pictures"] == 14
+    assert metrics["nearest_train_pixel_real"].protocol["train_split"] == "train"
     assert metrics["nearest_train_decoded_clip_reconstructed"].count == 12
     html = (place / "one" / "report.html").read_text()
     for title in (

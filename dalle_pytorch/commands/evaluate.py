@@ -153,16 +153,21 @@ def chosen(count: int, most: int, seed: int) -> list[int]:
 
 def protocol(shards: ShardDataset, config: EvaluateConfig, image_size: int) -> dict[str, Any]:
     """What all numbers depend on: not where the data lie, but what they are."""
-    wanted = shards.split.split("+")
-    parts = [shard["sha256"] for shard in shards.index["shards"] if shard["split"] in wanted]
     used = len(chosen(len(shards), config.max_samples, config.seed))
     return {
         "data": shards.index["name"],
-        "data_sha256": hashlib.sha256("".join(parts).encode()).hexdigest(),
+        "data_sha256": data_sha256(shards),
         "split": shards.split,
         "pictures": f"{used} of {len(shards)}" + (f", drawn by seed {config.seed}" if used < len(shards) else ""),
         "image_size": image_size,
     }
+
+
+def data_sha256(shards: ShardDataset) -> str:
+    """Of a split: what its shards hold."""
+    wanted = shards.split.split("+")
+    parts = [shard["sha256"] for shard in shards.index["shards"] if shard["split"] in wanted]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def extractors_of(config: EvaluateConfig, device: str) -> tuple[Any, list[Extractor], Any]:
@@ -303,8 +308,9 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
         more.append(evaluate_memorisation(
             drawn.images, prompts, samples.images,
             lambda places: torch.stack([pictures[i]["image"] for i in places]), len(pictures),
-            lambda images: reconstruct(dalle.vae, images)[1], measure,
-            extractors=extractors, how=drawn_how(config, config.sampling, prompts=len(prompts)),
+            lambda images: reconstruct(dalle.vae, images)[1], measure, extractors=extractors,
+            how=drawn_how(config, config.sampling, prompts=len(prompts)),
+            trained={"train_split": train.split, "train_sha256": data_sha256(train)},
         ))  # fmt: skip
     return join([judged, *more, found])
 

@@ -194,17 +194,18 @@ def evaluate_completion(
     """
     found: dict[str, Metrics] = {}
     errors: dict[str, Tensor] = {}
+    same = {"part": name, **{key: how[key] for key in ("seed",) if key in how}}  # the seed chose the pictures
     for way, images in completed.images.items():
-        used = {"part": name, **(how if way in DRAWN else {})}
+        used = {**same, **(how if way in DRAWN else {})}
         errors[way], near = compared(images, originals, part, eyes, used)
         found[way] = near | judged(images, part, prompts, eyes, used)
-    found["real"] = judged(originals[:, None], part, prompts, eyes, {"part": name})
+    found["real"] = judged(originals[:, None], part, prompts, eyes, same)
     metrics = {
         f"complete_{name}_{key}{'' if way == 'own' else f'_{way}'}": metric
         for way, of in found.items()
         for key, metric in of.items()
     }
-    gain = eyes.measure.mean(errors["other_caption"] - errors["own"], how={"part": name, **how})
+    gain = eyes.measure.mean(errors["other_caption"] - errors["own"], how={**same, **how})
     metrics[f"complete_{name}_l1_gain_of_caption"] = gain
     return Evaluation(metrics, [table(name, found), pictures(completed, originals, part, name, prompts)])
 

@@ -4,6 +4,7 @@ Axes: b pictures, t training pictures, h held-out pictures, p prompts, m candida
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -81,6 +82,7 @@ def evaluate_memorisation(
     *,
     extractors: Sequence[Extractor] = (),
     how: Protocol,
+    trained: Protocol = MappingProxyType({}),
 ) -> Evaluation:
     """Distances to the nearest training picture in pixels and features, beside those of held-out pictures.
 
@@ -97,6 +99,7 @@ def evaluate_memorisation(
         measure: the protocol.
         extractors: for distances between features.
         how: how the candidates were drawn.
+        trained: which pictures the training ones are.
 
     Raises:
         ValueError: there are no training pictures.
@@ -112,7 +115,7 @@ def evaluate_memorisation(
     for space in spaces:
         of = found[space.name]
         distances = {name: part.distances for name, part in of.items()}
-        metrics |= numbers(space, distances, len(prompts), measure, {**how, "train_pictures": count})
+        metrics |= numbers(space, distances, len(prompts), measure, how, {**trained, "train_pictures": count})
         pictures: Train = (lambda places: reconstruct(train(places))) if space.decoded else train
         sections += [table(space, distances), pairs(space, sets, of, prompts, pictures)]
     return Evaluation(metrics, sections)
@@ -138,7 +141,12 @@ def look_up(
 
 
 def numbers(
-    space: Space, distances: Mapping[str, Float[Tensor, " _"]], prompts: int, measure: Measure, how: Protocol
+    space: Space,
+    distances: Mapping[str, Float[Tensor, " _"]],
+    prompts: int,
+    measure: Measure,
+    how: Protocol,
+    trained: Protocol,
 ) -> Metrics:
     """Mean distances, and the shares of drawn pictures and of copies nearer than the 1 % quantile of held-out ones.
 
@@ -146,17 +154,17 @@ def numbers(
         space: where they were measured.
         distances: of the sets, by name.
         prompts: of how many prompts the drawn pictures are, in equal parts.
-        measure: the protocol.
-        how: the rest of it.
+        measure: the protocol of all.
+        how: how the candidates were drawn.
+        trained: which pictures the training ones are.
     """
     name, seen = f"nearest_train_{space.name}", space.extractor
     values = dict(distances)
     values["drawn"] = values["drawn"].view(prompts, -1)
     unit = "rms of pixels" if seen is None else ""
-    same = {"train_pictures": how["train_pictures"]}
     found = {}
     for key, of in values.items():
-        used = how if key == "drawn" else same
+        used = {**trained, **(how if key == "drawn" else {})}
         mean = measure.mean(of.view(len(of), -1).mean(dim=1), unit=unit, better="neither", extractor=seen, how=used)
         found[name if key == "drawn" else f"{name}_{key}"] = mean
     for other in HELD_OUT:
@@ -166,7 +174,8 @@ def numbers(
             if key in values:
                 of = values[key]
                 near = below(of, values[other]).view(len(of), -1).mean(dim=1)
-                used = {**(how if key == "drawn" else same), "held_out": len(values[other]), "quantile": QUANTILE}
+                used = {**trained, **(how if key == "drawn" else {}), "held_out": len(values[other])}
+                used["quantile"] = QUANTILE
                 end = f"{'' if key == 'drawn' else '_copies'}_nearer_than_{other}"
                 found[f"{name}{end}"] = measure.mean(near, better=better, extractor=seen, how=used)
     return found

@@ -130,7 +130,7 @@ def test_only_the_drawn_part_counts():
         "hole_0.5",
         PROMPTS,
         Eyes(MEASURE, None, None, PROMPTS),
-        {"seed": 1},
+        {"seed": 1, "sampling.top_k": "0"},
     )
     assert {name: metric.value for name, metric in metrics.items() if "l1" in name} == pytest.approx(
         {
@@ -145,8 +145,10 @@ def test_only_the_drawn_part_counts():
     assert metrics["complete_hole_0.5_psnr"].value == pytest.approx(20 - 10 * 0.9542425 / 2, abs=1e-4)
     assert metrics["complete_hole_0.5_psnr_reconstructed"].value == 120
     assert metrics["complete_hole_0.5_l1"].count == 5
-    assert metrics["complete_hole_0.5_l1"].protocol == {"split": "val", "part": "hole_0.5", "seed": 1}
-    assert metrics["complete_hole_0.5_l1_copied"].protocol == {"split": "val", "part": "hole_0.5"}
+    assert metrics["complete_hole_0.5_l1"].protocol == {
+        "split": "val", "part": "hole_0.5", "seed": 1, "sampling.top_k": "0",
+    }  # fmt: skip
+    assert metrics["complete_hole_0.5_l1_copied"].protocol == {"split": "val", "part": "hole_0.5", "seed": 1}
     assert [type(section) for section in sections] == [Table, Picture]
     assert [row[1] for row in sections[0].rows] == ["0.2000", "0.4000", "0.6000", "0.0000"]
 

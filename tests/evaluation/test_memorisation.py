@@ -49,6 +49,7 @@ def test_pictures_copied_exactly_are_seen_everywhere(pictures, tiny_clip):
         assert metrics[f"nearest_train_{space}_nearer_than_real"].value == 1
     assert metrics["nearest_train_colours"].extractor == "colours (mean)"
     assert metrics["nearest_train_pixel"].protocol == {"split": "val", "seed": 0, "train_pictures": 300}
+    assert metrics["nearest_train_pixel_real"].protocol == {"split": "val", "train_pictures": 300}
     assert [type(section) for section in sections] == [Table, Picture] * 4
     rows = {row[0]: row[1:] for row in sections[2].rows}
     assert rows["drawn"] == ("0.0000", "0.0000", "0.0000", "0.0000", "100.0 %", "100.0 %")
