@@ -3,13 +3,17 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import dalle_pytorch
 from dalle_pytorch import save
 from dalle_pytorch.commands.evaluate import chosen, run
 from dalle_pytorch.data.images import to_pil
@@ -33,7 +37,7 @@ def png(seed: int) -> bytes:
 def place(tmp_path, make_dalle, tiny_clip):
     """A folder with shards, a VAE, a DALLE and two CLIPs."""
     with ShardWriter(tmp_path / "data", name="tiny", image_size=16) as writer:
-        for split, count in (("train", 14), ("val", 12), ("other", 12)):
+        for split, count in (("train", 14), ("val", 12), ("other", 12), ("many", 70)):
             for i in range(count):
                 caption = f"a {WORDS[i % len(WORDS)]}"
                 writer.write(split, f"{split}{i}", png(i + 100 * len(split)), "png", {"captions": [caption]})
@@ -77,6 +81,14 @@ def common(place, checkpoint: str, out: str) -> list[str]:
         "num_candidates=4",
         f"out={place}/{out}",
     ]
+
+
+def under_torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in two processes."""
+    script = Path(dalle_pytorch.__file__).parents[1] / "evaluate.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
 def test_an_image_tokenizer_twice_is_equal_byte_for_byte(place, call):
@@ -199,3 +211,28 @@ def test_standard_weight_files_bring_the_plain_names(place, call):
     assert "cmmd" not in metrics
     assert metrics["fid"].extractor.startswith("inception (pytorch-fid")
     assert metrics["inception_score"].value >= 1
+
+
+@pytest.mark.parametrize("kind", ["vae", "dalle", "judge"])
+def test_two_processes_write_the_bytes_of_one(place, call, kind):
+    """70 pictures are three parts for most networks, so that both processes have some."""
+    given = {"vae": ["judge"], "dalle": ["judge", "ranker"], "judge": []}[kind]
+    more = [f"{name}={place}/{name}.safetensors" for name in given]
+    more.append("split=many")
+    code, error = call(*common(place, kind, "one"), *more)
+    assert code == 0, error
+    done = under_torchrun(*common(place, kind, "two"), *more)
+    assert done.returncode == 0, done.stderr
+    assert (place / "two" / "metrics.json").read_bytes() == (place / "one" / "metrics.json").read_bytes()
+    assert (place / "two" / "report.html").read_bytes() == (place / "one" / "report.html").read_bytes()
+    assert done.stdout.count("report.html") == 1
+    assert sorted(path.name for path in (place / "two").iterdir()) == ["metrics.json", "report.html"]
+
+
+def test_an_error_of_one_process_ends_both(place):
+    (place / "out").mkdir()
+    (place / "out" / "notes.txt").touch()
+    done = under_torchrun(*common(place, "vae", "out"))  # only the first makes the folder
+    assert done.returncode != 0
+    assert done.stderr.count("holds files already") == 1
+    assert [path.name for path in (place / "out").iterdir()] == ["notes.txt"]

@@ -8,6 +8,7 @@ import hashlib
 import random
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from dalle_pytorch.evaluation.features import (
 )
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
+from dalle_pytorch.evaluation.shares import shared_by
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -86,6 +88,9 @@ class EvaluateConfig:
     """Of the choice of pictures, of the candidates and of the intervals."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
+    threads: int = 1
+    """Of each process on the CPU. Sums over another number of threads differ in their last digits: for equal bytes on
+    any machine leave it, and start several processes with torchrun."""
     out: str = "???"
     """Folder to make; it must not hold files yet."""
 
@@ -100,8 +105,9 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(radius < 0 for radius in self.blurs):
             raise ValueError(f"blurs must not be negative, got {self.blurs}")
-        if self.num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
+        for name in ("num_candidates", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rounds < 2 or self.halves == 1:
             raise ValueError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
         if self.ranker is not None and self.judge is None:
@@ -210,9 +216,10 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
 
 
 def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:
-    """The candidates, under a progress bar."""
-    total = len(prompts) * config.num_candidates * dalle.num_image_tokens
-    with tqdm(total=total, desc="drawing", unit="token", unit_scale=True) as bar:
+    """The candidates, under a progress bar of the first process's share."""
+    processes = Processes()
+    total = len(processes.share(prompts)) * config.num_candidates * dalle.num_image_tokens
+    with tqdm(total=total, desc="drawing", unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         return draw(
             dalle,
             prompts,
@@ -227,22 +234,25 @@ def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranke
 JUDGES = {"vae": judge_tokenizer, "dalle": judge_dalle, "clip": judge_clip}
 
 
-@entry("evaluate", EvaluateConfig)
-def main(config: EvaluateConfig) -> None:
-    """Judge, write both files, print the numbers."""
+def judge(config: EvaluateConfig, processes: Processes) -> None:
+    """Judge in shares; the first process writes both files and prints the numbers."""
     if is_stream(config.data.path):
         raise ValueError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
     shards = open_split(config.data.path, config.split, "data.path")
+    torch.set_num_threads(config.threads)
     step = loading.read_header(config.checkpoint)["training"].get("step")
-    model = loading.load(config.checkpoint).to(Processes().device(config.device))
+    model = loading.load(config.checkpoint).to(processes.device(config.device))
     head = checkpoint.header(model)
     kind = role(head)
     owner = model.vae if kind == "dalle" else model.config if kind == "clip" else model
     measure = Measure(
         protocol(shards, config, owner.image_size), seed=config.seed, rounds=config.rounds, halves=config.halves
     )
-    folder = new_folder(config.out)
-    found = JUDGES[kind](model, config, shards, measure)
+    folder = new_folder(config.out) if processes.rank == 0 else Path(config.out)
+    with shared_by(processes):
+        found = JUDGES[kind](model, config, shards, measure)
+    if processes.rank > 0:
+        return
     record = report.Record(
         report.Subject(kind=head["kind"], weights_sha256=weights_sha256(model), step=step), found.metrics
     )
@@ -252,6 +262,16 @@ def main(config: EvaluateConfig) -> None:
     for name, metric in found.metrics.items():
         print(f"{name:32} {compare.with_interval(metric)}")
     print(f"{folder / 'metrics.json'}, {folder / 'report.html'}")
+
+
+@entry("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig) -> None:
+    """Judge, write both files, print the numbers; with siblings where torchrun started this."""
+    processes = Processes()
+    try:
+        judge(config, processes)
+    finally:
+        processes.close()
 
 
 def run() -> None:

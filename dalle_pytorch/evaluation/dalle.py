@@ -18,6 +18,7 @@ from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Line, Picture, Plot, Section, Table
 from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, best_of_n, clip_score, r_precision
+from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow, picture_grid
@@ -117,15 +118,16 @@ def draw(
 ) -> Draw:
     """So many candidates of each prompt; each is a function of (prompt, seed, index)."""
     generator = Generator(dalle)
-    images, ranks = [], []
-    for prompt in prompts:
+
+    def of_prompt(prompt: str) -> tuple[Tensor, Tensor | None]:
         drawn = generator.candidates(
             prompt, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress
         )
-        images.append(drawn.images)
-        if ranker is not None:
-            ranks.append(score(drawn.images, prompt, [ranker])[0])
-    return Draw(list(prompts), torch.stack(images), torch.stack(ranks) if ranks else None)
+        return drawn.images, None if ranker is None else score(drawn.images, prompt, [ranker])[0]
+
+    parts = in_parts(of_prompt, list(prompts))
+    ranks = [rank for _, rank in parts if rank is not None]
+    return Draw(list(prompts), torch.stack([images for images, _ in parts]), torch.stack(ranks) if ranks else None)
 
 
 def evaluate_drawn(

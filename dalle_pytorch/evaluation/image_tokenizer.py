@@ -26,6 +26,7 @@ from dalle_pytorch.evaluation.reconstruction import (
     ssim_each,
 )
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
+from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.grid import GridRow, picture_grid
 from dalle_pytorch.header import weights_sha256
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
@@ -41,12 +42,15 @@ def reconstruct(
     vae: ImageTokenizer, images: Float[Tensor, "b c H W"]
 ) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b c H W"]]:
     """Tokens of pictures and the pictures of these tokens, in [0, 1], on the CPU."""
-    device, tokens, decoded = next(vae.parameters()).device, [], []
+    device = next(vae.parameters()).device
+
+    def both(part: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = vae.encode(part.to(device))
+        return tokens.cpu(), vae.decode(tokens).float().clamp(0, 1).cpu()
+
     with eval_mode(vae):
-        for part in images.split(TOGETHER):
-            tokens.append(vae.encode(part.to(device)))
-            decoded.append(vae.decode(tokens[-1]).float().clamp(0, 1).cpu())
-    return torch.cat([part.cpu() for part in tokens]), torch.cat(decoded)
+        parts = in_parts(both, images.split(TOGETHER))
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([decoded for _, decoded in parts])
 
 
 def evaluate_image_tokenizer(
