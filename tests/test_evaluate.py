@@ -116,6 +116,9 @@ def test_a_dalle_with_ranker_and_judge(place, call):
     assert names <= set(metrics)
     assert metrics["image_nats"].protocol["pictures"] == "10 of 12, drawn by seed 0"
     assert metrics["clip_score"].count == 3
+    unigram = metrics["image_nats_unigram"].protocol
+    assert (unigram["unigram_split"], unigram["unigram_samples"]) == ("train", 14)
+    assert unigram["unigram_sha256"] != unigram["data_sha256"]
     html = (place / "one" / "report.html").read_text()
     assert "CLIP score against N" in html
     assert "data:image/png;base64" in html
@@ -175,6 +178,17 @@ def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):
     assert len(lines) == 1
     assert said in lines[0]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("vae", "ranker"), ("judge", "judge"), ("judge", "inception"), ("dalle", "vgg")]
+)
+def test_files_that_nobody_reads_are_refused(place, call, kind, setting):
+    more = [f"{setting}={place}/ranker.safetensors"] + [f"judge={place}/judge.safetensors"] * (setting == "ranker")
+    code, error = call(*common(place, kind, "out"), *more)
+    assert code == 1
+    assert error.startswith(f"error: {setting}= is for ")
+    assert error.endswith("leave it out\n")
 
 
 def test_the_choice_of_pictures_is_the_seeds():

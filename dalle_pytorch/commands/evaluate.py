@@ -142,16 +142,21 @@ def chosen(count: int, most: int, seed: int) -> list[int]:
 
 def protocol(shards: ShardDataset, config: EvaluateConfig, image_size: int) -> dict[str, Any]:
     """What all numbers depend on: not where the data lie, but what they are."""
-    wanted = shards.split.split("+")
-    parts = [shard["sha256"] for shard in shards.index["shards"] if shard["split"] in wanted]
     used = len(chosen(len(shards), config.max_samples, config.seed))
     return {
         "data": shards.index["name"],
-        "data_sha256": hashlib.sha256("".join(parts).encode()).hexdigest(),
+        "data_sha256": data_sha256(shards),
         "split": shards.split,
         "pictures": f"{used} of {len(shards)}" + (f", drawn by seed {config.seed}" if used < len(shards) else ""),
         "image_size": image_size,
     }
+
+
+def data_sha256(shards: ShardDataset) -> str:
+    """Of a split: what its shards hold."""
+    wanted = shards.split.split("+")
+    parts = [shard["sha256"] for shard in shards.index["shards"] if shard["split"] in wanted]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def extractors_of(config: EvaluateConfig, device: str) -> tuple[Any, list[Extractor], Any]:
@@ -188,7 +193,10 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
     samples = read_samples(shards, config, size, config.max_samples)
     train = open_split(config.data.path, config.data.train_split, "data.path")
     known = pairs(read_samples(train, config, size, config.max_train))
-    found = evaluate_likelihood(dalle, pairs(samples), known, measure)
+    trained: dict[str, Any] = {"unigram_split": train.split, "unigram_sha256": data_sha256(train)}
+    if len(known.captions) < len(train):
+        trained["unigram_seed"] = config.seed
+    found = evaluate_likelihood(dalle, pairs(samples), known, measure, trained=trained)
     if not config.num_prompts:
         return found
     device = next(dalle.parameters()).device.type
@@ -232,6 +240,27 @@ def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranke
 
 
 JUDGES = {"vae": judge_tokenizer, "dalle": judge_dalle, "clip": judge_clip}
+READ_BY = {
+    "judge": ("vae", "dalle"),
+    "ranker": ("dalle",),
+    "inception": ("vae", "dalle"),
+    "vgg": ("vae",),
+    "lpips_heads": ("vae",),
+}
+"""Which kinds look at a file; given to another it would be passed over in silence."""
+
+
+def check_files(config: EvaluateConfig, kind: str) -> None:
+    """Refuse files that nobody reads.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name, kinds in READ_BY.items():
+        if getattr(config, name) is not None and kind not in kinds:
+            raise ValueError(f"{name}= is for {' and '.join(kinds)} checkpoints, and this is a {kind}: leave it out")
+    if config.lpips_heads is not None and config.vgg is None:
+        raise ValueError("lpips_heads= goes on top of a VGG: give vgg= too")
 
 
 def judge(config: EvaluateConfig, processes: Processes) -> None:
@@ -244,6 +273,7 @@ def judge(config: EvaluateConfig, processes: Processes) -> None:
     model = loading.load(config.checkpoint).to(processes.device(config.device))
     head = checkpoint.header(model)
     kind = role(head)
+    check_files(config, kind)
     owner = model.vae if kind == "dalle" else model.config if kind == "clip" else model
     measure = Measure(
         protocol(shards, config, owner.image_size), seed=config.seed, rounds=config.rounds, halves=config.halves

@@ -5,6 +5,7 @@ Axes: b samples, t text tokens, n image tokens, p prompts, m candidates of a pro
 
 import math
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dalle_pytorch.evaluation.distribution import inception_score
 from dalle_pytorch.evaluation.features import Extractor, blurred, caption_features, clip_extractor
-from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_nats, unigram_text_nats
+from dalle_pytorch.evaluation.likelihood import likelihoods, other_captions, unigram_nats, unigram_text_nats
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Line, Picture, Plot, Section, Table
 from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
@@ -38,7 +39,9 @@ class Pairs(NamedTuple):
     image_tokens: Int[Tensor, "b n"]
 
 
-def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Measure) -> Evaluation:
+def evaluate_likelihood(
+    dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Measure, *, trained: Protocol = MappingProxyType({})
+) -> Evaluation:
     """Nats per image token, text token and pixel, beside a unigram model and the same model with others' captions.
 
     The gains are paired: of each sample, what knowing the caption, or more than frequencies, saves.
@@ -48,6 +51,7 @@ def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Me
         pairs: held-out samples, at least two.
         train: samples for the frequencies of the unigram models.
         measure: the protocol.
+        trained: which samples ``train`` are.
 
     Raises:
         ValueError: fewer than two samples.
@@ -55,11 +59,9 @@ def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Me
     if len(pairs.captions) < 2:
         raise ValueError(f"{len(pairs.captions)} samples given: shuffling captions needs at least two")
     own = likelihoods(dalle, pairs.text_tokens, pairs.image_tokens)
-    # a shift by half the set gives every picture another one's caption
-    others = pairs.text_tokens.roll(max(1, len(pairs.text_tokens) // 2), dims=0)
-    shuffled = likelihoods(dalle, others, pairs.image_tokens).image
+    shuffled = likelihoods(dalle, other_captions(pairs.text_tokens), pairs.image_tokens).image
     unigram = unigram_nats(train.image_tokens, pairs.image_tokens, dalle.codebook_size)
-    tokens, trained = dalle.num_image_tokens, {"unigram_samples": len(train.captions)}
+    tokens, trained = dalle.num_image_tokens, {**trained, "unigram_samples": len(train.captions)}
     unit = "nats/token"
 
     def mean(nats: Tensor, better: str = "lower", how: Protocol | None = None) -> Metric:
@@ -201,9 +203,12 @@ def judged(
     place = torch.tensor([captions.index(prompt) for prompt in drawn.prompts])
     features, real = extractor(drawn.images.flatten(0, 1)), extractor(own)
     scores = clip_score(features, texts[place].repeat_interleave(count, dim=0)).view(prompts, count)
+    same = {key: how[key] for key in ("seed", "prompts") if key in how}  # of real pictures no sampling counts
     metrics = {
         "clip_score": measure.mean(scores.mean(dim=1), better="higher", extractor=extractor, how=how),
-        "clip_score_real": measure.mean(clip_score(real, texts[place]), better="neither", extractor=extractor),
+        "clip_score_real": measure.mean(
+            clip_score(real, texts[place]), better="neither", extractor=extractor, how=same
+        ),
     }
     values = {"clip_score": ("CLIP score", scores)}
     if (distractors := min(DISTRACTORS, len(captions) - 1)) > 0:
@@ -213,7 +218,9 @@ def judged(
         real_hits = r_precision(real, texts, place, measure.generator(), distractors=distractors)
         among: Protocol = {"distractors": distractors}
         metrics["r_precision"] = measure.mean(hits.mean(dim=1), extractor=extractor, how={**how, **among})
-        metrics["r_precision_real"] = measure.mean(real_hits, better="neither", extractor=extractor, how=among)
+        metrics["r_precision_real"] = measure.mean(
+            real_hits, better="neither", extractor=extractor, how={**same, **among}
+        )
         values["r_precision"] = ("R-precision", hits)
     sections: list[Section] = []
     if drawn.ranks is not None:

@@ -83,17 +83,16 @@ def evaluate_image_tokenizer(
         metrics["lpips_vgg"] = measure.mean(each, better="lower", extractor=seen)
     for extractor in extractors:
         if len(images) > 3:
-            metrics |= measure.distances(extractor(images), extractor(decoded), extractor, prefix="r")
+            metrics |= measure.distances(extractor(images), extractor(decoded), extractor, paired=True)
     use = codebook_use(tokens, vae.codebook_size, vae.image_size)
-    how = {"codebook_size": vae.codebook_size, "tokens": tokens.shape[1]}
     for name, value, unit in (
         ("codebook_used", use.used, "codes"),
         ("codebook_dead", use.dead, "codes"),
         ("codebook_perplexity", use.perplexity, "codes"),
-        ("bits_per_pixel", use.bits_per_pixel, ""),
-        ("entropy_bits_per_pixel", use.entropy_bits_per_pixel, ""),
+        ("bits_per_pixel", use.bits_per_pixel, "bits/pixel"),
+        ("entropy_bits_per_pixel", use.entropy_bits_per_pixel, "bits/pixel"),
     ):
-        metrics[name] = measure.number(float(value), len(images), unit=unit, better="neither", how=how)
+        metrics[name] = measure.number(float(value), len(images), unit=unit, better="neither")
     rivals = {}
     for codec in codecs if images.shape[1] == 3 else ():
         rivals[codec] = at_bytes(images, codec, use.bytes_per_picture)

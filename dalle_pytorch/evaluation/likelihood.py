@@ -68,6 +68,19 @@ def _text_nats(
     return nats.sum(dim=1), counted.sum(dim=1).float()
 
 
+def other_captions(text_tokens: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Of every sample another one's caption, not its own unless more than half of all share it.
+
+    Samples of one caption stand together, in order of first occurrence; a shift by half the set leaves every group.
+    """
+    _, group = text_tokens.unique(dim=0, return_inverse=True)
+    first = torch.full((len(group),), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
+    order = first[group].argsort(stable=True)
+    others = torch.empty_like(text_tokens)
+    others[order] = text_tokens[order.roll(len(order) // 2)]
+    return others
+
+
 def unigram_nats(
     train_tokens: Int[Tensor, "train n"], tokens: Int[Tensor, "b n"], codebook_size: int
 ) -> Float[Tensor, " b"]:

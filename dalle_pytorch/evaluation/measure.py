@@ -98,15 +98,16 @@ class Measure:
         generated: Float[Tensor, "g e"],
         extractor: Extractor,
         *,
-        prefix: str = "",
+        paired: bool = False,
         suffix: str = "",
         group: int = 1,
         how: Protocol = MappingProxyType({}),
     ) -> Metrics:
         """FID, KID, precision and recall of features, with a CLIP also CMMD.
 
-        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip. ``group`` is
-        how many generated samples in a row belong together (see bootstrap.half_samples).
+        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip. Of ``paired``
+        samples, reconstructions of the real ones in their order, they are rfid, rkid, reconstruction_precision, ...
+        ``group`` is how many generated samples in a row belong together (see bootstrap.half_samples).
         """
         unusual = "" if extractor.name == "inception" else f"_{extractor.name}"
         share, positive = (0.0, 1.0), (0.0, math.inf)
@@ -123,8 +124,10 @@ class Measure:
             interval = None
             if self.halves and min(len(real), len(generated) // group) >= 16:  # halves of fewer say little
                 interval = half_samples(
-                    function, real, generated, self.generator(), group=group, bounds=bounds, rounds=self.halves
-                )
+                    function, real, generated, self.generator(),
+                    group=group, paired=paired, bounds=bounds, rounds=self.halves,
+                )  # fmt: skip
+            prefix = "" if not paired else "reconstruction_" if bounds == share else "r"
             found[f"{prefix}{name}{'' if name == 'cmmd' else unusual}{suffix}"] = self.number(
                 function(real, generated), len(generated), interval,
                 better=better, extractor=extractor, how={**how, "real_samples": len(real)},

@@ -101,30 +101,38 @@ def test_the_command_prints_a_table_or_one_line(tmp_path, capsys, monkeypatch):
     write(record(psnr=metric(protocol={**PROTOCOL, "split": "test"})), c)
     assert command.main([str(a), str(b)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.search(r"psnr\s+1\.500\s+2\.000\s+\+0\.5000\s+10\s+second better, no interval", lines[2])
-    assert re.search(r"9\.000 \[8\.000, 11\.00\].*-4\.000\s+10\s+second better, intervals part", lines[1])
+    assert re.search(r"psnr\s+1\.500\s+2\s+\+0\.5000\s+10\s+second better, no interval", lines[2])
+    assert re.search(r"9 \[8, 11\].*-4\s+10\s+second better, intervals part", lines[1])
     assert lines[3] == f"only in {b}: ssim"
     assert command.main([str(a), str(c)]) == 1
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("error: measured in two ways, so not to be compared: psnr: protocol.split is 'val' in")
+    write(record(psnr=metric(2.0), fid_clip=looked_through(count=11)), c)
+    assert command.main([str(a), str(c)]) == 1
+    out, error = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["metric", "psnr"]
+    assert error.startswith("error: left out, since measured in two ways: fid_clip (fid_clip: count is 10 in")
+    assert error.count("\n") == 1
     assert command.main([str(a)]) == 2
     assert "usage" in capsys.readouterr().err
     assert command.main([str(a), str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
-    b.write_text("{}")
-    assert command.main([str(a), str(b)]) == 1
-    assert "is no metrics.json" in capsys.readouterr().err
+    for content in ("{}", "[]", '{"version": 1, "metrics": []}', '{"version": 1, "metrics": {"x": {"interval": [1]}}}'):
+        b.write_text(content)
+        assert command.main([str(a), str(b)]) == 1
+        assert "is no metrics.json" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["compare", str(a), str(a)])
     assert command.main() == 0
     assert "equal" in capsys.readouterr().out
 
 
 def test_numbers_are_shown_with_four_digits():
-    assert [shown(v) for v in (0, 0.12345, 1.23456, -12.3456, 123.456, 12345.6, 1e-6, 3e7)] == [
-        "0.0000", "0.1235", "1.235", "-12.35", "123.5", "12346", "1.000e-06", "3.000e+07",
+    assert [shown(v) for v in (0.12346, 1.23456, -12.3456, 123.456, 12345.6, 1e-6, 3e7, 0.00091234)] == [
+        "0.1235", "1.235", "-12.35", "123.5", "12346", "1.000e-06", "3.000e+07", "0.0009123",
     ]  # fmt: skip
-    assert shown(0.99999) == "1.0000"
+    assert [shown(v) for v in (0.99999, 9.99999, 999.99, 999.94)] == ["1.000", "10.00", "1000", "999.9"]
+    assert [shown(v) for v in (0, 16.0, -3, 956.0)] == ["0", "16", "-3", "956"]
 
 
 SECTIONS = [
@@ -156,5 +164,5 @@ def test_the_page_stands_alone_with_or_without_matplotlib(tmp_path, monkeypatch,
     assert not re.search(r'(?:src|href)="(?!data:)|@import|<script', text)
     assert "A &lt;vae&gt;" in text
     assert "left &lt;original&gt;" in text
-    for part in ("1.500 dB", "1.000 to 2.000", "split = val", "JPEG", "0.2500", "abababababab"):
+    for part in ("1.500 dB", "1 to 2", "split = val", "JPEG", "0.2500", "abababababab"):
         assert part in text
