@@ -287,7 +287,7 @@ def judge(config: EvaluateConfig, processes: Processes) -> None:
         report.Subject(kind=head["kind"], weights_sha256=weights_sha256(model), step=step), found.metrics
     )
     report.write(record, folder / "metrics.json")
-    title = f"{head['kind']} on {shards.split} of {shards.index['name']}"
+    title = f"{head['kind']} on {shards.index['name']}, split {shards.split}"
     page.write(record, found.sections, folder / "report.html", title=title)
     for name, metric in found.metrics.items():
         print(f"{name:32} {compare.with_interval(metric)}")

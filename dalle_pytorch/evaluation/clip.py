@@ -12,10 +12,10 @@ from torch import Tensor
 from dalle_pytorch.evaluation.calibration import BINS, best_scale, calibration_error, choice_nats
 from dalle_pytorch.evaluation.features import caption_features, clip_extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.report import Metrics, shown
 from dalle_pytorch.evaluation.retrieval import clip_score, recall_at, retrieval_ranks
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer
 
 RECALLS = (1, 5, 10)
@@ -67,7 +67,7 @@ def evaluate_clip(
         labels = [f"{cosines[i]:.2f}{' right' if hits[i] else ''}" for i in best.tolist()]
         grid.append(GridRow(name, list(images[best]), labels))
     note = "Captions with the pictures that the model finds nearest, their cosines, and which of them are right."
-    sections.append(Picture("Nearest pictures", note, picture_grid(grid, cell=96)))
+    sections.append(Gallery("Nearest pictures", note, grid))
     return Evaluation(metrics, sections)
 
 

@@ -16,18 +16,18 @@ from dalle_pytorch.evaluation.distribution import inception_score
 from dalle_pytorch.evaluation.features import Extractor, blurred, caption_features, clip_extractor
 from dalle_pytorch.evaluation.likelihood import likelihoods, other_captions, unigram_nats, unigram_text_nats
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Line, Picture, Plot, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Line, Plot, Section, Table
 from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, best_of_n, clip_score, r_precision
 from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.generator import Generator
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer, score
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.dalle import DALLE
 
-SHOWN_PROMPTS, SHOWN = 6, 8
+SHOWN_PROMPTS, SHOWN = 6, 7
 """Prompts on the page, and pictures of each."""
 
 
@@ -184,8 +184,7 @@ def evaluate_drawn(
         rows.append(GridRow(prompt, [own[number], *drawn.images[number, places]], labels))
     ranked = "best first as the ranker sees them" if drawn.ranks is not None else "in the order drawn"
     note = f"The real picture, then candidates, {ranked}."
-    sections.append(Picture("Pictures", note, picture_grid(rows, cell=96)))
-    return Evaluation(metrics, sections)
+    return Evaluation(metrics, [Gallery("Pictures", note, rows), *sections])
 
 
 def judged(
@@ -232,17 +231,21 @@ def judged(
                 for i, size in enumerate(sizes)
             ]
             metrics |= {f"{name}_best_of_{size}": point for size, point in zip(sizes, points, strict=True)}
-            sections.append(curve_plot(title, sizes, points, metrics[f"{name}_real"].value))
+            sections.append(curve_plot(title, sizes, points, metrics[f"{name}_real"]))
     return Evaluation(metrics, sections)
 
 
-def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: float) -> Plot:
-    """Best of N with its intervals, and the value of real pictures."""
-    ends = [point.interval or (point.value, point.value) for point in points]
-    line = Line("best of N", [point.value for point in points], [low for low, _ in ends], [high for _, high in ends])
+def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: Metric) -> Plot:
+    """Best of N and the real pictures, with their intervals."""
+
+    def line(name: str, metrics: Sequence[Metric]) -> Line:
+        ends = [metric.interval or (metric.value, metric.value) for metric in metrics]
+        return Line(name, [metric.value for metric in metrics], [low for low, _ in ends], [high for _, high in ends])
+
     note = (
         "The ranker chooses the best of N candidates, another CLIP judges it; the mean over all choices of N from one "
-        "draw. The band is the 95 % interval over prompts."
+        "draw. Bands are 95 % intervals over prompts."
     )
-    lines = [line, Line("real pictures", [real] * len(sizes))]
-    return Plot(f"{title} against N", note, "N", title, [float(size) for size in sizes], lines, log_x=True)
+    lines = [line("best of N", points), line("real pictures", [real] * len(sizes))]
+    x_name = "N, candidates to choose from"
+    return Plot(f"{title} against N", note, x_name, title, [float(size) for size in sizes], lines, log_x=True)

@@ -15,7 +15,7 @@ from dalle_pytorch.evaluation.codecs import CODECS, Coded, at_bytes
 from dalle_pytorch.evaluation.features import Extractor, lpips_each
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.reconstruction import (
     SCALES,
     WINDOW,
@@ -27,7 +27,7 @@ from dalle_pytorch.evaluation.reconstruction import (
 )
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.shares import in_parts
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.header import weights_sha256
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
@@ -160,6 +160,5 @@ def sections(
             GridRow(f"{codec}, {coded.file_bytes.mean():.0f} bytes", list(coded.images[places]), [])
             for codec, coded in rivals.items()
         ]
-        picture = picture_grid(grid, cell=96)
-        found.append(Picture(f"{title} reconstructions", f"By PSNR, of {len(images)} pictures.", picture))
-    return found
+        found.append(Gallery(f"{title} reconstructions", f"By PSNR, of {len(images)} pictures.", grid))
+    return [*found[-2:], *found[:-2]]

@@ -184,10 +184,10 @@ def words_first(protocol: Protocol) -> list[tuple[str, Setting]]:
 
 
 def shown(value: float | int) -> str:
-    """A number with four significant digits, without an exponent where it can be done; whole ones as they are."""
+    """A number with four significant digits, without an exponent where it can be done; whole ones from 100 on as they are."""
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3e}"
-    if value == int(value):
+    if value == int(value) and not 0 < abs(value) < 100:
         return str(int(value))
     exponent = int(f"{value:.3e}".partition("e")[2])  # of the rounded value: 9.9999 is 10.00
     return f"{value:.{max(3 - exponent, 0)}f}"

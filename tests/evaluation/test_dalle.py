@@ -12,7 +12,7 @@ from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, ev
 from dalle_pytorch.evaluation.features import Extractor, clip_extractor
 from dalle_pytorch.evaluation.likelihood import likelihoods, other_captions, unigram_text_nats
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.page import Picture, Plot
+from dalle_pytorch.evaluation.page import Gallery, Plot
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
@@ -156,8 +156,8 @@ def test_drawn_pictures_are_judged_in_closed_form(models, monkeypatch):
     assert metrics["clip_score_best_of_4"].value == pytest.approx(100 * (1 + 0) / 2)
     # best of 2: red wins 3 of 6 pairs; green wins only the pair of greens, 1 of 6
     assert metrics["r_precision_best_of_2"].value == pytest.approx((3 / 6 + 1 / 6) / 2)
-    assert [type(section) for section in sections] == [Plot, Plot, Picture]
-    assert list(sections[0].x) == [1, 2, 4]
+    assert [type(section) for section in sections] == [Gallery, Plot, Plot]
+    assert list(sections[1].x) == [1, 2, 4]
 
 
 def test_drawn_pictures_against_real_ones(models):
