@@ -58,6 +58,14 @@ def bootstrap_mean(
     return _percentiles(torch.stack(means), _expanded(level, len(values)))
 
 
+def unanimous(count: int, *, level: float = LEVEL) -> float:
+    """What a share may be off where all samples agree, and the bootstrap has nothing to draw from.
+
+    The far end of the binomial's exact interval (Clopper and Pearson 1934): 0 of 16 may be 0.21.
+    """
+    return 1 - ((1 - level) / 2) ** (1 / count)
+
+
 def half_samples(
     distance: Callable[[Tensor, Tensor], float],
     real: Float[Tensor, "r e"],

@@ -53,7 +53,7 @@ def evaluate_clip(
         for k in RECALLS:
             if count > k:
                 hits = 100 * recall_at(ranks, k, count)
-                metrics[f"{name}_r{k}"] = measure.mean(hits, unit="%", how={"candidates": count})
+                metrics[f"{name}_r{k}"] = measure.mean(hits, most=100, unit="%", how={"candidates": count})
         shown_values = [shown(metrics[f"{name}_r{k}"].value) if count > k else "" for k in RECALLS]
         chance = 100 * answers.double().mean().item()
         rows.append((name.replace("_", " "), *shown_values, shown(chance), str(count)))

@@ -216,9 +216,9 @@ def judged(
         ).view(prompts, count)
         real_hits = r_precision(real, texts, place, measure.generator(), distractors=distractors)
         among: Protocol = {"distractors": distractors}
-        metrics["r_precision"] = measure.mean(hits.mean(dim=1), extractor=extractor, how={**how, **among})
+        metrics["r_precision"] = measure.mean(hits.mean(dim=1), most=1, extractor=extractor, how={**how, **among})
         metrics["r_precision_real"] = measure.mean(
-            real_hits, better="neither", extractor=extractor, how={**same, **among}
+            real_hits, most=1, better="neither", extractor=extractor, how={**same, **among}
         )
         values["r_precision"] = ("R-precision", hits)
     sections: list[Section] = []
@@ -227,7 +227,12 @@ def judged(
         for name, (title, each) in values.items():
             curve = best_of_n(drawn.ranks, each, sizes)
             points = [
-                measure.mean(curve[:, i], extractor=extractor, how={**how, **metrics[name].protocol, "best_of": size})
+                measure.mean(
+                    curve[:, i],
+                    most=1 if name == "r_precision" else None,
+                    extractor=extractor,
+                    how={**how, **metrics[name].protocol, "best_of": size},
+                )
                 for i, size in enumerate(sizes)
             ]
             metrics |= {f"{name}_best_of_{size}": point for size, point in zip(sizes, points, strict=True)}

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_pytorch.evaluation.bootstrap import Interval, bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.bootstrap import Interval, bootstrap_mean, half_samples, unanimous
 from dalle_pytorch.evaluation.distribution import cmmd, frechet_distance, kernel_distance, precision_recall
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.page import Section
@@ -50,15 +50,23 @@ class Measure:
         values: Float[Tensor, " n"],
         *,
         weights: Float[Tensor, " n"] | None = None,
+        most: float | int | None = None,
         unit: str = "",
         better: str = "higher",
         extractor: Extractor | None = None,
         how: Protocol = MappingProxyType({}),
     ) -> Metric:
-        """A mean over samples, or sum(values) / sum(weights); ``how`` adds to the protocol."""
+        """A mean over samples, or sum(values) / sum(weights); ``how`` adds to the protocol.
+
+        ``most`` is what each value of a share can be, 1 or 100 %: where all are 0 or all are that, the interval is that
+        of a binomial.
+        """
         values = values.double().cpu()
         total = len(values) if weights is None else weights.sum().item()
         interval = bootstrap_mean(values, self.generator(), weights=weights, rounds=self.rounds)
+        if most is not None and interval in ((0, 0), (most, most)):
+            off = most * unanimous(len(values))
+            interval = (max(interval[0] - off, 0.0), min(interval[1] + off, float(most)))
         return self.number(
             values.sum().item() / total,
             len(values),

@@ -184,7 +184,7 @@ def words_first(protocol: Protocol) -> list[tuple[str, Setting]]:
 
 
 def shown(value: float | int) -> str:
-    """A number with four significant digits, without an exponent where it can be done; whole ones from 100 on as they are."""
+    """A number with four significant digits, without an exponent where it can be done; 100, 101, ... as they are."""
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3e}"
     if value == int(value) and not 0 < abs(value) < 100:

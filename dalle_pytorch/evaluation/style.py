@@ -8,9 +8,9 @@ h3 { font-size: 1rem; margin: 1.6rem 0 .1rem } h4 { font-size: .9rem; font-weigh
 .facts, .note { color: #666; margin: .2rem 0 .7rem; max-width: 48rem } code { font-size: .88em }
 code { overflow-wrap: anywhere }
 nav { margin: 1.2rem 0 0 } nav a { color: #1f5f99; margin-right: 1.1rem; white-space: nowrap; text-decoration: none }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.2rem, 1fr)); gap: .7rem; margin: 1.3rem 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.6rem, 1fr)); gap: .7rem; margin: 1.3rem 0 }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: .6rem .8rem; line-height: 1.3 }
-.card b { display: block; font-size: 1.5rem; line-height: 1.15; font-weight: 600; margin: .25rem 0 }
+.card b { display: block; font-size: 1.4rem; line-height: 1.2; font-weight: 600; margin: .25rem 0 }
 .card b small { font-weight: 400; white-space: nowrap }
 small { color: #666; font-size: .82rem } td small { line-height: 1.3 } td:first-child small { display: block }
 table { border-collapse: collapse; margin: .4rem 0 } .scroll { overflow-x: auto }

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples, unanimous
 from dalle_pytorch.evaluation.distribution import frechet_distance, kernel_distance
+from dalle_pytorch.evaluation.measure import Measure
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_theory(generator):
@@ -50,6 +51,18 @@ def test_a_ratio_of_sums_is_drawn_sample_by_sample(generator):
     low, high = bootstrap_mean(values, seeds[0])
     assert bootstrap_mean(values, seeds[1], weights=torch.full((20,), 2.0)) == pytest.approx((low / 2, high / 2))
     assert bootstrap_mean(3 * tokens, generator, weights=tokens) == pytest.approx((3, 3))
+
+
+def test_a_share_of_all_or_none_is_as_sure_as_a_binomial():
+    """At the far end it happens with 2.5 %: (1 - p) ** n."""
+    assert (1 - unanimous(16)) ** 16 == pytest.approx(0.025)
+    measure = Measure({}, rounds=20)
+    none, every = torch.zeros(16), torch.full((16,), 100.0)
+    assert measure.mean(none, most=1).interval == (0, pytest.approx(0.2059, abs=1e-4))
+    assert measure.mean(every, most=100).interval == (pytest.approx(79.41, abs=1e-2), 100)
+    assert measure.mean(none).interval == (0, 0)  # no share: an error of 0 may be known
+    some = torch.tensor([0.0, 1.0] * 8)
+    assert measure.mean(some, most=1).interval == measure.mean(some).interval
 
 
 def test_constant_values_have_no_spread(generator):
