@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, r
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
 from dalle_pytorch.evaluation.report import Protocol
+from dalle_pytorch.evaluation.shares import shared_by
 from dalle_pytorch.evaluation.sweep import SweepConfig, evaluate_sweep
 from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
 from dalle_pytorch.generation.processes import Processes
@@ -97,6 +99,9 @@ class EvaluateConfig:
     """Of the choice of pictures, of the candidates and of the intervals."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
+    threads: int = 1
+    """Of each process on the CPU. Sums over another number of threads differ in their last digits: for equal bytes on
+    any machine leave it, and start several processes with torchrun."""
     out: str = "???"
     """Folder to make; it must not hold files yet."""
 
@@ -111,8 +116,9 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(radius < 0 for radius in self.blurs):
             raise ValueError(f"blurs must not be negative, got {self.blurs}")
-        if self.num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
+        for name in ("num_candidates", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rounds < 2 or self.halves == 1:
             raise ValueError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
         if self.ranker is not None and self.judge is None:
@@ -235,8 +241,9 @@ def completions(dalle: Any, config: EvaluateConfig, samples: Samples, measure: M
     eyes, generator = Eyes(measure, judge, lpips, own.captions), Generator(dalle)
     how = drawn_how(config, config.sampling, candidates=settings.num_candidates)
     parts = settings.parts(dalle.grid_size)
-    total = 2 * len(parts) * len(prompts) * settings.num_candidates * dalle.num_image_tokens
-    with tqdm(total=total, desc="completing", unit="token", unit_scale=True) as bar:
+    processes = Processes()
+    total = 2 * len(parts) * len(processes.share(prompts)) * settings.num_candidates * dalle.num_image_tokens
+    with tqdm(total=total, desc="completing", unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         for name, part in parts.items():
             done = complete(
                 generator, prompts, image_tokens, part,
@@ -276,7 +283,10 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
     samples = read_samples(shards, config, size, config.max_samples)
     train = open_split(config.data.path, config.data.train_split, "data.path")
     known = pairs(read_samples(train, config, size, config.max_train))
-    found = evaluate_likelihood(dalle, pairs(samples), known, measure)
+    trained: dict[str, Any] = {"unigram_split": train.split, "unigram_sha256": data_sha256(train)}
+    if len(known.captions) < len(train):
+        trained["unigram_seed"] = config.seed
+    found = evaluate_likelihood(dalle, pairs(samples), known, measure, trained=trained)
     if config.complete.parts(dalle.grid_size):
         found = join([*completions(dalle, config, samples, measure), found])
     if not config.num_prompts:
@@ -316,9 +326,10 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
 
 
 def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:
-    """The candidates, under a progress bar."""
-    total = len(prompts) * config.num_candidates * dalle.num_image_tokens
-    with tqdm(total=total, desc="drawing", unit="token", unit_scale=True) as bar:
+    """The candidates, under a progress bar of the first process's share."""
+    processes = Processes()
+    total = len(processes.share(prompts)) * config.num_candidates * dalle.num_image_tokens
+    with tqdm(total=total, desc="drawing", unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         return draw(
             dalle,
             prompts,
@@ -331,33 +342,77 @@ def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranke
 
 
 JUDGES = {"vae": judge_tokenizer, "dalle": judge_dalle, "clip": judge_clip}
+READ_BY = {
+    "judge": ("vae", "dalle"),
+    "ranker": ("dalle",),
+    "inception": ("vae", "dalle"),
+    "vgg": ("vae", "dalle"),
+    "lpips_heads": ("vae", "dalle"),
+}
+"""Which kinds look at a file; given to another it would be passed over in silence."""
 
 
-@entry("evaluate", EvaluateConfig)
-def main(config: EvaluateConfig) -> None:
-    """Judge, write both files, print the numbers."""
+def check_files(config: EvaluateConfig, kind: str) -> None:
+    """Refuse files that nobody reads, and pictures that nobody draws.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name, kinds in READ_BY.items():
+        if getattr(config, name) is not None and kind not in kinds:
+            raise ValueError(f"{name}= is for {' and '.join(kinds)} checkpoints, and this is a {kind}: leave it out")
+    completed = bool(config.complete.rows or config.complete.hole)
+    if kind == "dalle" and config.vgg is not None and not completed:
+        raise ValueError(
+            "vgg= is for vae checkpoints, and for what a dalle completes: give complete.rows=, or leave it out"
+        )
+    if kind != "dalle" and (completed or config.sweep.swept() or config.memorisation):
+        raise ValueError(
+            f"sweep, complete and memorisation are for dalle checkpoints, and this is a {kind}: leave them out"
+        )
+    if config.lpips_heads is not None and config.vgg is None:
+        raise ValueError("lpips_heads= goes on top of a VGG: give vgg= too")
+
+
+def judge(config: EvaluateConfig, processes: Processes) -> None:
+    """Judge in shares; the first process writes both files and prints the numbers."""
     if is_stream(config.data.path):
         raise ValueError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
     shards = open_split(config.data.path, config.split, "data.path")
+    torch.set_num_threads(config.threads)
     step = loading.read_header(config.checkpoint)["training"].get("step")
-    model = loading.load(config.checkpoint).to(Processes().device(config.device))
+    model = loading.load(config.checkpoint).to(processes.device(config.device))
     head = checkpoint.header(model)
     kind = role(head)
+    check_files(config, kind)
     owner = model.vae if kind == "dalle" else model.config if kind == "clip" else model
     measure = Measure(
         protocol(shards, config, owner.image_size), seed=config.seed, rounds=config.rounds, halves=config.halves
     )
-    folder = new_folder(config.out)
-    found = JUDGES[kind](model, config, shards, measure)
+    folder = new_folder(config.out) if processes.rank == 0 else Path(config.out)
+    with shared_by(processes):
+        found = JUDGES[kind](model, config, shards, measure)
+    if processes.rank > 0:
+        return
     record = report.Record(
         report.Subject(kind=head["kind"], weights_sha256=weights_sha256(model), step=step), found.metrics
     )
     report.write(record, folder / "metrics.json")
-    title = f"{head['kind']} on {shards.split} of {shards.index['name']}"
+    title = f"{head['kind']} on {shards.index['name']}, split {shards.split}"
     page.write(record, found.sections, folder / "report.html", title=title)
     for name, metric in found.metrics.items():
         print(f"{name:32} {compare.with_interval(metric)}")
     print(f"{folder / 'metrics.json'}, {folder / 'report.html'}")
+
+
+@entry("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig) -> None:
+    """Judge, write both files, print the numbers; with siblings where torchrun started this."""
+    processes = Processes()
+    try:
+        judge(config, processes)
+    finally:
+        processes.close()
 
 
 def run() -> None:

@@ -14,14 +14,15 @@ from torch import Tensor
 from dalle_pytorch.evaluation.features import Extractor, caption_features, clip_extractor, lpips_each
 from dalle_pytorch.evaluation.lpips import LEAST_SIZE, LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Table
+from dalle_pytorch.evaluation.page import Gallery, Table
 from dalle_pytorch.evaluation.part import Part
 from dalle_pytorch.evaluation.reconstruction import l1_each, psnr_each
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, clip_score, r_precision
+from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Generator
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.header import weights_sha256
@@ -138,14 +139,13 @@ def complete(
     others = [*captions[shift:], *captions[:shift]]
 
     def drawn_for(prompts: Sequence[str]) -> Int[Tensor, "b m n"]:
-        parts = [
-            generator.candidates(
-                caption, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress,
+        def fill(place: int) -> Tensor:
+            return generator.candidates(
+                prompts[place], range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress,
                 given=Given(own[place : place + 1], keep),
-            )
-            for place, caption in enumerate(prompts)
-        ]  # fmt: skip
-        return torch.stack([part.image_tokens for part in parts])
+            ).image_tokens  # fmt: skip
+
+        return torch.stack(in_parts(fill, range(len(prompts))))
 
     tokens = {
         "own": drawn_for(captions),
@@ -265,7 +265,7 @@ def table(name: str, found: dict[str, Metrics]) -> Table:
 
 def pictures(
     completed: Completed, originals: Float[Tensor, "b c H W"], part: Part, name: str, prompts: Sequence[str]
-) -> Picture:
+) -> Gallery:
     """Original, what is given, completions and baselines, a row a picture."""
     given, rows = part.without(originals), []
     for i, prompt in enumerate(prompts[:SHOWN]):
@@ -284,4 +284,4 @@ def pictures(
         "The grey part is drawn. Completed with the picture's caption, with another picture's caption, with another "
         "picture's tokens; last, all of its own tokens."
     )
-    return Picture(f"Completion, {name}: pictures", note, picture_grid(rows, cell=96))
+    return Gallery(f"Completion, {name}: pictures", note, rows)

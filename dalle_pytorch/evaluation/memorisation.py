@@ -14,9 +14,9 @@ from torch import Tensor
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.nearest import Nearest, nearer, nobody, pixels
-from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 
 QUANTILE = 0.01
 """A drawn picture counts as near where it is nearer to the training set than all but so many of the held-out ones."""
@@ -217,13 +217,13 @@ def pairs(
     found: Mapping[str, Nearest],
     prompts: Sequence[str],
     train: Train,
-) -> Picture:
+) -> Gallery:
     """The drawn and the held-out pictures that are nearest to the training set, over their neighbours there."""
     rows, candidates = [], len(sets["drawn"]) // len(prompts)
     for key in ("drawn", "reconstructed" if space.decoded else "real"):
         order = found[key].distances.argsort(stable=True)[:SHOWN].tolist()
         neighbours = list(train(found[key].indices[order].tolist()))
-        labels = [prompts[i // candidates][:14] for i in order] if key == "drawn" else []
+        labels = [prompts[i // candidates] for i in order] if key == "drawn" else []
         rows.append(GridRow(SETS[key], [sets[key][i] for i in order], labels))
         apart = [f"{found[key].distances[i]:.3f}" for i in order]
         rows.append(GridRow("nearest training picture, and how far it is", neighbours, apart))
@@ -231,4 +231,4 @@ def pairs(
         f"The {SHOWN} drawn pictures with the nearest training neighbours, and the same of held-out pictures. A copy "
         "is a drawn picture that equals its neighbour where held-out ones do not."
     )
-    return Picture(f"Nearest pairs: {space.words}", note, picture_grid(rows, cell=96))
+    return Gallery(f"Nearest pairs: {space.words}", note, rows)

@@ -14,10 +14,10 @@ from torch import Tensor
 from dalle_pytorch.evaluation.dalle import Draw, judged
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.scatter import Point, Scatter
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
 
@@ -168,8 +168,7 @@ def trade_off(found: Mapping[str, Metrics]) -> list[Section]:
     return [plot, Table("Sampling: settings by CLIP score", note, head, rows)]
 
 
-def same_seeds(rows: Sequence[GridRow]) -> Picture:
+def same_seeds(rows: Sequence[GridRow]) -> Gallery:
     """The first candidate of some prompts, a row a setting."""
-    shortened = [row._replace(labels=[label[:14] for label in row.labels]) for row in rows]
     note = "The first candidate of each prompt; a column has the same prompt and the same random numbers."
-    return Picture("Sampling: the same seeds under every setting", note, picture_grid(shortened, cell=96))
+    return Gallery("Sampling: the same seeds under every setting", note, list(rows))

@@ -14,8 +14,9 @@ from dalle_pytorch.evaluation.completion import (
 from dalle_pytorch.evaluation.features import Extractor, lpips_each
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.page import Picture, Table
+from dalle_pytorch.evaluation.page import Gallery, Table
 from dalle_pytorch.evaluation.part import Part
+from dalle_pytorch.evaluation.report import shown
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.text import BPETokenizer
@@ -149,8 +150,11 @@ def test_only_the_drawn_part_counts():
         "split": "val", "part": "hole_0.5", "seed": 1, "sampling.top_k": "0",
     }  # fmt: skip
     assert metrics["complete_hole_0.5_l1_copied"].protocol == {"split": "val", "part": "hole_0.5", "seed": 1}
-    assert [type(section) for section in sections] == [Table, Picture]
-    assert [row[1] for row in sections[0].rows] == ["0.2000", "0.4000", "0.6000", "0.0000"]
+    assert [type(section) for section in sections] == [Table, Gallery]
+    assert [row[1] for row in sections[0].rows] == [
+        shown(metrics[f"complete_hole_0.5_l1{end}"].value)
+        for end in ("", "_other_caption", "_copied", "_reconstructed")
+    ]
 
 
 def test_the_judge_sees_the_part_alone(monkeypatch, tiny_clip):
@@ -174,7 +178,7 @@ def test_the_judge_sees_the_part_alone(monkeypatch, tiny_clip):
         assert metrics[f"complete_x_clip_score{way}"].value == pytest.approx(100 * share)
         assert metrics[f"complete_x_r_precision{way}"].value == share
     assert metrics["complete_x_clip_score"].extractor == "clip (the part alone, on white; x)"
-    assert sections[0].rows[-1] == ("the original part", "", "", "100.0", "1.000")
+    assert sections[0].rows[-1] == ("the original part", "", "", shown(100.0), shown(1.0))
 
 
 def test_lpips_of_parts_that_are_large_enough():
