@@ -63,10 +63,10 @@ def spaces_of(extractors: Sequence[Extractor]) -> list[Space]:
     """Pixels and every extractor's features, with training pictures as they are and through the image tokenizer."""
     found = []
     for name, words, extractor in [
-        ("pixel", "pixels (root mean square)", None),
+        ("pixel", "pixels", None),
         *((extractor.name, f"features of {extractor.name}", extractor) for extractor in extractors),
     ]:
-        found.append(Space(f"decoded_{name}", f"{words}, all pictures through the image tokenizer", extractor, True))
+        found.append(Space(f"decoded_{name}", f"{words}, through the tokenizer", extractor, True))
         found.append(Space(name, words, extractor, False))
     return found
 
@@ -205,7 +205,7 @@ def table(space: Space, distances: Mapping[str, Float[Tensor, " _"]]) -> Table:
         f"last columns (which need {LEAST_HELD_OUT} held-out pictures). "
     )
     if space.decoded:
-        note += "A picture copied token by token has distance 0."
+        note += "Training pictures too are as the tokenizer gives them back: one copied token by token has distance 0."
     else:
         note += "A model that only copies has what the last row has: where that is little, the test sees little."
     return Table(f"Nearest training pictures: {space.words}", note, head, rows)

@@ -164,7 +164,7 @@ def trade_off(found: Mapping[str, Metrics]) -> list[Section]:
         for i in order
     ]
     head = ("setting", *first, f"Pareto-best in {title} and CLIP score")
-    note = "The best CLIP score first. Intervals are among the numbers at the top of the page."
+    note = "The best CLIP score first. Intervals are among the numbers of the page."
     return [plot, Table("Sampling: settings by CLIP score", note, head, rows)]
 
 
