@@ -181,7 +181,7 @@ def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):
 
 
 @pytest.mark.parametrize(
-    ("kind", "setting"), [("vae", "ranker"), ("judge", "judge"), ("judge", "inception"), ("dalle", "vgg")]
+    ("kind", "setting"), [("vae", "ranker"), ("judge", "judge"), ("judge", "inception"), ("judge", "vgg")]
 )
 def test_files_that_nobody_reads_are_refused(place, call, kind, setting):
     more = [f"{setting}={place}/ranker.safetensors"] + [f"judge={place}/judge.safetensors"] * (setting == "ranker")

@@ -244,8 +244,8 @@ READ_BY = {
     "judge": ("vae", "dalle"),
     "ranker": ("dalle",),
     "inception": ("vae", "dalle"),
-    "vgg": ("vae",),
-    "lpips_heads": ("vae",),
+    "vgg": ("vae", "dalle"),
+    "lpips_heads": ("vae", "dalle"),
 }
 """Which kinds look at a file; given to another it would be passed over in silence."""
 
