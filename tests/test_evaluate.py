@@ -128,8 +128,9 @@ def test_a_dalle_with_ranker_and_judge(place, call):
 
 
 def test_a_clip(place, call):
-    code, error = call(*common(place, "judge", "out"))
+    code, error = call(*common(place, "judge", "out"), "threads=2")
     assert code == 0, error
+    assert torch.get_num_threads() == 2
     metrics = read(place / "out" / "metrics.json").metrics
     assert metrics["text_to_image_r10"].protocol["candidates"] == 12
 
@@ -166,6 +167,7 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["inception={}/nothing.pth"], "no file or folder"),
         (["rounds=1"], "rounds"),
         (["num_candidates=0"], "num_candidates"),
+        (["threads=0"], "threads"),
         (["data.path=pipe:cat x.tar"], "stream"),
         (["max_samples=1"], "at least two"),
         (["checkpoint={}/nothing.safetensors"], "no file or folder"),

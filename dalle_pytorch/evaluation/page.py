@@ -117,7 +117,7 @@ def cards(record: Record) -> str:
     found = []
     for name in headlines(record.metrics):
         metric, unit = record.metrics[name], html.escape(record.metrics[name].unit)
-        lines = [] if metric.interval is None else [interval(metric)]
+        lines = [] if metric.interval is None else [f"95 %: {interval(metric)}"]
         beside = {text: record.metrics.get(name + ending) for ending, text in ASIDE.items()}
         lines += [f"{text}: {shown(other.value)}" for text, other in beside.items() if other is not None]
         found.append(

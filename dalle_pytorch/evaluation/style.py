@@ -33,7 +33,7 @@ img { max-width: 100%; height: auto; display: block } .frame { border: 1px solid
   .numbers tr:first-child { display: none } .numbers td:last-child::after { content: " samples" }
 }
 @media print {
-  html { font-size: 10px } body { font-size: 1rem; max-width: none; margin: 0; padding: 0 } nav { display: none }
+  html { font-size: 10px } body { font-size: 1rem; max-width: none; margin: 0; padding: 0 2px } nav { display: none }
   .scroll { overflow: visible }
   h2, h3, h4 { break-after: avoid }
   section { break-inside: auto } figure, tr, .card, .row { break-inside: avoid } .plot { width: 12cm }
