@@ -174,8 +174,9 @@ def test_completion_needs_no_drawn_pictures_and_no_judge(place, call):
 
 
 def test_a_clip(place, call):
-    code, error = call(*common(place, "judge", "out"))
+    code, error = call(*common(place, "judge", "out"), "threads=2")
     assert code == 0, error
+    assert torch.get_num_threads() == 2
     metrics = read(place / "out" / "metrics.json").metrics
     assert metrics["text_to_image_r10"].protocol["candidates"] == 12
 
@@ -212,6 +213,7 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["inception={}/nothing.pth"], "no file or folder"),
         (["rounds=1"], "rounds"),
         (["num_candidates=0"], "num_candidates"),
+        (["threads=0"], "threads"),
         (["data.path=pipe:cat x.tar"], "stream"),
         (["max_samples=1"], "at least two"),
         (["checkpoint={}/nothing.safetensors"], "no file or folder"),
@@ -235,7 +237,7 @@ def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):
 
 
 @pytest.mark.parametrize(
-    ("kind", "setting"), [("vae", "ranker"), ("judge", "judge"), ("judge", "inception"), ("dalle", "vgg")]
+    ("kind", "setting"), [("vae", "ranker"), ("judge", "judge"), ("judge", "inception"), ("judge", "vgg")]
 )
 def test_files_that_nobody_reads_are_refused(place, call, kind, setting):
     more = [f"{setting}={place}/ranker.safetensors"] + [f"judge={place}/judge.safetensors"] * (setting == "ranker")

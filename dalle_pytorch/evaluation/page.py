@@ -101,7 +101,7 @@ def facts(record: Record) -> str:
     steps = "" if subject.step is None else f", {subject.step} steps"
     told = [f"{subject.kind}{steps}, weights <code>{html.escape(subject.weights_sha256[:12])}</code>"]
     if "pictures" in same:
-        told.append(html.escape(f"{same['pictures']} pictures"))
+        told.append(html.escape(f"pictures: {same['pictures']}"))
     if "image_size" in same:
         told.append(html.escape(f"{same['image_size']} pixels wide"))
     return " · ".join(told)
@@ -118,7 +118,7 @@ def cards(record: Record) -> str:
     found = []
     for name in headlines(record.metrics):
         metric, unit = record.metrics[name], html.escape(record.metrics[name].unit)
-        lines = [] if metric.interval is None else [interval(metric)]
+        lines = [] if metric.interval is None else [f"95 %: {interval(metric)}"]
         beside = {text: record.metrics.get(name + ending) for ending, text in ASIDE.items()}
         lines += [f"{text}: {shown(other.value)}" for text, other in beside.items() if other is not None]
         found.append(
@@ -159,7 +159,7 @@ def numbers(record: Record) -> str:
         else:
             parts.append(f"<h3>{html.escape(topic.title)}</h3>{about}{values}")
     same = common(record)
-    ways = [(name, way(metric, same)) for name, metric in record.metrics.items()]
+    ways = [(name, own) for name, metric in record.metrics.items() if (own := way(metric, same))]
     shared = "; ".join(f"{key} = {value}" for key, value in sorted(same.items()))
     parts.append(
         "<details><summary>How each was measured</summary>"

@@ -17,8 +17,8 @@ _TEAM: ContextVar[Processes | None] = ContextVar("team", default=None)
 
 
 @contextmanager
-def shared_by(processes: Processes) -> Iterator[None]:
-    """Share all ``in_parts`` inside among these processes; all must run the same program."""
+def shared_by(processes: Processes | None) -> Iterator[None]:
+    """Share all ``in_parts`` inside among these processes, which must all run the same program; None = alone."""
     token = _TEAM.set(processes)
     try:
         yield
@@ -29,4 +29,7 @@ def shared_by(processes: Processes) -> Iterator[None]:
 def in_parts(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
     """The function of every part, in order; inside ``shared_by`` each process computes a share and gets all."""
     team = _TEAM.get()
-    return [function(part) for part in parts] if team is None else team.map(function, parts)
+    if team is None:
+        return [function(part) for part in parts]
+    with shared_by(None):  # a part is one process's: what it divides further, nobody else computes
+        return team.map(function, parts)

@@ -190,7 +190,7 @@ def test_headlines_come_with_their_interval_and_what_they_are_read_beside():
     given = {"image_nats": metric(3.0, interval=(2.5, 3.5)), "image_nats_unigram": metric(6.5), "psnr": metric(21.5)}
     psnr, nats = page.cards(record(**given)).split('<div class="card">')[1:]
     assert "<code>psnr</code>" in psnr
-    assert "2.500 to 3.500<br>frequencies alone: 6.500" in nats
+    assert "95 %: 2.500 to 3.500<br>frequencies alone: 6.500" in nats
     assert page.cards(record(jpeg_psnr=metric())) == ""
 
 

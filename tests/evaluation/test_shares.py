@@ -39,6 +39,11 @@ def test_a_process_computes_its_share_and_has_all_results_in_order(monkeypatch):
     assert computed == [1, 0, 1]
 
 
+def test_what_a_part_divides_further_is_not_shared(monkeypatch):
+    with shared_by(as_one_of(monkeypatch, 0, [[[10]]])):
+        assert in_parts(lambda part: in_parts(lambda x: 2 * x, [part, part + 1]), [3, 5]) == [[6, 8], [10]]
+
+
 def test_more_processes_than_parts(monkeypatch):
     with shared_by(as_one_of(monkeypatch, 2, [[0], [2]])):
         assert in_parts(lambda part: 2 * part, [0, 1]) == [0, 2]
