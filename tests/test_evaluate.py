@@ -3,13 +3,17 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import dalle_pytorch
 from dalle_pytorch import save
 from dalle_pytorch.commands.evaluate import chosen, run
 from dalle_pytorch.data.images import to_pil
@@ -33,7 +37,7 @@ def png(seed: int) -> bytes:
 def place(tmp_path, make_dalle, tiny_clip):
     """A folder with shards, a VAE, a DALLE and two CLIPs."""
     with ShardWriter(tmp_path / "data", name="tiny", image_size=16) as writer:
-        for split, count in (("train", 14), ("val", 12), ("other", 12)):
+        for split, count in (("train", 14), ("val", 12), ("other", 12), ("many", 70)):
             for i in range(count):
                 caption = f"a {WORDS[i % len(WORDS)]}"
                 writer.write(split, f"{split}{i}", png(i + 100 * len(split)), "png", {"captions": [caption]})
@@ -79,6 +83,14 @@ def common(place, checkpoint: str, out: str) -> list[str]:
     ]
 
 
+def under_torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in two processes."""
+    script = Path(dalle_pytorch.__file__).parents[1] / "evaluate.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
 def test_an_image_tokenizer_twice_is_equal_byte_for_byte(place, call):
     for out in ("one", "two"):
         assert call(*common(place, "vae", out), f"judge={place}/judge.safetensors") == (0, "")
@@ -104,6 +116,9 @@ def test_a_dalle_with_ranker_and_judge(place, call):
     assert names <= set(metrics)
     assert metrics["image_nats"].protocol["pictures"] == "10 of 12, drawn by seed 0"
     assert metrics["clip_score"].count == 3
+    unigram = metrics["image_nats_unigram"].protocol
+    assert (unigram["unigram_split"], unigram["unigram_samples"]) == ("train", 14)
+    assert unigram["unigram_sha256"] != unigram["data_sha256"]
     html = (place / "one" / "report.html").read_text()
     assert "CLIP score against N" in html
     assert "data:image/png;base64" in html
@@ -112,9 +127,56 @@ def test_a_dalle_with_ranker_and_judge(place, call):
     assert "clip_score" not in read(place / "three" / "metrics.json").metrics
 
 
-def test_a_clip(place, call):
-    code, error = call(*common(place, "judge", "out"))
+def test_sweep_completion_and_memorisation_of_a_dalle(place, call):
+    given = [
+        f"judge={place}/judge.safetensors",
+        "sweep.temperature=[0.5,1]",
+        "sweep.top_k=[0,3]",
+        "complete.rows=[0.25,0.5]",
+        "complete.hole=[0.5]",
+        "complete.num_pictures=4",
+        "memorisation=true",
+    ]
+    code, error = call(*common(place, "dalle", "one"), *given)
     assert code == 0, error
+    done = under_torchrun(*common(place, "dalle", "two"), *given)
+    assert done.returncode == 0, done.stderr
+    assert (place / "one" / "metrics.json").read_bytes() == (place / "two" / "metrics.json").read_bytes()
+    metrics = read(place / "one" / "metrics.json").metrics
+    # the same prompts and seeds: the setting that is the model's own draws what was drawn without a sweep
+    for name in ("clip_score", "r_precision", "fid_clip", "cmmd"):
+        assert metrics[f"{name}_at_temperature_1_top_k_0"] == metrics[name]
+    swept = [name for name in metrics if name.startswith("clip_score_at_")]
+    assert len(swept) == len({metrics[name].value for name in swept}) == 4
+    assert metrics["clip_score_at_temperature_0.5_top_k_3"].protocol["sampling.top_k"] == "3"
+    for part in ("rows_0.25", "rows_0.5", "hole_0.5"):
+        assert metrics[f"complete_{part}_l1"].count == 4
+        assert metrics[f"complete_{part}_l1"].protocol["candidates"] == 2
+        assert metrics[f"complete_{part}_clip_score_real"].protocol["part"] == part
+    assert metrics["nearest_train_pixel"].protocol["train_pictures"] == 14
+    assert metrics["nearest_train_pixel_real"].protocol["train_split"] == "train"
+    assert metrics["nearest_train_decoded_clip_reconstructed"].count == 12
+    html = (place / "one" / "report.html").read_text()
+    for title in (
+        "Sampling: CMMD against CLIP score",
+        "Completion, hole_0.5",
+        "Nearest training pictures: features of clip",
+    ):
+        assert title in html
+
+
+def test_completion_needs_no_drawn_pictures_and_no_judge(place, call):
+    code, error = call(*common(place, "dalle", "out")[:-3], "num_prompts=0", "complete.rows=[0.5]", f"out={place}/out")
+    assert code == 0, error
+    metrics = read(place / "out" / "metrics.json").metrics
+    assert {"complete_rows_0.5_psnr", "complete_rows_0.5_l1_gain_of_caption"} <= set(metrics)
+    assert not [name for name in metrics if "clip" in name]
+
+
+def test_a_clip(place, call):
+    code, error = call(*common(place, "judge", "out"), "threads=2")
+    assert code == 0, error
+    assert torch.get_num_threads() == 2
     metrics = read(place / "out" / "metrics.json").metrics
     assert metrics["text_to_image_r10"].protocol["candidates"] == 12
 
@@ -151,9 +213,18 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["inception={}/nothing.pth"], "no file or folder"),
         (["rounds=1"], "rounds"),
         (["num_candidates=0"], "num_candidates"),
+        (["threads=0"], "threads"),
         (["data.path=pipe:cat x.tar"], "stream"),
         (["max_samples=1"], "at least two"),
         (["checkpoint={}/nothing.safetensors"], "no file or folder"),
+        (["judge={}/judge.safetensors", "sweep.temperature=[]"], "sweep.temperature is an empty list"),
+        (["judge={}/judge.safetensors", "sweep.cond_scale=[1]"], "sweep.cond_scale"),
+        (["judge={}/judge.safetensors", "sweep.top_k=[a]"], "sweep.top_k"),
+        (["judge={}/judge.safetensors", "sweep.top_p=[2]"], "sweep with top_p=2"),
+        (["judge={}/judge.safetensors", "sweep.top_k=[1]", "num_prompts=0"], "num_prompts=0"),
+        (["sweep.top_k=[1]"], "sweep needs judge="),
+        (["complete.rows=[0.01]"], "complete.rows=0.01 gives 0 of 4"),
+        (["memorisation=true", "split=train+val"], "'train' is data.train_split too"),
     ],
 )
 def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):
@@ -163,6 +234,24 @@ def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):
     assert len(lines) == 1
     assert said in lines[0]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("vae", "ranker"), ("judge", "judge"), ("judge", "inception"), ("judge", "vgg")]
+)
+def test_files_that_nobody_reads_are_refused(place, call, kind, setting):
+    more = [f"{setting}={place}/ranker.safetensors"] + [f"judge={place}/judge.safetensors"] * (setting == "ranker")
+    code, error = call(*common(place, kind, "out"), *more)
+    assert code == 1
+    assert error.startswith(f"error: {setting}= is for ")
+    assert error.endswith("leave it out\n")
+
+
+@pytest.mark.parametrize("setting", ["sweep.top_k=[1]", "complete.hole=[0.5]", "memorisation=true"])
+def test_an_image_tokenizer_draws_nothing(place, call, setting):
+    code, error = call(*common(place, "vae", "out"), setting, f"judge={place}/judge.safetensors")
+    assert code == 1
+    assert error.startswith("error: sweep, complete and memorisation are for dalle checkpoints, and this is a vae")
 
 
 def test_the_choice_of_pictures_is_the_seeds():
@@ -176,10 +265,10 @@ def test_the_page_holds_pictures_that_open(place, call):
 
     call(*common(place, "vae", "out"), "codecs=false")
     found = re.findall(r"base64,([^\"]+)", (place / "out" / "report.html").read_text())
-    assert len(found) == 2
+    assert len(found) == 4 * 6  # best and worst, six of each with its original
     for data in found:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-            assert picture.width > 300
+            assert picture.size == (16, 16)  # their own pixels: the browser enlarges them
 
 
 def test_standard_weight_files_bring_the_plain_names(place, call):
@@ -199,3 +288,28 @@ def test_standard_weight_files_bring_the_plain_names(place, call):
     assert "cmmd" not in metrics
     assert metrics["fid"].extractor.startswith("inception (pytorch-fid")
     assert metrics["inception_score"].value >= 1
+
+
+@pytest.mark.parametrize("kind", ["vae", "dalle", "judge"])
+def test_two_processes_write_the_bytes_of_one(place, call, kind):
+    """70 pictures are three parts for most networks, so that both processes have some."""
+    given = {"vae": ["judge"], "dalle": ["judge", "ranker"], "judge": []}[kind]
+    more = [f"{name}={place}/{name}.safetensors" for name in given]
+    more.append("split=many")
+    code, error = call(*common(place, kind, "one"), *more)
+    assert code == 0, error
+    done = under_torchrun(*common(place, kind, "two"), *more)
+    assert done.returncode == 0, done.stderr
+    assert (place / "two" / "metrics.json").read_bytes() == (place / "one" / "metrics.json").read_bytes()
+    assert (place / "two" / "report.html").read_bytes() == (place / "one" / "report.html").read_bytes()
+    assert done.stdout.count("report.html") == 1
+    assert sorted(path.name for path in (place / "two").iterdir()) == ["metrics.json", "report.html"]
+
+
+def test_an_error_of_one_process_ends_both(place):
+    (place / "out").mkdir()
+    (place / "out" / "notes.txt").touch()
+    done = under_torchrun(*common(place, "vae", "out"))  # only the first makes the folder
+    assert done.returncode != 0
+    assert done.stderr.count("holds files already") == 1
+    assert [path.name for path in (place / "out").iterdir()] == ["notes.txt"]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.evaluation.likelihood import other_captions, unigram_nats
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
@@ -60,8 +61,7 @@ def tokenizer_comparison(
 
 def unigram_loss(train_tokens: Int[Tensor, "train n"], tokens: Int[Tensor, "b n"], codebook_size: int) -> float:
     """Cross entropy of tokens under their frequencies in training (each counted once more), nats per token."""
-    counts = torch.bincount(train_tokens.flatten(), minlength=codebook_size).double() + 1
-    return -(counts / counts.sum()).log()[tokens.flatten()].mean().item()
+    return unigram_nats(train_tokens, tokens, codebook_size).sum().item() / tokens.numel()
 
 
 @torch.no_grad()
@@ -81,8 +81,7 @@ def dalle_comparisons(
 ) -> list[Comparison]:
     """Image loss against the unigram model, and against the same model reading another sample's caption."""
     loss = image_loss(dalle, text_tokens, image_tokens)
-    # a shift by half the set gives every picture another one's caption
-    shuffled = image_loss(dalle, text_tokens.roll(len(text_tokens) // 2, dims=0), image_tokens)
+    shuffled = image_loss(dalle, other_captions(text_tokens), image_tokens)
     unigram = unigram_loss(train_tokens, image_tokens, dalle.codebook_size)
     count = len(text_tokens)
     return [

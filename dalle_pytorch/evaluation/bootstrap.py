@@ -30,7 +30,9 @@ def bootstrap_mean(
     rounds: int = ROUNDS,
     level: float = LEVEL,
 ) -> Interval:
-    """Percentile interval of a mean over samples (Efron 1979): drawn with replacement, as many as there are.
+    """Percentile interval of a mean over samples: drawn with replacement, as many as there are (Efron 1979).
+
+    The level is raised for few samples, whose plain percentiles are too narrow: of 16 they hold 92 % of the means.
 
     Args:
         values: one number a sample.
@@ -41,6 +43,9 @@ def bootstrap_mean(
 
     Raises:
         ValueError: fewer than two values, values that are no numbers, or settings out of range.
+
+    Source:
+        Hesterberg 2015, https://arxiv.org/abs/1411.5279, section 4.3, "expanded percentile interval".
     """
     _check(rounds, level)
     check_rows(values, "values to bootstrap", least=2)
@@ -50,7 +55,15 @@ def bootstrap_mean(
     for _ in range(rounds):
         drawn = torch.randint(len(values), (len(values),), generator=generator)
         means.append(values[drawn].sum() / weights[drawn].sum())
-    return _percentiles(torch.stack(means), level)
+    return _percentiles(torch.stack(means), _expanded(level, len(values)))
+
+
+def unanimous(count: int, *, level: float = LEVEL) -> float:
+    """What a share may be off where all samples agree, and the bootstrap has nothing to draw from.
+
+    The far end of the binomial's exact interval (Clopper and Pearson 1934): 0 of 16 may be 0.21.
+    """
+    return 1 - ((1 - level) / 2) ** (1 / count)
 
 
 def half_samples(
@@ -60,6 +73,7 @@ def half_samples(
     generator: torch.Generator,
     *,
     group: int = 1,
+    paired: bool = False,
     bounds: Interval = (-math.inf, math.inf),
     rounds: int = HALVES,
     level: float = LEVEL,
@@ -76,12 +90,13 @@ def half_samples(
         generated: at least 4 groups.
         generator: source of the halves.
         group: so many generated samples in a row belong together, as pictures of one prompt do, and are drawn together.
+        paired: generated sample i is made of real sample i, as a reconstruction is: both are drawn or neither.
         bounds: what the distance cannot leave; the interval is cut there.
         rounds: how many.
         level: share of them inside.
 
     Raises:
-        ValueError: too few samples, a group that does not divide them, or settings out of range.
+        ValueError: too few samples, a group that does not divide them, pairs that are none, or settings out of range.
 
     Source:
         Shao and Wu 1989, "A general theory for jackknife variance estimation": deleting d of n samples gives the
@@ -90,12 +105,14 @@ def half_samples(
     _check(rounds, level)
     if group < 1 or len(generated) % group:
         raise ValueError(f"groups of {group} do not divide {len(generated)} generated samples")
+    if paired and (group > 1 or len(real) != len(generated)):
+        raise ValueError(f"{len(real)} real and {len(generated)} generated samples in groups of {group} are no pairs")
     check_rows(real, "real features", least=4)
     check_rows(generated, "generated features", least=4 * group)
     groups, values = torch.arange(len(generated)).view(-1, group), []
     for _ in range(rounds):
         of_real = torch.randperm(len(real), generator=generator)[: len(real) // 2]
-        of_groups = torch.randperm(len(groups), generator=generator)[: len(groups) // 2]
+        of_groups = of_real if paired else torch.randperm(len(groups), generator=generator)[: len(groups) // 2]
         values.append(distance(real[of_real], generated[groups[of_groups].flatten()]))
     spread = torch.tensor(values, dtype=torch.float64).std().item()
     half_width = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item() * spread
@@ -108,6 +125,15 @@ def _percentiles(values: Float[Tensor, " n"], level: float) -> Interval:
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
     low, high = torch.quantile(values, ends).tolist()
     return low, high
+
+
+def _expanded(level: float, count: int) -> float:
+    """The level at which normal quantiles reach as far as Student's with the unbiased standard error do."""
+    z = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
+    free = count - 1
+    # Cornish-Fisher: Abramowitz and Stegun 1964, 26.7.5
+    student = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return 2 * torch.special.ndtr(torch.tensor(student * (count / free) ** 0.5, dtype=torch.float64)).item() - 1
 
 
 def _check(rounds: int, level: float) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from dalle_pytorch.evaluation.calibration import BINS, best_scale, calibration_error, choice_nats
 from dalle_pytorch.evaluation.features import caption_features, clip_extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.report import Metrics, shown
 from dalle_pytorch.evaluation.retrieval import clip_score, recall_at, retrieval_ranks
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer
 
 RECALLS = (1, 5, 10)
@@ -42,7 +42,8 @@ def evaluate_clip(
     if len(captions) != len(images) or len(captions) < 2:
         raise ValueError(f"{len(captions)} captions given for {len(images)} pictures; at least two pairs are needed")
     names = list(dict.fromkeys(captions))
-    place = torch.tensor([names.index(caption) for caption in captions])
+    number = {name: i for i, name in enumerate(names)}
+    place = torch.tensor([number[caption] for caption in captions])
     texts, pictures = caption_features(clip, names), clip_extractor(clip)(images)
     scores, right = texts @ pictures.T, place[None] == torch.arange(len(names))[:, None]
     metrics: Metrics = {"clip_score": measure.mean(clip_score(pictures, texts[place]), better="neither")}
@@ -52,7 +53,7 @@ def evaluate_clip(
         for k in RECALLS:
             if count > k:
                 hits = 100 * recall_at(ranks, k, count)
-                metrics[f"{name}_r{k}"] = measure.mean(hits, unit="%", how={"candidates": count})
+                metrics[f"{name}_r{k}"] = measure.mean(hits, most=100, unit="%", how={"candidates": count})
         shown_values = [shown(metrics[f"{name}_r{k}"].value) if count > k else "" for k in RECALLS]
         chance = 100 * answers.double().mean().item()
         rows.append((name.replace("_", " "), *shown_values, shown(chance), str(count)))
@@ -61,12 +62,12 @@ def evaluate_clip(
     head = ("", *(f"R@{k}" for k in RECALLS), "R@1 of chance", "candidates")
     sections: list[Section] = [Table("Retrieval", "In per cent.", head, rows)]
     grid = []
-    for number in range(min(SHOWN_CAPTIONS, len(names))):
-        best = scores[number].argsort(descending=True, stable=True)[:SHOWN]
-        labels = [f"{scores[number, i]:.2f}{' right' if right[number, i] else ''}" for i in best.tolist()]
-        grid.append(GridRow(names[number], list(images[best]), labels))
+    for name, cosines, hits in list(zip(names, scores, right, strict=True))[:SHOWN_CAPTIONS]:
+        best = cosines.argsort(descending=True, stable=True)[:SHOWN]
+        labels = [f"{cosines[i]:.2f}{' right' if hits[i] else ''}" for i in best.tolist()]
+        grid.append(GridRow(name, list(images[best]), labels))
     note = "Captions with the pictures that the model finds nearest, their cosines, and which of them are right."
-    sections.append(Picture("Nearest pictures", note, picture_grid(grid, cell=96)))
+    sections.append(Gallery("Nearest pictures", note, grid))
     return Evaluation(metrics, sections)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_pytorch.data.images import to_pil, to_tensor
+from dalle_pytorch.evaluation.shares import in_parts
 
 CODECS = ("JPEG", "WEBP")
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
@@ -45,7 +46,7 @@ def at_bytes(images: Float[Tensor, "b 3 H W"], codec: str, budget: float | int) 
     Image.init()
     if codec not in Image.SAVE:
         raise ValueError(f"this Pillow writes no {codec}; install one that does")
-    coded = [_best(to_pil(image), image, codec, budget) for image in images]
+    coded = in_parts(lambda image: _best(to_pil(image), image, codec, budget), list(images))
     sizes = torch.tensor([size for _, size in coded], dtype=torch.float64)
     return Coded(torch.stack([image for image, _ in coded]), sizes)
 

@@ -4,9 +4,9 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from dalle_pytorch.evaluation.report import Difference, Metric, compare, read, shown
+from dalle_pytorch.evaluation.report import Difference, Metric, Record, compare, read, refusals, shown
 
 USAGE = "usage: evaluate.py compare A/metrics.json B/metrics.json"
 
@@ -46,10 +46,10 @@ def verdict(difference: Difference) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table.
+    """Print the table of the numbers that were measured alike, and refuse the others.
 
     Returns:
-        Exit code: 0; 1 where the files cannot be compared; 2 for a wrong call.
+        Exit code: 0; 1 where a number cannot be compared; 2 for a wrong call.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
@@ -57,7 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         first, second = read(arguments[0]), read(arguments[1])
-        differences = compare(first, second, names=(arguments[0], arguments[1]))
+        names = (arguments[0], arguments[1])
+        refused = refusals(first, second, names=names)
+        if len(refused) < len(set(first.metrics) & set(second.metrics)):
+            differences = compare(without(first, refused), without(second, refused), names=names)
+        else:
+            differences = compare(first, second, names=names)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,7 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, own, other in ((arguments[0], first, second), (arguments[1], second, first)):
         if left := [name for name in own.metrics if name not in other.metrics]:
             print(f"only in {path}: {', '.join(left)}")
-    return 0
+    if refused:
+        first_problem = next(iter(refused.values()))
+        print(
+            f"error: left out, since measured in two ways: {', '.join(refused)} ({first_problem}); evaluate both alike",
+            file=sys.stderr,
+        )
+    return int(bool(refused))
+
+
+def without(record: Record, names: Container[str]) -> Record:
+    """A record without some of its numbers."""
+    return Record(record.subject, {name: metric for name, metric in record.metrics.items() if name not in names})
 
 
 if __name__ == "__main__":

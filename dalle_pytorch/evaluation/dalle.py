@@ -5,6 +5,7 @@ Axes: b samples, t text tokens, n image tokens, p prompts, m candidates of a pro
 
 import math
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,19 +14,20 @@ from torch import Tensor
 
 from dalle_pytorch.evaluation.distribution import inception_score
 from dalle_pytorch.evaluation.features import Extractor, blurred, caption_features, clip_extractor
-from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_nats, unigram_text_nats
+from dalle_pytorch.evaluation.likelihood import likelihoods, other_captions, unigram_nats, unigram_text_nats
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Line, Picture, Plot, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Line, Plot, Section, Table
 from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, best_of_n, clip_score, r_precision
+from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.generator import Generator
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer, score
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.dalle import DALLE
 
-SHOWN_PROMPTS, SHOWN = 6, 8
+SHOWN_PROMPTS, SHOWN = 6, 7
 """Prompts on the page, and pictures of each."""
 
 
@@ -37,7 +39,9 @@ class Pairs(NamedTuple):
     image_tokens: Int[Tensor, "b n"]
 
 
-def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Measure) -> Evaluation:
+def evaluate_likelihood(
+    dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Measure, *, trained: Protocol = MappingProxyType({})
+) -> Evaluation:
     """Nats per image token, text token and pixel, beside a unigram model and the same model with others' captions.
 
     The gains are paired: of each sample, what knowing the caption, or more than frequencies, saves.
@@ -47,6 +51,7 @@ def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Me
         pairs: held-out samples, at least two.
         train: samples for the frequencies of the unigram models.
         measure: the protocol.
+        trained: which samples ``train`` are.
 
     Raises:
         ValueError: fewer than two samples.
@@ -54,11 +59,9 @@ def evaluate_likelihood(dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Me
     if len(pairs.captions) < 2:
         raise ValueError(f"{len(pairs.captions)} samples given: shuffling captions needs at least two")
     own = likelihoods(dalle, pairs.text_tokens, pairs.image_tokens)
-    # a shift by half the set gives every picture another one's caption
-    others = pairs.text_tokens.roll(max(1, len(pairs.text_tokens) // 2), dims=0)
-    shuffled = likelihoods(dalle, others, pairs.image_tokens).image
+    shuffled = likelihoods(dalle, other_captions(pairs.text_tokens), pairs.image_tokens).image
     unigram = unigram_nats(train.image_tokens, pairs.image_tokens, dalle.codebook_size)
-    tokens, trained = dalle.num_image_tokens, {"unigram_samples": len(train.captions)}
+    tokens, trained = dalle.num_image_tokens, {**trained, "unigram_samples": len(train.captions)}
     unit = "nats/token"
 
     def mean(nats: Tensor, better: str = "lower", how: Protocol | None = None) -> Metric:
@@ -117,15 +120,16 @@ def draw(
 ) -> Draw:
     """So many candidates of each prompt; each is a function of (prompt, seed, index)."""
     generator = Generator(dalle)
-    images, ranks = [], []
-    for prompt in prompts:
+
+    def of_prompt(prompt: str) -> tuple[Tensor, Tensor | None]:
         drawn = generator.candidates(
             prompt, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress
         )
-        images.append(drawn.images)
-        if ranker is not None:
-            ranks.append(score(drawn.images, prompt, [ranker])[0])
-    return Draw(list(prompts), torch.stack(images), torch.stack(ranks) if ranks else None)
+        return drawn.images, None if ranker is None else score(drawn.images, prompt, [ranker])[0]
+
+    parts = in_parts(of_prompt, list(prompts))
+    ranks = [rank for _, rank in parts if rank is not None]
+    return Draw(list(prompts), torch.stack([images for images, _ in parts]), torch.stack(ranks) if ranks else None)
 
 
 def evaluate_drawn(
@@ -180,8 +184,7 @@ def evaluate_drawn(
         rows.append(GridRow(prompt, [own[number], *drawn.images[number, places]], labels))
     ranked = "best first as the ranker sees them" if drawn.ranks is not None else "in the order drawn"
     note = f"The real picture, then candidates, {ranked}."
-    sections.append(Picture("Pictures", note, picture_grid(rows, cell=96)))
-    return Evaluation(metrics, sections)
+    return Evaluation(metrics, [Gallery("Pictures", note, rows), *sections])
 
 
 def judged(
@@ -199,9 +202,12 @@ def judged(
     place = torch.tensor([captions.index(prompt) for prompt in drawn.prompts])
     features, real = extractor(drawn.images.flatten(0, 1)), extractor(own)
     scores = clip_score(features, texts[place].repeat_interleave(count, dim=0)).view(prompts, count)
+    same = {key: how[key] for key in ("seed", "prompts") if key in how}  # of real pictures no sampling counts
     metrics = {
         "clip_score": measure.mean(scores.mean(dim=1), better="higher", extractor=extractor, how=how),
-        "clip_score_real": measure.mean(clip_score(real, texts[place]), better="neither", extractor=extractor),
+        "clip_score_real": measure.mean(
+            clip_score(real, texts[place]), better="neither", extractor=extractor, how=same
+        ),
     }
     values = {"clip_score": ("CLIP score", scores)}
     if (distractors := min(DISTRACTORS, len(captions) - 1)) > 0:
@@ -210,8 +216,10 @@ def judged(
         ).view(prompts, count)
         real_hits = r_precision(real, texts, place, measure.generator(), distractors=distractors)
         among: Protocol = {"distractors": distractors}
-        metrics["r_precision"] = measure.mean(hits.mean(dim=1), extractor=extractor, how={**how, **among})
-        metrics["r_precision_real"] = measure.mean(real_hits, better="neither", extractor=extractor, how=among)
+        metrics["r_precision"] = measure.mean(hits.mean(dim=1), most=1, extractor=extractor, how={**how, **among})
+        metrics["r_precision_real"] = measure.mean(
+            real_hits, most=1, better="neither", extractor=extractor, how={**same, **among}
+        )
         values["r_precision"] = ("R-precision", hits)
     sections: list[Section] = []
     if drawn.ranks is not None:
@@ -219,21 +227,30 @@ def judged(
         for name, (title, each) in values.items():
             curve = best_of_n(drawn.ranks, each, sizes)
             points = [
-                measure.mean(curve[:, i], extractor=extractor, how={**how, **metrics[name].protocol, "best_of": size})
+                measure.mean(
+                    curve[:, i],
+                    most=1 if name == "r_precision" else None,
+                    extractor=extractor,
+                    how={**how, **metrics[name].protocol, "best_of": size},
+                )
                 for i, size in enumerate(sizes)
             ]
             metrics |= {f"{name}_best_of_{size}": point for size, point in zip(sizes, points, strict=True)}
-            sections.append(curve_plot(title, sizes, points, metrics[f"{name}_real"].value))
+            sections.append(curve_plot(title, sizes, points, metrics[f"{name}_real"]))
     return Evaluation(metrics, sections)
 
 
-def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: float) -> Plot:
-    """Best of N with its intervals, and the value of real pictures."""
-    ends = [point.interval or (point.value, point.value) for point in points]
-    line = Line("best of N", [point.value for point in points], [low for low, _ in ends], [high for _, high in ends])
+def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: Metric) -> Plot:
+    """Best of N and the real pictures, with their intervals."""
+
+    def line(name: str, metrics: Sequence[Metric]) -> Line:
+        ends = [metric.interval or (metric.value, metric.value) for metric in metrics]
+        return Line(name, [metric.value for metric in metrics], [low for low, _ in ends], [high for _, high in ends])
+
     note = (
         "The ranker chooses the best of N candidates, another CLIP judges it; the mean over all choices of N from one "
-        "draw. The band is the 95 % interval over prompts."
+        "draw. Bands are 95 % intervals over prompts."
     )
-    lines = [line, Line("real pictures", [real] * len(sizes))]
-    return Plot(f"{title} against N", note, "N", title, [float(size) for size in sizes], lines, log_x=True)
+    lines = [line("best of N", points), line("real pictures", [real] * len(sizes))]
+    x_name = "N, candidates to choose from"
+    return Plot(f"{title} against N", note, x_name, title, [float(size) for size in sizes], lines, log_x=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dalle_pytorch import checkpoint
 from dalle_pytorch.evaluation.inception import Inception
 from dalle_pytorch.evaluation.lpips import LPIPS
+from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.header import weights_sha256
@@ -58,7 +59,8 @@ class Extractor:
         """Features of pictures in [0, 1], on the CPU."""
         device = next(self.network.parameters()).device
         with eval_mode(self.network):
-            return torch.cat([self.function(part.to(device)).float().cpu() for part in images.split(TOGETHER)])
+            parts = images.split(TOGETHER)
+            return torch.cat(in_parts(lambda part: self.function(part.to(device)).float().cpu(), parts))
 
 
 def load_inception(weights: str | Path) -> Inception:
@@ -158,15 +160,15 @@ def caption_features(clip: Scorer, captions: Sequence[str]) -> Float[Tensor, "t 
     tokens = text_tokenizer_of(clip, "clip").tokenize(list(captions), clip.config.text_len, truncate=True)
     with eval_mode(clip):
         device = clip.log_logit_scale.device
-        return torch.cat([clip.encode_text(part.to(device)).cpu() for part in tokens.split(TOGETHER)])
+        return torch.cat(in_parts(lambda part: clip.encode_text(part.to(device)).cpu(), tokens.split(TOGETHER)))
 
 
 def lpips_each(net: LPIPS, images: Float[Tensor, "b c H W"], targets: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, " b"]:
     """Distance of each picture to its target, on the CPU."""
     device = net.shift.device
     with eval_mode(net):
-        pairs = zip(images.split(TOGETHER), targets.split(TOGETHER), strict=True)
-        return torch.cat([net(x.to(device), y.to(device)).cpu() for x, y in pairs])
+        pairs = list(zip(images.split(TOGETHER), targets.split(TOGETHER), strict=True))
+        return torch.cat(in_parts(lambda pair: net(pair[0].to(device), pair[1].to(device)).cpu(), pairs))
 
 
 def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dalle_pytorch.evaluation.codecs import CODECS, Coded, at_bytes
 from dalle_pytorch.evaluation.features import Extractor, lpips_each
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
-from dalle_pytorch.evaluation.page import Picture, Section, Table
+from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.reconstruction import (
     SCALES,
     WINDOW,
@@ -26,7 +26,8 @@ from dalle_pytorch.evaluation.reconstruction import (
     ssim_each,
 )
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
-from dalle_pytorch.generation.grid import GridRow, picture_grid
+from dalle_pytorch.evaluation.shares import in_parts
+from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.header import weights_sha256
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
@@ -41,12 +42,15 @@ def reconstruct(
     vae: ImageTokenizer, images: Float[Tensor, "b c H W"]
 ) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b c H W"]]:
     """Tokens of pictures and the pictures of these tokens, in [0, 1], on the CPU."""
-    device, tokens, decoded = next(vae.parameters()).device, [], []
+    device = next(vae.parameters()).device
+
+    def both(part: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = vae.encode(part.to(device))
+        return tokens.cpu(), vae.decode(tokens).float().clamp(0, 1).cpu()
+
     with eval_mode(vae):
-        for part in images.split(TOGETHER):
-            tokens.append(vae.encode(part.to(device)))
-            decoded.append(vae.decode(tokens[-1]).float().clamp(0, 1).cpu())
-    return torch.cat([part.cpu() for part in tokens]), torch.cat(decoded)
+        parts = in_parts(both, images.split(TOGETHER))
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([decoded for _, decoded in parts])
 
 
 def evaluate_image_tokenizer(
@@ -79,17 +83,16 @@ def evaluate_image_tokenizer(
         metrics["lpips_vgg"] = measure.mean(each, better="lower", extractor=seen)
     for extractor in extractors:
         if len(images) > 3:
-            metrics |= measure.distances(extractor(images), extractor(decoded), extractor, prefix="r")
+            metrics |= measure.distances(extractor(images), extractor(decoded), extractor, paired=True)
     use = codebook_use(tokens, vae.codebook_size, vae.image_size)
-    how = {"codebook_size": vae.codebook_size, "tokens": tokens.shape[1]}
     for name, value, unit in (
         ("codebook_used", use.used, "codes"),
         ("codebook_dead", use.dead, "codes"),
         ("codebook_perplexity", use.perplexity, "codes"),
-        ("bits_per_pixel", use.bits_per_pixel, ""),
-        ("entropy_bits_per_pixel", use.entropy_bits_per_pixel, ""),
+        ("bits_per_pixel", use.bits_per_pixel, "bits/pixel"),
+        ("entropy_bits_per_pixel", use.entropy_bits_per_pixel, "bits/pixel"),
     ):
-        metrics[name] = measure.number(float(value), len(images), unit=unit, better="neither", how=how)
+        metrics[name] = measure.number(float(value), len(images), unit=unit, better="neither")
     rivals = {}
     for codec in codecs if images.shape[1] == 3 else ():
         rivals[codec] = at_bytes(images, codec, use.bytes_per_picture)
@@ -157,6 +160,5 @@ def sections(
             GridRow(f"{codec}, {coded.file_bytes.mean():.0f} bytes", list(coded.images[places]), [])
             for codec, coded in rivals.items()
         ]
-        picture = picture_grid(grid, cell=96)
-        found.append(Picture(f"{title} reconstructions", f"By PSNR, of {len(images)} pictures.", picture))
-    return found
+        found.append(Gallery(f"{title} reconstructions", f"By PSNR, of {len(images)} pictures.", grid))
+    return [*found[-2:], *found[:-2]]

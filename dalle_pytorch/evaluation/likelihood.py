@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.models.dalle import DALLE
 from dalle_pytorch.models.mode import eval_mode
@@ -39,18 +40,22 @@ def likelihoods(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: 
         image_tokens: all tokens of their pictures.
     """
     device = next(dalle.parameters()).device
-    image, text, counts = [], [], []
+
+    def of_part(part: tuple[Tensor, Tensor]) -> Likelihoods:
+        words, codes = (tokens.to(device) for tokens in part)
+        logits = dalle.logits(words, codes)
+        scores = logits if isinstance(logits, Tensor) else logits.image
+        image = F.cross_entropy(scores.float().transpose(1, 2), codes, reduction="none").sum(dim=1).cpu()
+        if isinstance(logits, Tensor) or not isinstance(dalle, DALLE):
+            return Likelihoods(image, None, None)
+        nats, counted = _text_nats(dalle, words, logits.text.float())
+        return Likelihoods(image, nats.cpu(), counted.cpu())
+
+    pairs = list(zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True))
     with eval_mode(dalle):
-        for words, codes in zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True):
-            words, codes = words.to(device), codes.to(device)
-            logits = dalle.logits(words, codes)
-            scores = logits if isinstance(logits, Tensor) else logits.image
-            image.append(F.cross_entropy(scores.float().transpose(1, 2), codes, reduction="none").sum(dim=1).cpu())
-            if isinstance(dalle, DALLE) and not isinstance(logits, Tensor):
-                nats, counted = _text_nats(dalle, words, logits.text.float())
-                text.append(nats.cpu())
-                counts.append(counted.cpu())
-    return Likelihoods(torch.cat(image), torch.cat(text) if text else None, torch.cat(counts) if counts else None)
+        parts = in_parts(of_part, pairs)
+    image, *text = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
+    return Likelihoods(torch.cat(image), *(torch.cat(column) if column else None for column in text))
 
 
 def _text_nats(
@@ -61,6 +66,19 @@ def _text_nats(
     counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))  # as in DALLE.loss
     nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * counted
     return nats.sum(dim=1), counted.sum(dim=1).float()
+
+
+def other_captions(text_tokens: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Of every sample another one's caption, not its own unless more than half of all share it.
+
+    Samples of one caption stand together, in order of first occurrence; a shift by half the set leaves every group.
+    """
+    _, group = text_tokens.unique(dim=0, return_inverse=True)
+    first = torch.full((len(group),), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
+    order = first[group].argsort(stable=True)
+    others = torch.empty_like(text_tokens)
+    others[order] = text_tokens[order.roll(len(order) // 2)]
+    return others
 
 
 def unigram_nats(

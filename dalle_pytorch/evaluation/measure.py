@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_pytorch.evaluation.bootstrap import Interval, bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.bootstrap import Interval, bootstrap_mean, half_samples, unanimous
 from dalle_pytorch.evaluation.distribution import cmmd, frechet_distance, kernel_distance, precision_recall
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.page import Section
@@ -50,15 +50,23 @@ class Measure:
         values: Float[Tensor, " n"],
         *,
         weights: Float[Tensor, " n"] | None = None,
+        most: float | int | None = None,
         unit: str = "",
         better: str = "higher",
         extractor: Extractor | None = None,
         how: Protocol = MappingProxyType({}),
     ) -> Metric:
-        """A mean over samples, or sum(values) / sum(weights); ``how`` adds to the protocol."""
+        """A mean over samples, or sum(values) / sum(weights); ``how`` adds to the protocol.
+
+        ``most`` is what each value of a share can be, 1 or 100 %: where all are 0 or all are that, the interval is that
+        of a binomial.
+        """
         values = values.double().cpu()
         total = len(values) if weights is None else weights.sum().item()
         interval = bootstrap_mean(values, self.generator(), weights=weights, rounds=self.rounds)
+        if most is not None and interval in ((0, 0), (most, most)):
+            off = most * unanimous(len(values))
+            interval = (max(interval[0] - off, 0.0), min(interval[1] + off, float(most)))
         return self.number(
             values.sum().item() / total,
             len(values),
@@ -98,15 +106,16 @@ class Measure:
         generated: Float[Tensor, "g e"],
         extractor: Extractor,
         *,
-        prefix: str = "",
+        paired: bool = False,
         suffix: str = "",
         group: int = 1,
         how: Protocol = MappingProxyType({}),
     ) -> Metrics:
         """FID, KID, precision and recall of features, with a CLIP also CMMD.
 
-        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip. ``group`` is
-        how many generated samples in a row belong together (see bootstrap.half_samples).
+        Only those of the standard Inception bear the plain names; others say their extractor: fid_clip. Of ``paired``
+        samples, reconstructions of the real ones in their order, they are rfid, rkid, reconstruction_precision, ...
+        ``group`` is how many generated samples in a row belong together (see bootstrap.half_samples).
         """
         unusual = "" if extractor.name == "inception" else f"_{extractor.name}"
         share, positive = (0.0, 1.0), (0.0, math.inf)
@@ -123,8 +132,10 @@ class Measure:
             interval = None
             if self.halves and min(len(real), len(generated) // group) >= 16:  # halves of fewer say little
                 interval = half_samples(
-                    function, real, generated, self.generator(), group=group, bounds=bounds, rounds=self.halves
-                )
+                    function, real, generated, self.generator(),
+                    group=group, paired=paired, bounds=bounds, rounds=self.halves,
+                )  # fmt: skip
+            prefix = "" if not paired else "reconstruction_" if bounds == share else "r"
             found[f"{prefix}{name}{'' if name == 'cmmd' else unusual}{suffix}"] = self.number(
                 function(real, generated), len(generated), interval,
                 better=better, extractor=extractor, how={**how, "real_samples": len(real)},

@@ -10,17 +10,15 @@ from typing import NamedTuple
 from PIL import Image
 
 from dalle_pytorch.checkpoint import atomic
-from dalle_pytorch.evaluation.report import Metric, Record, shown
+from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.evaluation.report import Metric, Protocol, Record, shown
+from dalle_pytorch.evaluation.scatter import Scatter, draw_scatter
+from dalle_pytorch.evaluation.style import STYLE
+from dalle_pytorch.evaluation.topics import ASIDE, grouped, headlines, words
+from dalle_pytorch.generation.grid import GridRow
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; margin: .6rem 0 } th, td { text-align: left; padding: .25rem .9rem .25rem 0 }
-td, th { border-bottom: 1px solid #ddd; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100%; border: 1px solid #ddd } code { font-size: .88em } .note { color: #666; max-width: 46rem }
-details { margin: .4rem 0 } summary { cursor: pointer; color: #555 } .scroll { overflow-x: auto }
-"""
+SIDE = 128
+"""Pixels of the page that a picture of a gallery is wide; smaller ones are enlarged by a whole factor to about this."""
 
 
 class Line(NamedTuple):
@@ -53,6 +51,14 @@ class Picture(NamedTuple):
     image: Image.Image
 
 
+class Gallery(NamedTuple):
+    """Headed rows of small pictures, each with a line under it; they stand in columns."""
+
+    title: str
+    note: str
+    rows: Sequence[GridRow]
+
+
 class Table(NamedTuple):
     """Rows of text under a heading."""
 
@@ -62,46 +68,126 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-Section = Plot | Picture | Table
+Section = Plot | Scatter | Picture | Gallery | Table
 
 
 def write(record: Record, sections: Sequence[Section], path: str | Path, *, title: str) -> None:
-    """Write the page: every number first, then the sections. Nothing in it is loaded from elsewhere.
+    """Write the page: headlines, the sections, then every number by topic. Nothing in it is loaded from elsewhere.
 
     A file that is there is replaced.
     """
-    subject = record.subject
-    steps = "" if subject.step is None else f", {subject.step} steps"
-    head = f"{subject.kind}{steps}, weights <code>{html.escape(subject.weights_sha256[:12])}</code>"
-    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{head}</p>", numbers(record), *map(section, sections)]
+    links = [f'<a href="#part{i}">{html.escape(part.title)}</a>' for i, part in enumerate(sections)]
+    links.append('<a href="#numbers">All numbers</a>')
+    parts = [f'<section id="part{i}">{section(part)}</section>' for i, part in enumerate(sections)]
+    body = [
+        f'<h1>{html.escape(title)}</h1><p class="facts">{facts(record)}</p>',
+        cards(record),
+        f"<nav>{' '.join(links)}</nav>",
+        *parts,
+        f'<section id="numbers">{numbers(record)}</section>',
+    ]
     text = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
     with atomic(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def facts(record: Record) -> str:
+    """What was judged, on what."""
+    subject, same = record.subject, common(record)
+    steps = "" if subject.step is None else f", {subject.step} steps"
+    told = [f"{subject.kind}{steps}, weights <code>{html.escape(subject.weights_sha256[:12])}</code>"]
+    if "pictures" in same:
+        told.append(html.escape(f"pictures: {same['pictures']}"))
+    if "image_size" in same:
+        told.append(html.escape(f"{same['image_size']} pixels wide"))
+    return " · ".join(told)
+
+
+def common(record: Record) -> Protocol:
+    """The settings that all numbers share."""
+    first, *rest = [metric.protocol for metric in record.metrics.values()] or [{}]
+    return {key: value for key, value in first.items() if all(key in p and p[key] == value for p in rest)}
+
+
+def cards(record: Record) -> str:
+    """The few numbers to read first."""
+    found = []
+    for name in headlines(record.metrics):
+        metric, unit = record.metrics[name], html.escape(record.metrics[name].unit)
+        lines = [] if metric.interval is None else [f"95 %: {interval(metric)}"]
+        beside = {text: record.metrics.get(name + ending) for ending, text in ASIDE.items()}
+        lines += [f"{text}: {shown(other.value)}" for text, other in beside.items() if other is not None]
+        found.append(
+            f'<div class="card">{code(name)} {arrow(metric)}<b>{shown(metric.value)} <small>{unit}</small></b>'
+            f"<small>{html.escape(words(name))}{''.join(f'<br>{html.escape(line)}' for line in lines)}</small></div>"
+        )
+    return f'<div class="cards">{"".join(found)}</div>' if found else ""
+
+
+def code(name: str) -> str:
+    """The name of a number, which may break after an underscore."""
+    return f"<code>{html.escape(name).replace('_', '_<wbr>')}</code>"
+
+
+def arrow(metric: Metric) -> str:
+    """Which way is better."""
+    return {"higher": "↑", "lower": "↓", "neither": ""}[metric.better]
+
+
+def interval(metric: Metric) -> str:
+    """Both ends."""
+    return "" if metric.interval is None else f"{shown(metric.interval[0])} to {shown(metric.interval[1])}"
+
+
 def numbers(record: Record) -> str:
-    """The table of numbers, and how each was measured."""
-    rows, ways = [], []
-    for name, metric in record.metrics.items():
-        arrow = {"higher": "↑", "lower": "↓", "neither": ""}[metric.better]
-        interval = "" if metric.interval is None else f"{shown(metric.interval[0])} to {shown(metric.interval[1])}"
-        rows.append((f"{name} {arrow}", f"{shown(metric.value)} {metric.unit}", interval, str(metric.count)))
-        ways.append((name, way(metric)))
-    note = "↑ higher is better, ↓ lower is better. Intervals hold 95 %: of samples drawn again, not of trainings."
-    shown_rows = table_html(("number", "value", "95 % interval", "samples"), rows, numeric=(1, 2, 3))
-    details = table_html(("number", "protocol"), ways)
-    return (
-        f'<h2>Numbers</h2><p class="note">{note}</p>{shown_rows}'
-        f"<details><summary>how each was measured</summary>{details}</details>"
+    """Every number by topic, and how each was measured."""
+    note = (
+        "↑ higher is better, ↓ lower is better. Intervals hold 95 %: of samples drawn again, not of trainings. "
+        "Samples are what a number is of: pictures, captions or prompts."
     )
+    parts = [f'<h2>All numbers</h2><p class="note">{note}</p>']
+    for topic, names in grouped(record.metrics):
+        values = number_table([(name, record.metrics[name]) for name in names])
+        about = f'<p class="note">{html.escape(topic.note)}</p>' if topic.note else ""
+        if topic.folded:
+            parts.append(f"<details><summary>{html.escape(topic.title)}: {len(names)} numbers</summary>{about}{values}")
+            parts.append("</details>")
+        else:
+            parts.append(f"<h3>{html.escape(topic.title)}</h3>{about}{values}")
+    same = common(record)
+    ways = [(name, own) for name, metric in record.metrics.items() if (own := way(metric, same))]
+    shared = "; ".join(f"{key} = {value}" for key, value in sorted(same.items()))
+    parts.append(
+        "<details><summary>How each was measured</summary>"
+        f'<p class="way">All: {html.escape(shared)}</p>'
+        f'<div class="way">{table_html(("number", "and its own"), ways)}</div></details>'
+    )
+    return "\n".join(parts)
 
 
-def way(metric: Metric) -> str:
-    """The protocol of a number in a line."""
-    parts = [f"{key} = {value}" for key, value in sorted(metric.protocol.items())]
+def number_table(metrics: Sequence[tuple[str, Metric]]) -> str:
+    """A row a number: its name and what it is, value, interval, count of samples."""
+    rows = []
+    for name, metric in metrics:
+        told = f"<small>{html.escape(words(name))}</small>"
+        value = f"{shown(metric.value)} <small>{html.escape(metric.unit)}</small>"
+        cells = (value, interval(metric), str(metric.count))
+        rows.append(
+            f"<tr><td>{code(name)} {arrow(metric)}{told}</td>"
+            + "".join(f'<td class="n">{cell}</td>' for cell in cells)
+            + "</tr>"
+        )
+    head = '<tr><th>number</th><th class="n">value</th><th class="n">95 % interval</th><th class="n">samples</th></tr>'
+    return f'<div class="scroll"><table class="numbers">{head}{"".join(rows)}</table></div>'
+
+
+def way(metric: Metric, same: Protocol) -> str:
+    """The protocol of a number in a line, without what all share."""
+    parts = [f"{key} = {value}" for key, value in sorted(metric.protocol.items()) if key not in same]
     if metric.extractor is not None:
         parts.append(f"through {metric.extractor}, weights {str(metric.weights_sha256)[:12]}")
     return "; ".join(parts)
@@ -111,41 +197,68 @@ def section(part: Section) -> str:
     """One section as HTML."""
     head = f'<h2>{html.escape(part.title)}</h2><p class="note">{html.escape(part.note)}</p>'
     if isinstance(part, Picture):
-        return head + image_html(png(part.image), part.title)
+        return head + image_html(png(part.image), part.title, style="frame")
+    if isinstance(part, Gallery):
+        return head + gallery_html(part)
     if isinstance(part, Table):
-        return head + table_html(part.head, part.rows)
-    columns = [part.x_name, *[line.name for line in part.lines]]
-    rows = [(shown(x), *[shown(line.y[i]) for line in part.lines]) for i, x in enumerate(part.x)]
-    values = table_html(columns, rows, numeric=range(len(columns)))
-    drawn = draw(part)
+        return head + table_html(part.head, part.rows, numeric=number_columns(part.rows))
+    if isinstance(part, Scatter):
+        points = [(p.name, shown(p.x), shown(p.y), part.marks if p.marked else "") for p in part.points]
+        values, drawn = table_html(("", part.x_name, part.y_name, ""), points, numeric=(1, 2)), draw_scatter(part)
+    else:
+        columns = [part.x_name, *[line.name for line in part.lines]]
+        rows = [(f"{x:g}", *[shown(line.y[i]) for line in part.lines]) for i, x in enumerate(part.x)]
+        values, drawn = table_html(columns, rows, numeric=range(len(columns))), draw(part)
     if drawn is None:
         return head + values
-    return head + image_html(drawn, part.title) + f"<details><summary>as a table</summary>{values}</details>"
+    picture = image_html(drawn, part.title, style="plot", kind="svg+xml")
+    return f"{head}{picture}<details><summary>As a table</summary>{values}</details>"
 
 
 def draw(plot: Plot) -> bytes | None:
-    """The plot as a PNG; None without matplotlib (``pip install matplotlib``)."""
+    """The plot as an SVG, the same for the same numbers; None without matplotlib (``pip install matplotlib``)."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for line in plot.lines:
-        (drawn,) = axes.plot(plot.x, line.y, marker="o", markersize=3, label=line.name)
-        if line.low is not None and line.high is not None:
-            axes.fill_between(plot.x, line.low, line.high, color=drawn.get_color(), alpha=0.15, linewidth=0)
-    if plot.log_x:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(list(plot.x), [f"{x:g}" for x in plot.x])
-    axes.set(xlabel=plot.x_name, ylabel=plot.y_name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with rc_context({"svg.hashsalt": "report", "font.size": 10}):
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for number, line in enumerate(plot.lines):
+            (drawn,) = axes.plot(plot.x, line.y, "--" if number else "o-", markersize=4, label=line.name)
+            if line.low is not None and line.high is not None:
+                axes.fill_between(plot.x, line.low, line.high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        if plot.log_x:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(plot.x), [f"{x:g}" for x in plot.x])
+        axes.set(xlabel=plot.x_name, ylabel=plot.y_name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def gallery_html(gallery: Gallery) -> str:
+    """Rows of pictures in their own pixels, so that the browser may draw them sharp at any size."""
+    columns = max(len(row.images) for row in gallery.rows)
+    width = gallery.rows[0].images[0].shape[-1]
+    factor = max(1, round(SIDE / width))
+    style, side = ("row small", factor * width) if factor > 1 else ("row", min(width, SIDE))
+    found = []
+    for row in gallery.rows:
+        figures = []
+        for place, image in enumerate(row.images):
+            label = row.labels[place] if row.labels else ""
+            told = f"<figcaption>{html.escape(label)}</figcaption>" if label else ""
+            figures.append(f"<figure>{image_html(png(to_pil(image)), f'{row.title} {label}'.strip())}{told}</figure>")
+        found.append(f"<h4>{html.escape(row.title)}</h4>")
+        found.append(f'<div class="{style}" style="--n:{columns};--w:{side}px">{"".join(figures)}</div>')
+    return "".join(found)
 
 
 def png(image: Image.Image) -> bytes:
@@ -155,19 +268,31 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def image_html(data: bytes, title: str) -> str:
+def image_html(data: bytes, title: str, *, style: str = "", kind: str = "png") -> str:
     """A picture inside the page."""
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    named = f' class="{style}"' if style else ""
+    return f'<img{named} alt="{html.escape(title)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def number_columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Columns with nothing but numbers."""
+
+    def is_number(cell: str) -> bool:
+        try:
+            float(cell or "0")
+        except ValueError:
+            return False
+        return True
+
+    return [i for i, column in enumerate(zip(*rows, strict=True)) if all(map(is_number, column))]
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[int] = ()) -> str:
     """Rows of text; those in ``numeric`` columns stand to the right."""
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = [
-        "".join(
-            f"<td{' class=n' if column in numeric else ''}>{html.escape(cell)}</td>" for column, cell in enumerate(row)
-        )
+    marks = [' class="n"' if column in numeric else "" for column in range(len(head))]
+    top = "".join(f"<th{mark}>{html.escape(cell)}</th>" for mark, cell in zip(marks, head, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{mark}>{html.escape(cell)}</td>' for mark, cell in zip(marks, row, strict=True))}</tr>"
         for row in rows
-    ]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    )
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'

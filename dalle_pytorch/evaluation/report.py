@@ -108,7 +108,7 @@ def read(path: str | Path) -> Record:
             raise ValueError(f"it has version {content['version']}, this program reads {VERSION}")
         metrics = {name: _metric(entry) for name, entry in content["metrics"].items()}
         return Record(Subject(**content["subject"]), metrics)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} is no metrics.json of evaluate.py: {error}") from error
 
 
@@ -150,15 +150,21 @@ def compare(first: Record, second: Record, *, names: tuple[str, str] = ("the fir
             f"no number is in both: {names[0]} has {', '.join(first.metrics) or 'none'}; "
             f"{names[1]} has {', '.join(second.metrics) or 'none'}"
         )
-    problems = [
-        f"{name}: {field} is {mine!r} in {names[0]} and {other!r} in {names[1]}"
-        for name in common
-        for field, mine, other in unlike(first.metrics[name], second.metrics[name])
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise ValueError(f"measured in two ways, so not to be compared: {problems[0]}{more}; evaluate both alike")
+    if problems := refusals(first, second, names=names):
+        more = f" (and {len(problems) - 1} more numbers)" if len(problems) > 1 else ""
+        problem = next(iter(problems.values()))
+        raise ValueError(f"measured in two ways, so not to be compared: {problem}{more}; evaluate both alike")
     return [Difference(name, first.metrics[name], second.metrics[name]) for name in common]
+
+
+def refusals(first: Record, second: Record, *, names: tuple[str, str] = ("the first", "the second")) -> dict[str, str]:
+    """The numbers that both records have and measured in two ways, and what differs first."""
+    found = {}
+    for name in first.metrics:
+        if name in second.metrics and (differences := unlike(first.metrics[name], second.metrics[name])):
+            field, mine, other = differences[0]
+            found[name] = f"{name}: {field} is {mine!r} in {names[0]} and {other!r} in {names[1]}"
+    return found
 
 
 def unlike(first: Metric, second: Metric) -> list[tuple[str, Setting, Setting]]:
@@ -178,8 +184,10 @@ def words_first(protocol: Protocol) -> list[tuple[str, Setting]]:
 
 
 def shown(value: float | int) -> str:
-    """A number with four significant digits, without an exponent where it can be done."""
-    if value and (abs(value) < 1e-4 or abs(value) >= 1e6):
+    """A number with four significant digits, without an exponent where it can be done; 100, 101, ... as they are."""
+    if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3e}"
-    digits = 0 if abs(value) >= 1000 else 4 if abs(value) < 1 else 3 - int(math.log10(abs(value)))
-    return f"{value:.{digits}f}"
+    if value == int(value) and not 0 < abs(value) < 100:
+        return str(int(value))
+    exponent = int(f"{value:.3e}".partition("e")[2])  # of the rounded value: 9.9999 is 10.00
+    return f"{value:.{max(3 - exponent, 0)}f}"

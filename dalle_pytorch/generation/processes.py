@@ -1,14 +1,17 @@
-"""Candidates over several processes, as ``torchrun`` starts them: each draws its share, the first gathers.
+"""Work over several processes, as ``torchrun`` starts them: each draws or encodes its share.
 
 A candidate is a function of (prompt, seed, index), so the split changes nothing but the time.
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def find_device(wanted: str | torch.device, local_rank: int = 0) -> torch.device:
@@ -41,9 +44,25 @@ class Processes:
         """A device by name, see ``find_device``; "auto" = this process's GPU where there is one."""
         return find_device(wanted, self.local_rank)
 
-    def share(self, indices: Sequence[int]) -> Sequence[int]:
-        """Every ``count``-th index, beginning at this process's rank."""
-        return indices[self.rank :: self.count]
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``count``-th item, beginning at this process's rank."""
+        return items[self.rank :: self.count]
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """The function of every item, in order, at every process: each computes its share, and all exchange them.
+
+        All processes must call this with equal items. An item is computed alike wherever it is, so that the results do
+        not depend on the number of processes.
+        """
+        own = [function(item) for item in self.share(items)]
+        if self.count == 1:
+            return own
+        shares: list[Any] = [None] * self.count
+        distributed.all_gather_object(shares, own)
+        results: list[Any] = [None] * len(items)
+        for rank, share in enumerate(shares):
+            results[rank :: self.count] = share
+        return results
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes at the first one, in rank order; nothing at the others."""

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples
+from dalle_pytorch.evaluation.bootstrap import bootstrap_mean, half_samples, unanimous
 from dalle_pytorch.evaluation.distribution import frechet_distance, kernel_distance
+from dalle_pytorch.evaluation.measure import Measure
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_theory(generator):
@@ -25,6 +26,17 @@ def test_it_covers_the_truth_as_often_as_it_says(generator):
     assert 0.87 <= covered / 150 <= 0.99
 
 
+@pytest.mark.parametrize(("count", "student"), [(8, 2.365), (16, 2.131)])
+def test_intervals_of_few_samples_are_as_wide_as_students(generator, count, student):
+    """Two-sided 95 % quantiles of 7 and 15 degrees of freedom; plain percentiles reach 1.83 and 1.90 errors."""
+    ratios = []
+    for _ in range(40):
+        values = torch.randn(count, generator=generator)
+        low, high = bootstrap_mean(values, generator, rounds=2000)
+        ratios.append((high - low) / 2 / (values.std().item() / count**0.5))
+    assert sum(ratios) / 40 == pytest.approx(student, rel=0.06)
+
+
 def test_the_same_generator_gives_the_same_interval():
     values = torch.rand(20)
     first, second, other = (bootstrap_mean(values, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -39,6 +51,18 @@ def test_a_ratio_of_sums_is_drawn_sample_by_sample(generator):
     low, high = bootstrap_mean(values, seeds[0])
     assert bootstrap_mean(values, seeds[1], weights=torch.full((20,), 2.0)) == pytest.approx((low / 2, high / 2))
     assert bootstrap_mean(3 * tokens, generator, weights=tokens) == pytest.approx((3, 3))
+
+
+def test_a_share_of_all_or_none_is_as_sure_as_a_binomial():
+    """At the far end it happens with 2.5 %: (1 - p) ** n."""
+    assert (1 - unanimous(16)) ** 16 == pytest.approx(0.025)
+    measure = Measure({}, rounds=20)
+    none, every = torch.zeros(16), torch.full((16,), 100.0)
+    assert measure.mean(none, most=1).interval == (0, pytest.approx(0.2059, abs=1e-4))
+    assert measure.mean(every, most=100).interval == (pytest.approx(79.41, abs=1e-2), 100)
+    assert measure.mean(none).interval == (0, 0)  # no share: an error of 0 may be known
+    some = torch.tensor([0.0, 1.0] * 8)
+    assert measure.mean(some, most=1).interval == measure.mean(some).interval
 
 
 def test_constant_values_have_no_spread(generator):
@@ -87,6 +111,22 @@ def test_samples_of_a_group_are_drawn_together(generator):
     assert alone[1] - alone[0] < 0.5 * (of_prompts[1] - of_prompts[0])
     with pytest.raises(ValueError, match="groups of 7"):
         half_samples(difference, real, pictures, generator, group=7)
+
+
+def test_pairs_are_drawn_together(generator):
+    """Of a reconstruction with a constant error the difference has no spread, however the pictures differ."""
+
+    def difference(real, generated):
+        return (generated.mean() - real.mean()).item()
+
+    real = torch.randn(40, 1, generator=generator)
+    low, high = half_samples(difference, real, real + 0.25, generator, paired=True)
+    assert (low, high) == pytest.approx((0.25, 0.25), abs=1e-6)
+    low, high = half_samples(difference, real, real + 0.25, generator)
+    assert high - low > 0.4
+    for generated, group in ((real[:39], 1), (real, 2)):
+        with pytest.raises(ValueError, match="are no pairs"):
+            half_samples(difference, real, generated, generator, group=group, paired=True)
 
 
 def test_an_interval_does_not_leave_what_is_possible(generator):

@@ -9,7 +9,7 @@ from dalle_pytorch.evaluation import clip as module
 from dalle_pytorch.evaluation.clip import evaluate_clip
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.page import Picture, Table
+from dalle_pytorch.evaluation.page import Gallery, Table
 
 MEASURE = Measure({"split": "val"}, rounds=50)
 
@@ -37,7 +37,7 @@ def test_retrieval_both_ways(fixed, tiny_clip):
         assert metrics[f"{way}_r10"].value == pytest.approx(100 * 10 / 12)
         assert metrics[f"{way}_r1"].protocol["candidates"] == 12
     assert metrics["clip_score"].value == pytest.approx(100 * 10 / 12)
-    assert [type(section) for section in sections] == [Table, Picture]
+    assert [type(section) for section in sections] == [Table, Gallery]
     assert sections[0].rows[0][4] == "8.333"
 
 

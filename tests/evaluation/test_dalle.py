@@ -10,9 +10,9 @@ from dalle_pytorch.evaluation import likelihood
 from dalle_pytorch.evaluation.baselines import unigram_loss
 from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, evaluate_likelihood
 from dalle_pytorch.evaluation.features import Extractor, clip_extractor
-from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_text_nats
+from dalle_pytorch.evaluation.likelihood import likelihoods, other_captions, unigram_text_nats
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.page import Picture, Plot
+from dalle_pytorch.evaluation.page import Gallery, Plot
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
@@ -88,6 +88,19 @@ def test_unigram_of_text_by_hand():
     assert counts.tolist() == [3, 3]  # the second fills the context: no end is predicted
 
 
+def test_shuffling_gives_every_sample_another_caption():
+    """Also where captions come again after half the set, and a plain shift would give each its own."""
+    text = torch.randint(1, 9, (10, 5))
+    assert torch.equal(other_captions(text), text.roll(5, dims=0))
+    for ids in ([0, 1, 2, 0, 1, 2], [0, 1, 1, 1, 0, 2], [5, 5, 3], [0, 0, 1, 1], [2, 0, 1, 0, 2, 0, 1]):
+        rows = torch.tensor(ids)[:, None].expand(-1, 4)
+        others = other_captions(rows)
+        assert torch.equal(others.sort(dim=0).values, rows.sort(dim=0).values)  # each is used as often
+        if max(ids.count(i) for i in ids) <= len(ids) / 2:
+            assert (others != rows).all()
+    assert torch.equal(other_captions(text[:1].expand(4, -1)), text[:1].expand(4, -1))
+
+
 def test_one_sample_cannot_be_shuffled(make_dalle):
     pairs = Pairs(["a"], torch.ones(1, 5, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long))
     with pytest.raises(ValueError, match="at least two"):
@@ -128,18 +141,23 @@ def test_drawn_pictures_are_judged_in_closed_form(models, monkeypatch):
     own = torch.eye(3)[[0, 1]][..., None, None].expand(-1, -1, 16, 16).contiguous()
     drawn = Draw(["red", "green"], images, ranks)
     metrics, sections = evaluate_drawn(
-        drawn, own, own, MEASURE, judge=models[1], captions=["red", "green", "blue"], how={"seed": 0}
-    )
+        drawn, own, own, MEASURE,
+        judge=models[1], captions=["red", "green", "blue"], how={"seed": 0, "prompts": 2, "candidates": 4},
+    )  # fmt: skip
     assert metrics["clip_score"].value == pytest.approx(100 * (1 / 4 + 2 / 4) / 2)
     assert metrics["r_precision"].value == pytest.approx((1 / 4 + 2 / 4) / 2)
-    assert metrics["r_precision"].protocol == {"split": "val", "seed": 0, "distractors": 2}
+    assert metrics["r_precision"].protocol == {
+        "split": "val", "seed": 0, "prompts": 2, "candidates": 4, "distractors": 2
+    }  # fmt: skip
+    assert metrics["clip_score_real"].protocol == {"split": "val", "seed": 0, "prompts": 2}
+    assert metrics["r_precision_real"].protocol == {"split": "val", "seed": 0, "prompts": 2, "distractors": 2}
     assert metrics["clip_score_real"].value == metrics["r_precision_real"].value * 100 == 100
     assert metrics["clip_score_best_of_1"].value == metrics["clip_score"].value
     assert metrics["clip_score_best_of_4"].value == pytest.approx(100 * (1 + 0) / 2)
     # best of 2: red wins 3 of 6 pairs; green wins only the pair of greens, 1 of 6
     assert metrics["r_precision_best_of_2"].value == pytest.approx((3 / 6 + 1 / 6) / 2)
-    assert [type(section) for section in sections] == [Plot, Plot, Picture]
-    assert list(sections[0].x) == [1, 2, 4]
+    assert [type(section) for section in sections] == [Gallery, Plot, Plot]
+    assert list(sections[1].x) == [1, 2, 4]
 
 
 def test_drawn_pictures_against_real_ones(models):

@@ -11,8 +11,10 @@ from PIL import Image
 
 from dalle_pytorch.evaluation import compare as command
 from dalle_pytorch.evaluation import page
-from dalle_pytorch.evaluation.page import Line, Picture, Plot, Table
+from dalle_pytorch.evaluation.page import Gallery, Line, Picture, Plot, Table
 from dalle_pytorch.evaluation.report import Metric, Record, Subject, compare, read, shown, write
+from dalle_pytorch.evaluation.topics import HEADLINES, TOPICS, grouped, headlines, words
+from dalle_pytorch.generation.grid import GridRow
 
 SUBJECT = Subject(kind="vae", weights_sha256="ab" * 32, step=3)
 PROTOCOL = {"split": "val", "image_size": 64}
@@ -108,27 +110,36 @@ def test_the_command_prints_a_table_or_one_line(tmp_path, capsys, monkeypatch):
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("error: measured in two ways, so not to be compared: psnr: protocol.split is 'val' in")
+    write(record(psnr=metric(2.0), fid_clip=looked_through(count=11)), c)
+    assert command.main([str(a), str(c)]) == 1
+    out, error = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["metric", "psnr"]
+    assert error.startswith("error: left out, since measured in two ways: fid_clip (fid_clip: count is 10 in")
+    assert error.count("\n") == 1
     assert command.main([str(a)]) == 2
     assert "usage" in capsys.readouterr().err
     assert command.main([str(a), str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
-    b.write_text("{}")
-    assert command.main([str(a), str(b)]) == 1
-    assert "is no metrics.json" in capsys.readouterr().err
+    for content in ("{}", "[]", '{"version": 1, "metrics": []}', '{"version": 1, "metrics": {"x": {"interval": [1]}}}'):
+        b.write_text(content)
+        assert command.main([str(a), str(b)]) == 1
+        assert "is no metrics.json" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["compare", str(a), str(a)])
     assert command.main() == 0
     assert "equal" in capsys.readouterr().out
 
 
 def test_numbers_are_shown_with_four_digits():
-    assert [shown(v) for v in (0, 0.12345, 1.23456, -12.3456, 123.456, 12345.6, 1e-6, 3e7)] == [
-        "0.0000", "0.1235", "1.235", "-12.35", "123.5", "12346", "1.000e-06", "3.000e+07",
+    assert [shown(v) for v in (0.12346, 1.23456, -12.3456, 123.456, 12345.6, 1e-6, 3e7, 0.00091234)] == [
+        "0.1235", "1.235", "-12.35", "123.5", "12346", "1.000e-06", "3.000e+07", "0.0009123",
     ]  # fmt: skip
-    assert shown(0.99999) == "1.0000"
+    assert [shown(v) for v in (0.99999, 9.99999, 999.99, 999.94)] == ["1.000", "10.00", "1000", "999.9"]
+    assert [shown(v) for v in (0, 16.0, -3, 956.0, 100)] == ["0", "16.00", "-3.000", "956", "100"]
 
 
 SECTIONS = [
     Picture("Best & worst", "left <original>", Image.fromarray(torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())),
+    Gallery("Drawn", "by the model", [GridRow("a <cat>", [torch.rand(3, 32, 32)] * 2, ["#1", "#2 & more"])]),
     Table("Files", "bytes", ("codec", "PSNR"), [("JPEG", "20")]),
     Plot(
         "Best of N",
@@ -152,9 +163,57 @@ def test_the_page_stands_alone_with_or_without_matplotlib(tmp_path, monkeypatch,
         page.write(record(psnr=metric(unit="dB", interval=(1.0, 2.0))), SECTIONS, tmp_path / name, title="A <vae>")
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert text == (tmp_path / "b.html").read_text(encoding="utf-8")
-    assert text.count("<img") == 1 + matplotlib
-    assert not re.search(r'(?:src|href)="(?!data:)|@import|<script', text)
+    assert text.count("<img") == 3 + matplotlib
+    assert text.count("data:image/svg+xml") == matplotlib
+    assert not re.search(r'(?:src|href)="(?!data:|#)|@import|<script|url\(', text)
+    assert set(re.findall(r'href="#(\w+)"', text)) == set(re.findall(r'section id="(\w+)"', text))
+    assert "a &lt;cat&gt;" in text
+    assert "#2 &amp; more" in text
     assert "A &lt;vae&gt;" in text
     assert "left &lt;original&gt;" in text
-    for part in ("1.500 dB", "1.000 to 2.000", "split = val", "JPEG", "0.2500", "abababababab"):
+    for part in ("1.500 <small>dB<", "1.000 to 2.000", "split = val", "JPEG", "0.2500", "abababababab"):
         assert part in text
+
+
+def test_every_number_is_on_the_page_once_and_what_all_share_is_said_once():
+    metrics = {name: metric(protocol={**PROTOCOL, "how": name}) for name in ("psnr", "jpeg_psnr", "codebook_used")}
+    text = page.numbers(record(**metrics))
+    for name in metrics:
+        assert text.count(f"<td>{page.code(name)}") == 1
+        assert text.count(f"how = {name}") == 1
+    assert text.count("split = val") == 1
+    assert page.common(record(**metrics)) == PROTOCOL
+    assert "<summary>JPEG and WebP: 1 numbers" in text
+
+
+def test_headlines_come_with_their_interval_and_what_they_are_read_beside():
+    given = {"image_nats": metric(3.0, interval=(2.5, 3.5)), "image_nats_unigram": metric(6.5), "psnr": metric(21.5)}
+    psnr, nats = page.cards(record(**given)).split('<div class="card">')[1:]
+    assert "<code>psnr</code>" in psnr
+    assert "95 %: 2.500 to 3.500<br>frequencies alone: 6.500" in nats
+    assert page.cards(record(jpeg_psnr=metric())) == ""
+
+
+def test_numbers_are_grouped_in_their_order_folded_ones_last():
+    names = ["psnr", "rfid_clip", "webp_psnr", "ssim", "gain_of_caption", "clip_score_best_of_4", "clip_score", "new"]
+    groups = [(topic.title, members) for topic, members in grouped(names)]
+    assert groups == [
+        ("Reconstructions, one by one", ["psnr", "ssim"]),
+        ("Reconstructions as a set", ["rfid_clip"]),
+        ("Likelihood of held-out pairs", ["gain_of_caption"]),
+        ("Pictures and their captions", ["clip_score"]),
+        ("Other numbers", ["new"]),
+        ("JPEG and WebP", ["webp_psnr"]),
+        ("Best of N", ["clip_score_best_of_4"]),
+    ]
+    assert headlines(["ssim", "new", "psnr"]) == ["psnr", "ssim"]
+    assert len(headlines(HEADLINES)) < len(HEADLINES)
+    assert TOPICS[-1].title == "Other numbers"
+
+
+def test_numbers_in_words():
+    assert words("text_to_image_r10") == "a right picture among the first 10"
+    assert words("follows_style_real") == "the same of the real pictures: style"
+    assert words("ms_ssim_3_scales") == words("ms_ssim") != words("ssim")
+    assert words("fid_clip_blur_2") == words("fid")
+    assert words("unheard_of") == ""
