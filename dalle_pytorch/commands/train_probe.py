@@ -25,8 +25,8 @@ def main(config: TrainProbeConfig) -> None:
     config.model.classes = factor_classes(metas, config.min_pictures)
     if not config.model.classes:
         raise ValueError(
-            f"{config.data.path} knows no factor (style, concept or factors in the JSON of its samples) with two values "
-            f"of min_pictures={config.min_pictures} pictures each in {train.split!r}: nothing to probe"
+            f"{config.data.path} knows no factor (style, concept or factors in its samples' JSON) with two values of "
+            f"min_pictures={config.min_pictures} pictures each in {train.split!r}: nothing to probe"
         )
     known = [factors_of(meta) for meta in metas]
     for name, values in config.model.classes.items():

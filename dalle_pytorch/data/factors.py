@@ -87,8 +87,8 @@ def class_captions(metas: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, li
     """The captions that stand for each value of each factor, alike in all else: factor -> value -> captions.
 
     Emoji: "NAME, STYLE" for every name and every style of these samples; a concept has its own name with every style
-    and alone, a style every name with its own. Rainbow: the captions of CONTEXTS of these pictures, with another value of
-    the factor. Other data: the first caption of each concept, no other factor.
+    and alone, a style every name with its own. Rainbow: the captions of CONTEXTS of these pictures, with another value
+    of the factor. Other data: the first caption of each concept, no other factor.
     """
     if _is_rainbow(metas[0].get("factors")):
         return _rainbow_captions(metas)

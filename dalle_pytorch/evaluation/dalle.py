@@ -227,12 +227,14 @@ def judged(
     return Evaluation(metrics, sections)
 
 
-def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: float) -> Plot:
+def curve_plot(
+    title: str, sizes: Sequence[int], points: Sequence[Metric], real: float, judge: str = "another CLIP"
+) -> Plot:
     """Best of N with its intervals, and the value of real pictures."""
     ends = [point.interval or (point.value, point.value) for point in points]
     line = Line("best of N", [point.value for point in points], [low for low, _ in ends], [high for _, high in ends])
     note = (
-        "The ranker chooses the best of N candidates, another CLIP judges it; the mean over all choices of N from one "
+        f"The ranker chooses the best of N candidates, {judge} judges it; the mean over all choices of N from one "
         "draw. The band is the 95 % interval over prompts."
     )
     lines = [line, Line("real pictures", [real] * len(sizes))]

@@ -7,6 +7,7 @@ it has no running statistics, which averaged weights would not fit.
 Axes: b batch, H W pixels, c channels, h w cells, e features, f factors, k values of a factor.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,6 +58,8 @@ class ProbeConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name, values in self.classes.items():
+            if not re.fullmatch(r"\w+", name) or name == "all":
+                raise ValueError(f'factor {name!r} stands in names of numbers: use letters, digits, "_", and not "all"')
             if len(set(values)) != len(values) or len(values) < 2:
                 raise ValueError(f"classes.{name} must be two or more different values, got {values}")
 
@@ -107,14 +110,20 @@ class Probe(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleList([nn.Linear(before, len(values)) for values in config.classes.values()])
 
-    def encode_image(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b e"]:
-        """Pooled features of pictures in [0, 1], resized to ``image_size`` where they differ."""
+    def encode_image(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b e"]:
+        """Pooled features of pictures in [0, 1], resized to ``image_size`` where they differ.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if images.shape[1] != 3:
+            raise ValueError(f"pictures of {images.shape[1]} channels given, a probe reads RGB")
         size = (self.config.image_size, self.config.image_size)
         if tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
         return self.trunk(images * 2 - 1).mean(dim=(2, 3))
 
-    def forward(self, images: Float[Tensor, "b 3 H W"]) -> dict[str, Float[Tensor, "b _"]]:
+    def forward(self, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _"]]:
         """Logits of each factor's values."""
         features = self.dropout(self.encode_image(images))
         return {name: head(features) for name, head in zip(self.config.classes, self.heads, strict=True)}
@@ -131,7 +140,7 @@ class Probe(nn.Module):
         ]
         return torch.tensor(rows, dtype=torch.long).view(len(factors), len(known))
 
-    def loss(self, images: Float[Tensor, "b 3 H W"], labels: Int[Tensor, "b f"]) -> Float[Tensor, ""]:
+    def loss(self, images: Float[Tensor, "b c H W"], labels: Int[Tensor, "b f"]) -> Float[Tensor, ""]:
         """Mean over the factors of the cross entropy of their known labels, nats; a factor without any counts as 0."""
         losses = []
         for logits, own in zip(self(images).values(), labels.T, strict=True):
