@@ -118,8 +118,8 @@ def clip_extractor(clip: Scorer) -> Extractor:
 
 
 def probe_extractor(probe: Probe) -> Extractor:
-    """Pooled features of a probe."""
-    protocol = f"probe at {probe.config.image_size} pixels, {probe.config.num_features} pooled features"
+    """Features of a probe."""
+    protocol = f"probe at {probe.config.image_size} pixels, {probe.config.num_features} features"
     return Extractor("probe", protocol, weights_sha256(probe), probe, probe.encode_image)
 
 

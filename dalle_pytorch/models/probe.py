@@ -2,7 +2,8 @@
 networks.
 
 Pre-activation residual blocks (He et al. 2016, https://arxiv.org/abs/1603.05027) with GroupNorm in place of BatchNorm:
-it has no running statistics, which averaged weights would not fit.
+it has no running statistics, which averaged weights would not fit. Features keep where in the picture things are, for
+pictures of our data are centred: averaged over all cells, they tell few concepts of the emoji apart.
 
 Axes: b batch, H W pixels, c channels, h w cells, e features, f factors, k values of a factor.
 """
@@ -34,6 +35,10 @@ class ProbeConfig:
     """Each halves the resolution."""
     blocks: int = 1
     """Residual blocks of a stage."""
+    cells: int = 4
+    """The last stage is averaged to so many cells each way before it becomes features; 1 = over the whole picture."""
+    num_features: int = 128
+    """Width of the features."""
     dropout: float = 0.2
     """Share of the features that training leaves out, in [0, 1)."""
     label_smoothing: float = 0.1
@@ -47,11 +52,13 @@ class ProbeConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("stages", "blocks", "image_size"):
+        for name in ("stages", "blocks", "image_size", "cells", "num_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % 2**self.stages:
             raise ValueError(f"image_size must be a multiple of 2 ** stages = {2**self.stages}, got {self.image_size}")
+        if self.cells > (grid := self.image_size // 2**self.stages):
+            raise ValueError(f"cells must be at most image_size / 2 ** stages = {grid}, got {self.cells}")
         if self.width < GROUPS or self.width % GROUPS:
             raise ValueError(f"width must be a multiple of {GROUPS}, got {self.width}")
         for name in ("dropout", "label_smoothing"):
@@ -62,11 +69,6 @@ class ProbeConfig:
                 raise ValueError(f'factor {name!r} stands in names of numbers: use letters, digits, "_", and not "all"')
             if len(set(values)) != len(values) or len(values) < 2:
                 raise ValueError(f"classes.{name} must be two or more different values, got {values}")
-
-    @property
-    def num_features(self) -> int:
-        """Width of the pooled features."""
-        return self.width * 2 ** (self.stages - 1)
 
 
 class Block(nn.Module):
@@ -106,12 +108,13 @@ class Probe(nn.Module):
             layers.append(nn.Conv2d(before, channels, 3, stride=2, padding=1))
             layers += [Block(channels) for _ in range(config.blocks)]
             before = channels
-        self.trunk = nn.Sequential(*layers, nn.GroupNorm(GROUPS, before), nn.SiLU())
+        self.trunk = nn.Sequential(*layers, nn.GroupNorm(GROUPS, before), nn.SiLU(), nn.AdaptiveAvgPool2d(config.cells))
+        self.to_features = nn.Linear(before * config.cells**2, config.num_features)
         self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.ModuleList([nn.Linear(before, len(values)) for values in config.classes.values()])
+        self.heads = nn.ModuleList([nn.Linear(config.num_features, len(values)) for values in config.classes.values()])
 
     def encode_image(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b e"]:
-        """Pooled features of pictures in [0, 1], resized to ``image_size`` where they differ.
+        """Features of pictures in [0, 1], resized to ``image_size`` where they differ.
 
         Raises:
             ValueError: another number of channels.
@@ -121,7 +124,7 @@ class Probe(nn.Module):
         size = (self.config.image_size, self.config.image_size)
         if tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
-        return self.trunk(images * 2 - 1).mean(dim=(2, 3))
+        return self.to_features(self.trunk(images * 2 - 1).flatten(1))
 
     def forward(self, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _"]]:
         """Logits of each factor's values."""

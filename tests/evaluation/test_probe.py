@@ -85,7 +85,7 @@ def test_pictures_that_show_what_is_asked_score_one_and_exchanged_ones_less(read
         "kept_thing": 1, "kept_thing_shuffled": 0, "kept_thing_real": 1,
         "kept_all": 1, "kept_all_shuffled": 0, "kept_all_real": 1,
     }  # fmt: skip
-    assert found["kept_style"].extractor == "probe (probe at 8 pixels, 8 pooled features)"
+    assert found["kept_style"].extractor == "probe (probe at 8 pixels, 128 features)"
 
 
 def test_what_fewer_than_two_prompts_ask_for_is_left_out(reader, generator):

@@ -29,7 +29,7 @@ def test_labels_follow_the_order_of_the_classes(probe):
 def test_features_do_not_depend_on_the_other_pictures(probe):
     images = torch.rand(4, 3, 16, 16)
     assert torch.allclose(probe.encode_image(images)[1:2], probe.encode_image(images[1:2]), atol=1e-6)
-    assert probe.encode_image(images).shape == (4, 16)
+    assert probe.encode_image(images).shape == (4, 128)
     assert {name: logits.shape for name, logits in probe(images).items()} == {"style": (4, 2), "concept": (4, 3)}
 
 
@@ -85,6 +85,7 @@ def test_it_is_saved_with_its_classes(probe, tmp_path, name):
     [
         ({"image_size": 18}, "image_size must be a multiple of 2 \\*\\* stages = 4, got 18"),
         ({"width": 12}, "width must be a multiple of 8, got 12"),
+        ({"cells": 5}, "cells must be at most image_size / 2 \\*\\* stages = 4, got 5"),
         ({"stages": 0}, "stages must be at least 1"),
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"label_smoothing": -0.1}, "label_smoothing must lie in"),
