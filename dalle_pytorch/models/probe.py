@@ -29,9 +29,9 @@ class ProbeConfig:
 
     image_size: int = 64
     """Side of the square picture in pixels; a multiple of 2 ** stages."""
-    width: int = 32
+    width: int = 16
     """Channels of the first stage, a multiple of 8; they double from stage to stage."""
-    stages: int = 3
+    stages: int = 4
     """Each halves the resolution."""
     blocks: int = 1
     """Residual blocks of a stage."""

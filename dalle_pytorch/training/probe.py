@@ -26,7 +26,7 @@ class TrainProbeConfig(RunConfig):
     """Sizes of the probe; classes are filled from the training split."""
     min_pictures: int = 2
     """A value is a class of the probe if the training split has so many pictures of it; the others are left out."""
-    soft: float = 0.5
+    soft: float = 0.2
     """Share of the training pictures that are scaled down to half and up again, as soft as a DALLE draws; in [0, 1]."""
 
     def __post_init__(self) -> None:
