@@ -69,7 +69,7 @@ def load_vae(weights: str | Path, *, map_location: str | torch.device = "cpu") -
 
     Raises:
         FileNotFoundError: as ``load``.
-        ValueError: as ``load``; and where it is a CLIP.
+        ValueError: as ``load``; and where it is a CLIP or a probe.
     """
     model, head = load_with_header(weights, map_location=map_location)
     if role(head) in ("clip", "probe"):
