@@ -55,7 +55,7 @@ def save(
     """Write a model with its tokenizers, in one step: an interrupted write leaves no half file.
 
     Args:
-        model: a DiscreteVAE, DALLE or CLIP.
+        model: of one of the KINDS: a DiscreteVAE, DALLE, CLIP, ...
         path: ``.safetensors``, or another suffix for a ``torch.save`` file.
         training: free notes that JSON can hold.
         overwrite: replace an existing file.
@@ -87,7 +87,7 @@ def load(
     Args:
         path: the file.
         map_location: device of the weights.
-        kind: "vae" (any image tokenizer), "dalle" or "clip" if nothing else will do; None = any.
+        kind: "vae" (any image tokenizer), "dalle", "clip" or "probe" if nothing else will do; None = any.
         dtype: of the weights; None = as they are stored.
 
     Returns:

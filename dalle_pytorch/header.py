@@ -16,6 +16,7 @@ from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIP, PretrainedCLIPConfig
+from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 from dalle_pytorch.text import TextTokenizer, text_tokenizer_from_state
@@ -28,7 +29,8 @@ class Kind(NamedTuple):
     """A network that can be saved."""
 
     role: str
-    """What it can stand for: "vae" (an image tokenizer), "dalle" (captions to image tokens) or "clip" (a ranker)."""
+    """What it can stand for: "vae" (an image tokenizer), "dalle" (captions to image tokens), "clip" (a ranker) or
+    "probe" (a classifier)."""
     model: type[Any]
     config: type[Any]
 
@@ -42,6 +44,7 @@ KINDS: dict[str, Kind] = {
     "dalle_bart": Kind("dalle", DALLEBart, DALLEBartConfig),
     "clip": Kind("clip", CLIP, CLIPConfig),
     "pretrained_clip": Kind("clip", PretrainedCLIP, PretrainedCLIPConfig),
+    "probe": Kind("probe", Probe, ProbeConfig),
 }
 
 

@@ -26,7 +26,7 @@ def load(
     Args:
         weights: a checkpoint of ours (file or folder), a file or folder of another program's, a name of
             ``importers.hub.RELEASES``, or an id of the Hugging Face hub.
-        kind: "vae" (any image tokenizer), "dalle" or "clip" if nothing else will do; None = any.
+        kind: "vae" (any image tokenizer), "dalle", "clip" or "probe" if nothing else will do; None = any.
         source: the format of a foreign file, a name of ``importers.sources.SOURCES``; None = found from its content.
         map_location: device of the weights.
         dtype: of the weights; None = as they are stored.
@@ -69,10 +69,10 @@ def load_vae(weights: str | Path, *, map_location: str | torch.device = "cpu") -
 
     Raises:
         FileNotFoundError: as ``load``.
-        ValueError: as ``load``; and where it is a CLIP.
+        ValueError: as ``load``; and where it is a CLIP or a probe.
     """
     model, head = load_with_header(weights, map_location=map_location)
-    if role(head) == "clip":
+    if role(head) in ("clip", "probe"):
         raise ValueError(f"{weights} holds a {head['kind']}, an image tokenizer or a DALLE with one is needed")
     return model.vae if role(head) == "dalle" else model
 

@@ -15,6 +15,7 @@ from dalle_pytorch.commands import (
     prepare_data,
     train_clip,
     train_dalle,
+    train_probe,
     train_vae,
 )
 from dalle_pytorch.config import ConfigError, build, typed
@@ -22,6 +23,7 @@ from dalle_pytorch.evaluation.replicate import __main__ as replicate
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
+from dalle_pytorch.training.probe import TrainProbeConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
 
 ROOT = files("dalle_pytorch.configs")
@@ -29,6 +31,7 @@ COMMANDS = {
     "train_vae": (train_vae.main, TrainVAEConfig),
     "train_dalle": (train_dalle.main, TrainDALLEConfig),
     "train_clip": (train_clip.main, TrainCLIPConfig),
+    "train_probe": (train_probe.main, TrainProbeConfig),
     "generate": (generate.main, generate.GenerateConfig),
     "prepare_data": (prepare_data.main, prepare_data.PrepareDataConfig),
     "baselines": (baselines.main, baselines.BaselinesConfig),

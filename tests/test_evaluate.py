@@ -15,15 +15,79 @@ from PIL import Image
 
 import dalle_pytorch
 from dalle_pytorch import save
-from dalle_pytorch.commands.evaluate import chosen, run
+from dalle_pytorch.commands.evaluate import EvaluateConfig, chosen, read_samples, run
+from dalle_pytorch.data.datamodule import DataConfig
 from dalle_pytorch.data.images import to_pil
-from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.data.npm import SETS
+from dalle_pytorch.data.shards import ShardDataset, ShardWriter
 from dalle_pytorch.evaluation.inception import Inception
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.report import read
+from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.text import BPETokenizer
 
 WORDS = ("red apple", "blue car", "green tree", "cat", "dog", "house", "boat", "sun", "moon", "star", "cup", "hat")
+
+
+def test_a_probe_beside_and_by_itself(place, call, tiny_clip):
+    """Shards that know styles and concepts: numbers of a DALLE, an image tokenizer, a CLIP and the probe."""
+    with ShardWriter(place / "known", name="known", image_size=16) as writer:
+        for split in ("train", "val"):
+            for i in range(12):
+                concept, style = WORDS[i % 6], ("noto", "fluent")[i // 6]
+                meta = {"captions": [concept, f"{concept}, {SETS[style].phrase}"], "concept": concept, "style": style}
+                writer.write(split, f"{split}{i}", png(i), "png", meta)
+    classes = {"style": ["fluent", "noto"], "concept": list(WORDS[:5])}
+    save(Probe(ProbeConfig(image_size=16, width=8, stages=2, classes=classes)), place / "probe.safetensors")
+    more = [f"data.path={place}/known", f"probe={place}/probe.safetensors", "codecs=false"]
+    for out in ("one", "two"):
+        judges = [f"judge={place}/judge.safetensors", f"ranker={place}/ranker.safetensors"]
+        code, error = call(*common(place, "dalle", out), *more, *judges, "num_prompts=12", "caption=1")
+        assert code == 0, error
+    assert (place / "one/metrics.json").read_bytes() == (place / "two/metrics.json").read_bytes()
+    metrics = read(place / "one/metrics.json").metrics
+    for name, count in (("style", 12), ("concept", 10), ("all", 10)):
+        assert metrics[f"follows_{name}"].count == metrics[f"follows_{name}_best_of_4"].count == count
+        assert metrics[f"follows_{name}_real"].count == metrics[f"follows_{name}_shuffled"].count == count
+    assert metrics["follows_style"].protocol["caption"] == 1
+    assert metrics["follows_style"].weights_sha256 == metrics["fid_probe"].weights_sha256
+    assert "Caption following" in (place / "one/report.html").read_text()
+    call(*common(place, "dalle", "plain"), *more, "num_prompts=12")
+    metrics = read(place / "plain/metrics.json").metrics
+    assert metrics["follows_concept"].count == 5  # one of the six is unknown, and plain captions are alike in styles
+    assert "follows_style" not in metrics
+    code, error = call(*common(place, "vae", "vae_out"), *more)
+    assert code == 0, error
+    metrics = read(place / "vae_out/metrics.json").metrics
+    assert (metrics["kept_style"].count, metrics["kept_concept"].count) == (12, 10)
+    assert metrics["kept_style_real"].value >= 0
+    assert "rfid_probe" in metrics
+    code, error = call(*common(place, "judge", "clip_out"), f"data.path={place}/known")
+    assert code == 0, error
+    metrics = read(place / "clip_out/metrics.json").metrics
+    assert metrics["zero_shot_concept_top1"].protocol["classes"] == 6
+    assert {"zero_shot_concept_top5", "zero_shot_style_top1"} <= set(metrics)
+    code, error = call(*common(place, "probe", "probe_out"), f"data.path={place}/known")
+    assert code == 0, error
+    subject, metrics = read(place / "probe_out/metrics.json")
+    assert subject.kind == "probe"
+    assert set(metrics) == {"accuracy_style", "accuracy_concept"}
+    # a probe says nothing about data that know no factors
+    code, error = call(*common(place, "dalle", "unknown"), f"probe={place}/probe.safetensors")
+    assert code == 0, error
+    metrics = read(place / "unknown/metrics.json").metrics
+    assert not any(name.startswith("follows") for name in metrics)
+
+
+def test_unreadable_pictures_do_not_shift_what_the_others_show(place):
+    """The next readable picture takes the place of a broken one, and brings its own caption along."""
+    with ShardWriter(place / "broken", name="broken", image_size=16) as writer:
+        for i in range(4):
+            writer.write("val", str(i), b"no picture" if i == 1 else png(i), "png", {"captions": [f"caption {i}"]})
+    config = EvaluateConfig(data=DataConfig(path=str(place / "broken"), max_bad_share=0.5))
+    samples = read_samples(ShardDataset(place / "broken", "val"), config, 16, 0)
+    assert samples.captions == ["caption 0", "caption 2", "caption 2", "caption 3"]
+    assert torch.equal(samples.images[1], samples.images[2])
 
 
 def png(seed: int) -> bytes:
@@ -209,6 +273,8 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["split=nothing"], "no split 'nothing'"),
         (["ranker=x"], "give judge= too"),
         (["judge={}/vae.safetensors"], "a clip is needed"),
+        (["probe={}/vae.safetensors"], "a probe is needed"),
+        (["caption=-1"], "caption"),
         (["judge={0}/judge.safetensors", "ranker={0}/judge.safetensors"], "give two CLIPs"),
         (["inception={}/nothing.pth"], "no file or folder"),
         (["rounds=1"], "rounds"),

@@ -22,6 +22,7 @@ from dalle_pytorch.commands.baselines import distinct_pairs
 from dalle_pytorch.commands.results import new_folder
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, open_split
+from dalle_pytorch.data.factors import Factors, asked, class_captions, factors_of
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.stream import is_stream
@@ -37,17 +38,21 @@ from dalle_pytorch.evaluation.features import (
     inception_logits,
     load_inception,
     load_lpips,
+    probe_extractor,
 )
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
+from dalle_pytorch.evaluation.probe import KEPT, evaluate_following, evaluate_probe
 from dalle_pytorch.evaluation.report import Protocol
 from dalle_pytorch.evaluation.shares import shared_by
 from dalle_pytorch.evaluation.sweep import SweepConfig, evaluate_sweep
+from dalle_pytorch.evaluation.zero_shot import evaluate_zero_shot
 from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.header import role, weights_sha256
+from dalle_pytorch.models.probe import Probe
 
 
 @dataclass(kw_only=True)
@@ -55,7 +60,7 @@ class EvaluateConfig:
     """What to judge, on which pictures, through whose eyes."""
 
     checkpoint: str = "???"
-    """An image tokenizer, a DALLE or a CLIP: a checkpoint, or another program's weights (docs/weights.md)."""
+    """An image tokenizer, a DALLE, a CLIP or a probe: a checkpoint, or another program's weights (docs/weights.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the pictures are; train_split gives a DALLE's unigram model its frequencies."""
     split: str = "val"
@@ -64,12 +69,16 @@ class EvaluateConfig:
     """Pictures of the split that are looked at, drawn by ``seed``; 0 = all."""
     max_train: int = 2000
     """Training pictures for the frequencies; 0 = all."""
+    caption: int = 0
+    """Which of a picture's captions is read and drawn, from 0; its last where there are fewer. 1 has emoji's styles."""
     judge: str | None = None
     """A CLIP: of a DALLE, CLIP score, R-precision and distances like fid_clip; of an image tokenizer, rfid_clip."""
     ranker: str | None = None
     """Another CLIP, which ranks a DALLE's candidates; the judge then draws the best-of-N curve."""
     inception: str | None = None
     """FID's Inception, pt_inception-2015-12-05-6726825d.pth: FID, KID, precision, recall, Inception score."""
+    probe: str | None = None
+    """A probe, of commands.train_probe: whether drawn pictures show what is asked for, and distances like fid_probe."""
     vgg: str | None = None
     """torchvision's vgg16-397923af.pth: LPIPS of an image tokenizer, and of what a DALLE completes."""
     lpips_heads: str | None = None
@@ -111,7 +120,7 @@ class EvaluateConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("max_samples", "max_train", "num_prompts", "halves"):
+        for name in ("max_samples", "max_train", "caption", "num_prompts", "halves"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(radius < 0 for radius in self.blurs):
@@ -136,10 +145,22 @@ class Samples(NamedTuple):
 
     images: Float[Tensor, "b 3 H W"]
     captions: list[str]
+    metas: list[dict[str, Any]]
+    """JSON of each."""
+
+    @property
+    def asked(self) -> list[Factors]:
+        """What their captions tell."""
+        return [asked(meta, caption) for meta, caption in zip(self.metas, self.captions, strict=True)]
+
+    @property
+    def factors(self) -> list[Factors]:
+        """What they show."""
+        return [factors_of(meta) for meta in self.metas]
 
 
 def read_samples(shards: ShardDataset, config: EvaluateConfig, image_size: int, most: int) -> Samples:
-    """Some pictures of a split in order, unaugmented, with their first captions.
+    """Some pictures of a split in order, unaugmented, each with one of its captions.
 
     Raises:
         ValueError: they are tokens, not pictures, or one cannot be read.
@@ -148,7 +169,9 @@ def read_samples(shards: ShardDataset, config: EvaluateConfig, image_size: int, 
         raise ValueError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
     pictures = Pictures(shards, replace(config.data, cache_decoded=False), image_size=image_size, train=False)
     samples = [pictures[index] for index in chosen(len(pictures), most, config.seed)]
-    return Samples(torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples])
+    metas = [shards.meta(sample["index"]) for sample in samples]
+    captions = [meta["captions"][: config.caption + 1][-1] for meta in metas]
+    return Samples(torch.stack([sample["image"] for sample in samples]), captions, metas)
 
 
 def chosen(count: int, most: int, seed: int) -> list[int]:
@@ -166,6 +189,7 @@ def protocol(shards: ShardDataset, config: EvaluateConfig, image_size: int) -> d
         "split": shards.split,
         "pictures": f"{used} of {len(shards)}" + (f", drawn by seed {config.seed}" if used < len(shards) else ""),
         "image_size": image_size,
+        "caption": config.caption,
     }
 
 
@@ -184,19 +208,40 @@ def extractors_of(config: EvaluateConfig, device: str) -> tuple[Any, list[Extrac
     return judge, extractors + ([] if inception is None else [inception_extractor(inception)]), inception
 
 
+def load_probe(config: EvaluateConfig, device: str) -> Probe | None:
+    """The probe; None if there is none."""
+    return None if config.probe is None else loading.load(config.probe, kind="probe").to(device)
+
+
 def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """An image tokenizer."""
-    _, extractors, _ = extractors_of(config, next(vae.parameters()).device.type)
+    device = next(vae.parameters()).device.type
+    _, extractors, _ = extractors_of(config, device)
+    probe = load_probe(config, device)
     lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(next(vae.parameters()).device)
-    images = read_samples(shards, config, vae.image_size, config.max_samples).images
+    samples = read_samples(shards, config, vae.image_size, config.max_samples)
+    images = samples.images
     options = {} if config.codecs else {"codecs": ()}
-    return evaluate_image_tokenizer(vae, images, measure, lpips=lpips, extractors=extractors, **options)
+    if probe is None:
+        return evaluate_image_tokenizer(vae, images, measure, lpips=lpips, extractors=extractors, **options)
+    extractors = [*extractors, probe_extractor(probe)]
+    found = evaluate_image_tokenizer(vae, images, measure, lpips=lpips, extractors=extractors, **options)
+    decoded = reconstruct(vae, images)[1]
+    return join([found, evaluate_following(probe, decoded[:, None], samples.factors, images, measure, words=KEPT)])
 
 
 def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """A CLIP."""
     samples = read_samples(shards, config, clip.config.image_size, config.max_samples)
-    return evaluate_clip(clip, samples.captions, samples.images, measure)
+    found = evaluate_clip(clip, samples.captions, samples.images, measure)
+    classes = class_captions(samples.metas)
+    return join([found, evaluate_zero_shot(clip, samples.images, samples.factors, classes, measure)])
+
+
+def judge_probe(probe: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
+    """A probe."""
+    samples = read_samples(shards, config, probe.config.image_size, config.max_samples)
+    return evaluate_probe(probe, samples.images, samples.factors, measure)
 
 
 def check(dalle: Any, config: EvaluateConfig) -> None:
@@ -221,7 +266,7 @@ def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -
 def own_captions(samples: Samples, config: EvaluateConfig) -> Samples:
     """The samples with a caption each to itself, in the order of the prompts."""
     places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
-    return Samples(samples.images[places], [samples.captions[i] for i in places])
+    return Samples(samples.images[places], [samples.captions[i] for i in places], [samples.metas[i] for i in places])
 
 
 def join(found: Sequence[Evaluation]) -> Evaluation:
@@ -293,6 +338,9 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
         return found
     device = next(dalle.parameters()).device.type
     judge, extractors, inception = extractors_of(config, device)
+    probe = load_probe(config, device)
+    if probe is not None:
+        extractors.append(probe_extractor(probe))
     ranker = None if config.ranker is None else loading.load(config.ranker, kind="clip").to(device)
     if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
         raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
@@ -313,6 +361,9 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
         logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how=how,
     )  # fmt: skip
     more = swept(dalle, config, samples, judge, extractors, measure)
+    if probe is not None:
+        told, own = [samples.asked[i] for i in drawn_places], samples.images[drawn_places]
+        more.insert(0, evaluate_following(probe, drawn.images, told, own, measure, ranks=drawn.ranks, how=how))
     if config.memorisation:
         pictures = Pictures(train, replace(config.data, cache_decoded=False), image_size=size, train=False)
         more.append(evaluate_memorisation(
@@ -341,11 +392,12 @@ def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranke
         )
 
 
-JUDGES = {"vae": judge_tokenizer, "dalle": judge_dalle, "clip": judge_clip}
+JUDGES = {"vae": judge_tokenizer, "dalle": judge_dalle, "clip": judge_clip, "probe": judge_probe}
 READ_BY = {
     "judge": ("vae", "dalle"),
     "ranker": ("dalle",),
     "inception": ("vae", "dalle"),
+    "probe": ("vae", "dalle"),
     "vgg": ("vae", "dalle"),
     "lpips_heads": ("vae", "dalle"),
 }
@@ -385,7 +437,7 @@ def judge(config: EvaluateConfig, processes: Processes) -> None:
     head = checkpoint.header(model)
     kind = role(head)
     check_files(config, kind)
-    owner = model.vae if kind == "dalle" else model.config if kind == "clip" else model
+    owner = model.vae if kind == "dalle" else model.config if kind in ("clip", "probe") else model
     measure = Measure(
         protocol(shards, config, owner.image_size), seed=config.seed, rounds=config.rounds, halves=config.halves
     )

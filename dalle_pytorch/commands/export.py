@@ -24,13 +24,19 @@ from dalle_pytorch.loading import load_with_header
 
 log = logging.getLogger(__name__)
 
-TASKS = {"dalle": "text-to-image", "clip": "zero-shot-image-classification", "vae": "image-feature-extraction"}
+TASKS = {
+    "dalle": "text-to-image",
+    "clip": "zero-shot-image-classification",
+    "vae": "image-feature-extraction",
+    "probe": "image-classification",
+}
 """The hub's names of what a model does, by role."""
 USES = {
     "dalle": 'generator = dalle_pytorch.Generator(model)\n'
     'candidates, _ = generator.generate("a red apple", num_candidates=8, num_keep=8)',
     "clip": 'generator = dalle_pytorch.Generator(dalle, model)  # ranks what a dalle draws',
     "vae": "tokens = model.encode(images)  # [b, n]\nimages = model.decode(tokens)  # [b, 3, H, W] in [0, 1]",
+    "probe": "logits = model(images)  # of each factor's values, by its name",
 }  # fmt: skip
 
 

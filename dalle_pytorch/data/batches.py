@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 Position: TypeAlias = tuple[int, int]
 """Epoch and index of a sample: what a batch sampler yields."""
 Batch: TypeAlias = dict[str, Any]
-"""``captions`` list[str], ``text_tokens`` Int[b t], ``images`` Float[b 3 H W] or ``image_tokens`` Int[b n]."""
+"""``captions`` list[str], ``indices`` Int[b] in the split, ``text_tokens`` Int[b t], ``images`` Float[b 3 H W] or
+``image_tokens`` Int[b n]."""
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> list[int]:

@@ -128,12 +128,17 @@ def draw(drawing: Drawing) -> Image.Image:
     A rotation turns the shape alone; texture and rainbow stay where they are. So a circle looks the same in all four
     rotations, a rectangle in two: 5,184 of the 9,216 pictures differ.
     """
-    cover = np.rot90(_cover(drawing.size, drawing.fill, drawing.shape), ROTATIONS[drawing.rotation])
+    cover = turned(drawing)
     white = _tiled(np.array(TEXTURES[drawing.texture]))
     colour = _colour_field(drawing.colour)
     ink = colour + (1 - colour) * white[..., None]
     pixels = 1 - cover[..., None] * (1 - ink)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def turned(drawing: Drawing) -> Float[Array, "32 32"]:
+    """How much of each pixel the shape covers after its rotation, in [0, 1]."""
+    return np.rot90(_cover(drawing.size, drawing.fill, drawing.shape), ROTATIONS[drawing.rotation])
 
 
 def train_drawings(drawings: Sequence[Drawing], share: float = TRAIN_SHARE) -> set[Drawing]:

@@ -150,7 +150,7 @@ class Captioned(Dataset[Batch]):
         return len(self.shards)
 
     def __getitem__(self, index: Position | int) -> Batch:
-        """A sample: ``caption``, ``rng`` for BPE dropout, and ``image`` or ``image_tokens``."""
+        """A sample: its ``index``, ``caption``, ``rng`` for BPE dropout, and ``image`` or ``image_tokens``."""
         epoch, first = index if isinstance(index, tuple) else (0, index)
         for step in range(len(self)):
             place = (first + step) % len(self)
@@ -160,7 +160,7 @@ class Captioned(Dataset[Batch]):
             try:
                 captions = self.captions_of(place)
                 caption = pick_caption(captions, rng) if self.train else captions[0]
-                return {"caption": caption, "rng": rng, **self.load(place, rng)}
+                return {"index": place, "caption": caption, "rng": rng, **self.load(place, rng)}
             except ValueError as error:
                 self.bad.add(place, error)
         raise ValueError(f"no sample of {self.shards.split!r} can be read")
@@ -305,8 +305,10 @@ class Collate:
         self.truncate, self.dropout = truncate, dropout
 
     def __call__(self, samples: Sequence[Batch]) -> Batch:
-        """A batch, with ``captions`` and whichever of ``images``, ``image_tokens``, ``text_tokens`` there are."""
+        """A batch, with ``captions`` and whichever of the other parts there are; a stream has no ``indices``."""
         batch: Batch = {"captions": [sample["caption"] for sample in samples]}
+        if "index" in samples[0]:
+            batch["indices"] = torch.tensor([sample["index"] for sample in samples])
         for source, name in (("image", "images"), ("image_tokens", "image_tokens")):
             if source in samples[0]:
                 batch[name] = torch.stack([sample[source] for sample in samples])

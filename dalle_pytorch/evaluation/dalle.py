@@ -240,7 +240,9 @@ def judged(
     return Evaluation(metrics, sections)
 
 
-def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real: Metric) -> Plot:
+def curve_plot(
+    title: str, sizes: Sequence[int], points: Sequence[Metric], real: Metric, judge: str = "another CLIP"
+) -> Plot:
     """Best of N and the real pictures, with their intervals."""
 
     def line(name: str, metrics: Sequence[Metric]) -> Line:
@@ -248,7 +250,7 @@ def curve_plot(title: str, sizes: Sequence[int], points: Sequence[Metric], real:
         return Line(name, [metric.value for metric in metrics], [low for low, _ in ends], [high for _, high in ends])
 
     note = (
-        "The ranker chooses the best of N candidates, another CLIP judges it; the mean over all choices of N from one "
+        f"The ranker chooses the best of N candidates, {judge} judges it; the mean over all choices of N from one "
         "draw. Bands are 95 % intervals over prompts."
     )
     lines = [line("best of N", points), line("real pictures", [real] * len(sizes))]

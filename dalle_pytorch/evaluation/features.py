@@ -1,4 +1,4 @@
-"""Networks that metrics look through, apart from the metrics: Inception, LPIPS, and any CLIP that the project loads.
+"""Networks that metrics look through, apart from the metrics: Inception, LPIPS, a probe, and any CLIP that we load.
 
 Weights are never brought along: a file, a folder, or an id of the Hugging Face hub names them, and their hash goes into
 every number. Axes: b pictures, e features, t captions, c channels, H W pixels.
@@ -26,6 +26,7 @@ from dalle_pytorch.importers import hub
 from dalle_pytorch.importers.reader import read
 from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.models.skeleton import skeleton
 
 TOGETHER = 32
@@ -46,7 +47,7 @@ class Extractor:
     """A network that turns pictures into features, and what a reader of its numbers must know."""
 
     name: str
-    """"inception", or what stands in the names of its metrics ("clip": fid_clip)."""
+    """"inception", or what stands in the names of its metrics ("clip": fid_clip, "probe": fid_probe)."""
     protocol: str
     """How pictures reach the network."""
     weights_sha256: str
@@ -116,6 +117,12 @@ def clip_extractor(clip: Scorer) -> Extractor:
     """Unit picture features of a CLIP, of ours or released."""
     kind, size = checkpoint.header(clip)["kind"], clip.config.image_size
     return Extractor("clip", f"{kind} at {size} pixels, unit length", weights_sha256(clip), clip, clip.encode_image)
+
+
+def probe_extractor(probe: Probe) -> Extractor:
+    """Features of a probe."""
+    protocol = f"probe at {probe.config.image_size} pixels, {probe.config.num_features} features"
+    return Extractor("probe", protocol, weights_sha256(probe), probe, probe.encode_image)
 
 
 def blurred(extractor: Extractor, radius: float) -> Extractor:

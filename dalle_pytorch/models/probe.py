@@ -1,0 +1,154 @@
+"""Probe: a small classifier of what pictures show, one head for each factor, to judge pictures without other people's
+networks.
+
+Pre-activation residual blocks (He et al. 2016, https://arxiv.org/abs/1603.05027) with GroupNorm in place of BatchNorm:
+it has no running statistics, which averaged weights would not fit. Features keep where in the picture things are, for
+pictures of our data are centred: averaged over all cells, they tell few concepts of the emoji apart.
+
+Axes: b batch, H W pixels, c channels, h w cells, e features, f factors, k values of a factor.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+GROUPS = 8
+"""Of GroupNorm."""
+UNKNOWN = -1
+"""Label of a value that is no class of the probe, or of a factor that a picture has not."""
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """Sizes and classes of a probe."""
+
+    image_size: int = 64
+    """Side of the square picture in pixels; a multiple of 2 ** stages."""
+    width: int = 16
+    """Channels of the first stage, a multiple of 8; they double from stage to stage."""
+    stages: int = 4
+    """Each halves the resolution."""
+    blocks: int = 1
+    """Residual blocks of a stage."""
+    cells: int = 4
+    """The last stage is averaged to so many cells each way before it becomes features; 1 = over the whole picture."""
+    num_features: int = 128
+    """Width of the features."""
+    dropout: float = 0.2
+    """Share of the features that training leaves out, in [0, 1)."""
+    label_smoothing: float = 0.1
+    """Share of a label that training spreads over all classes, in [0, 1)."""
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """Values of each factor; a training fills it from its data."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        for name in ("stages", "blocks", "image_size", "cells", "num_features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % 2**self.stages:
+            raise ValueError(f"image_size must be a multiple of 2 ** stages = {2**self.stages}, got {self.image_size}")
+        if self.cells > (grid := self.image_size // 2**self.stages):
+            raise ValueError(f"cells must be at most image_size / 2 ** stages = {grid}, got {self.cells}")
+        if self.width < GROUPS or self.width % GROUPS:
+            raise ValueError(f"width must be a multiple of {GROUPS}, got {self.width}")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name, values in self.classes.items():
+            if not re.fullmatch(r"\w+", name) or name == "all":
+                raise ValueError(f'factor {name!r} stands in names of numbers: use letters, digits, "_", and not "all"')
+            if len(set(values)) != len(values) or len(values) < 2:
+                raise ValueError(f"classes.{name} must be two or more different values, got {values}")
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The sum of both."""
+        return x + self.layers(x)
+
+
+class Probe(nn.Module):
+    """Pictures to features, and from these to the value of each factor.
+
+    Args:
+        config: sizes and classes.
+
+    Raises:
+        ValueError: no classes.
+    """
+
+    def __init__(self, config: ProbeConfig) -> None:
+        super().__init__()
+        if not config.classes:
+            raise ValueError("a probe needs classes: factors of two or more values each")
+        self.config = config
+        layers: list[nn.Module] = []
+        before = 3
+        for stage in range(config.stages):
+            channels = config.width * 2**stage
+            layers.append(nn.Conv2d(before, channels, 3, stride=2, padding=1))
+            layers += [Block(channels) for _ in range(config.blocks)]
+            before = channels
+        self.trunk = nn.Sequential(*layers, nn.GroupNorm(GROUPS, before), nn.SiLU(), nn.AdaptiveAvgPool2d(config.cells))
+        self.to_features = nn.Linear(before * config.cells**2, config.num_features)
+        self.dropout = nn.Dropout(config.dropout)
+        self.heads = nn.ModuleList([nn.Linear(config.num_features, len(values)) for values in config.classes.values()])
+
+    def encode_image(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b e"]:
+        """Features of pictures in [0, 1], resized to ``image_size`` where they differ.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if images.shape[1] != 3:
+            raise ValueError(f"pictures of {images.shape[1]} channels given, a probe reads RGB")
+        size = (self.config.image_size, self.config.image_size)
+        if tuple(images.shape[2:]) != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+        return self.to_features(self.trunk(images * 2 - 1).flatten(1))
+
+    def forward(self, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _"]]:
+        """Logits of each factor's values."""
+        features = self.dropout(self.encode_image(images))
+        return {name: head(features) for name, head in zip(self.config.classes, self.heads, strict=True)}
+
+    def labels(self, factors: Sequence[Mapping[str, str]]) -> Int[Tensor, "b f"]:
+        """Class of each picture's value of each factor; UNKNOWN where there is none."""
+        known = [{value: place for place, value in enumerate(values)} for values in self.config.classes.values()]
+        rows = [
+            [
+                places.get(row[name], UNKNOWN) if name in row else UNKNOWN
+                for name, places in zip(self.config.classes, known, strict=True)
+            ]
+            for row in factors
+        ]
+        return torch.tensor(rows, dtype=torch.long).view(len(factors), len(known))
+
+    def loss(self, images: Float[Tensor, "b c H W"], labels: Int[Tensor, "b f"]) -> Float[Tensor, ""]:
+        """Mean over the factors of the cross entropy of their known labels, nats; a factor without any counts as 0."""
+        losses = []
+        for logits, own in zip(self(images).values(), labels.T, strict=True):
+            total = F.cross_entropy(
+                logits.float(), own, ignore_index=UNKNOWN, label_smoothing=self.config.label_smoothing, reduction="sum"
+            )
+            losses.append(total / (own != UNKNOWN).sum().clamp_min(1))
+        return torch.stack(losses).mean()
