@@ -15,7 +15,8 @@ from PIL import Image
 
 import dalle_pytorch
 from dalle_pytorch import save
-from dalle_pytorch.commands.evaluate import EvaluateConfig, chosen, read_samples, run
+from dalle_pytorch.commands.evaluate import EvaluateConfig, run
+from dalle_pytorch.commands.judges import chosen, read_samples
 from dalle_pytorch.data.datamodule import DataConfig
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.data.npm import SETS
