@@ -49,7 +49,7 @@ class PowerSGDConfig:
     """Blocks."""
     batch_size: int = 32
     """Pictures of a step, of all workers."""
-    steps: int = 400
+    steps: int = 250
     """Of training."""
     lr: float = 3e-3
     """Highest learning rate."""
@@ -188,8 +188,8 @@ def worker_gradients(
     return sum(loss.item() for loss in losses) / workers, stacked
 
 
-def distance(matrices: Mapping[str, nn.Parameter], gradients: Mapping[str, Float[Tensor, "w n m"]]) -> float:
-    """Of all averages together from the means of the gradients, over the norm of these means."""
+def distance(matrices: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> float:
+    """Of all averages, in ``grad``, together from the means over workers, over the norm of these means."""
     apart, norm = 0.0, 0.0
     for name, parameter in matrices.items():
         mean = gradients[name].mean(dim=0)
