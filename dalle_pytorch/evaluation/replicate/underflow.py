@@ -26,7 +26,8 @@ from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.gradient_scaling import UNIT, update_scales
 from dalle_pytorch.models.linear import Linear
-from dalle_pytorch.training.optim import OptimConfig, make_optimizer, make_scheduler
+from dalle_pytorch.training.optim import OptimConfig, make_optimizer
+from dalle_pytorch.training.schedules import lr_factor
 
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALINGS = ("none", "global", "block")
@@ -50,13 +51,13 @@ class UnderflowConfig:
     batch and each divides its loss by all of it (the paper's 1,024 GPUs, appendix D)."""
     dim: int = 32
     """Width of the DALLE."""
-    depth: int = 32
+    depth: int = 24
     """Blocks."""
     batch_size: int = 8
     """Pictures of a step."""
-    steps: int = 200
+    steps: int = 300
     """Of training."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Highest learning rate."""
 
     def __post_init__(self) -> None:
@@ -189,17 +190,15 @@ class Training:
 
     def __init__(self, dalle: DALLE, config: UnderflowConfig, seed: int) -> None:
         self.dalle, self.config = dalle, config
-        optim = OptimConfig(lr=config.lr, warmup_steps=config.steps // 10)
-        self.clip = optim.clip
-        self.optimizer = make_optimizer(dalle, optim, fused=False)  # the global scale's rule
-        self.scheduler = make_scheduler(self.optimizer, optim, config.steps)
+        self.optim = OptimConfig(lr=config.lr, warmup_steps=config.steps // 10)
+        self.optimizer = make_optimizer(dalle, self.optim, fused=False)  # the global scale's rule
         self.scale = torch.amp.GradScaler(
             "cpu", FIRST_SCALE, growth_interval=GROWTH_INTERVAL, enabled=config.scaling == "global"
         )
         self.weights = [p for p in dalle.parameters() if p.requires_grad]
         self.generator = torch.Generator().manual_seed(seed)
-        self.skipped = 0
-        """Updates that were left out, because a gradient was not finite."""
+        self.steps = self.skipped = 0
+        """Steps taken; updates that were left out, because a gradient was not finite."""
 
     def step(self, text_tokens: Tensor, image_tokens: Tensor) -> float:
         """An update; the loss before it."""
@@ -210,24 +209,29 @@ class Training:
         for weight in self.weights:
             assert weight.grad is not None
             weight.grad *= self.config.loss_divisor
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
-        overflown = update_scales(self.dalle)  # moves the scales of blocks, at every step
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.optim.clip)
+        overflown = update_scales(self.dalle)  # of the branches, which filter their own
         if overflown or not norm.isfinite():
             self.skipped += 1
-        if not overflown and (self.scale.is_enabled() or norm.isfinite()):
-            self.scale.step(self.optimizer)  # leaves out what is not finite itself
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate()
+            self.scale.step(self.optimizer)
         self.scale.update()
-        self.scheduler.step()
+        self.steps += 1
         return loss.item()
+
+    def rate(self) -> float:
+        """Learning rate of the current step; skipped ones count."""
+        optim = self.optim
+        return optim.lr * lr_factor(
+            self.steps, total_steps=self.config.steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule,
+            min_ratio=optim.lr_min_ratio,
+        )  # fmt: skip
 
     def scales(self) -> list[float]:
         """Binary logarithm of each block's scale, the mean of its two branches; relative to the loss."""
-        depth = self.config.depth
-        if self.config.scaling == "global":
-            return [math.log2(self.scale.get_scale())] * depth
-        if self.config.scaling == "none":
-            return [0.0] * depth
-        return [
-            (int(block.attn_scale.exponent) + int(block.ff_scale.exponent)) / 2 / UNIT
-            for block in self.dalle.transformer.blocks
-        ]
+        blocks = self.dalle.transformer.blocks
+        if self.config.scaling == "block":
+            return [(int(b.attn_scale.exponent) + int(b.ff_scale.exponent)) / 2 / UNIT for b in blocks]
+        return [math.log2(self.scale.get_scale())] * len(blocks)  # 1 where it is off
