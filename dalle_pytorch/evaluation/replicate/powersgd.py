@@ -38,7 +38,7 @@ class PowerSGDConfig:
     rank: int = 0
     """Columns of the narrow matrices; 0 = gradients are averaged as they are."""
     policy: str = "warm"
-    """Where Q comes from in each step: "warm" (what the step before ended with), "fixed" (drawn once) or "resampled"."""
+    """Where Q comes from in each step: "warm" (from the step before), "fixed" (drawn once) or "resampled"."""
     feedback: bool = True
     """Add to each gradient what compression lost of the one before."""
     workers: int = 4

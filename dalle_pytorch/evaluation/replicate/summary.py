@@ -112,9 +112,7 @@ def _of(side: Side, values: Values) -> dict[int, float]:
 def _number(number: Number, values: Values) -> dict[int, float]:
     for seed, found in values[number.arm].items():
         if number.metric not in found:
-            raise ValueError(
-                f"expect: arm {number.arm}, seed {seed} has no {number.metric}; it has {', '.join(found)}"
-            )
+            raise ValueError(f"expect: arm {number.arm}, seed {seed} has no {number.metric}; it has {', '.join(found)}")
     return {seed: found[number.metric] for seed, found in values[number.arm].items()}
 
 

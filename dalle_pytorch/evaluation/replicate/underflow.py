@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dalle_pytorch.evaluation.replicate import cached, dalles
 from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
-from dalle_pytorch.models.gradient_scaling import UNIT, update_scales
+from dalle_pytorch.models.gradient_scaling import UNIT, GradientScale, update_scales
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.training.optim import OptimConfig, make_optimizer
 from dalle_pytorch.training.schedules import lr_factor
@@ -233,5 +233,6 @@ class Training:
         """Binary logarithm of each block's scale, the mean of its two branches; relative to the loss."""
         blocks = self.dalle.transformer.blocks
         if self.config.scaling == "block":
-            return [(int(b.attn_scale.exponent) + int(b.ff_scale.exponent)) / 2 / UNIT for b in blocks]
+            branches = [[m for m in block.modules() if isinstance(m, GradientScale)] for block in blocks]
+            return [sum(int(scale.exponent) for scale in two) / UNIT / len(two) for two in branches]
         return [math.log2(self.scale.get_scale())] * len(blocks)  # 1 where it is off
