@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +18,8 @@ from dalle_pytorch.training.optim import inner_matrices
 
 WORKERS, STEPS, FIRST = 2, 6, 2
 """FIRST: torch compresses from the third step on."""
+CASES = [(1, True, True), (3, True, True), (3, False, True), (2, True, False)]
+"""Rank, warm start, error feedback."""
 
 
 def gradients(count=1, workers=3, rows=7, columns=5, seed=0):
@@ -35,10 +37,19 @@ def loss_of(model, step, worker):
     return model(torch.randn(6, 12, generator=generator)).square().sum()
 
 
-def worker(rank, folder, matrix_rank, warm, feedback):
-    """One process: torch's hook on its gradients, same weights in each step."""
+def worker(rank, folder):
+    """One process: torch's hook on its gradients, same weights in each step; all cases in a row."""
     torch.set_num_threads(1)
     init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS)
+    found = [hooked(rank, *case) for case in CASES]
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    barrier()  # gloo aborts a process whose peer has gone
+    destroy_process_group()
+
+
+def hooked(rank, matrix_rank, warm, feedback):
+    """Shapes in the order of the bucket, and the gradients after each step."""
     model = DistributedDataParallel(net())
     state = PowerSGDState(
         None, matrix_approximation_rank=matrix_rank, start_powerSGD_iter=FIRST, min_compression_rate=1,
@@ -56,9 +67,15 @@ def worker(rank, folder, matrix_rank, warm, feedback):
         model.zero_grad()
         loss_of(model, step, rank).backward()
         found.append([parameter.grad.clone() for parameter in model.parameters()])
-    if rank == 0:
-        torch.save({"shapes": shapes, "gradients": found}, f"{folder}/found.pt")
-    destroy_process_group()
+    return {"shapes": shapes, "gradients": found}
+
+
+@pytest.fixture(scope="module")
+def torchs(tmp_path_factory):
+    """What torch's hook gives in each case."""
+    folder = tmp_path_factory.mktemp("torchs")
+    mp.spawn(worker, (str(folder),), nprocs=WORKERS)
+    return dict(zip(CASES, torch.load(folder / "found.pt", weights_only=True), strict=True))
 
 
 class AsTorch(PowerSGD):
@@ -81,15 +98,13 @@ class AsTorch(PowerSGD):
         return powersgd.orthonormal(self.q[name])
 
 
-@pytest.mark.parametrize(
-    ("rank", "warm", "feedback"), [(1, True, True), (3, True, True), (3, False, True), (2, True, False)]
-)
-def test_equals_torchs_hook_in_two_processes(tmp_path, rank, warm, feedback):
-    mp.spawn(worker, (str(tmp_path), rank, warm, feedback), nprocs=WORKERS)
-    torchs = torch.load(tmp_path / "found.pt", weights_only=True)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_torchs_hook_in_two_processes(torchs, case):
+    rank, warm, feedback = case
+    found = torchs[case]
     model, policy = net(), "warm" if warm else "resampled"
     names = {tuple(p.shape): name for name, p in model.named_parameters() if p.ndim == 2}
-    order = {names[shape]: shape for shape in map(tuple, torchs["shapes"]) if len(shape) == 2}
+    order = {names[shape]: shape for shape in map(tuple, found["shapes"]) if len(shape) == 2}
     assert len(order) == 2
     compressor = AsTorch(order, rank, 0, policy=policy, feedback=feedback)
     for step in range(STEPS):
@@ -99,7 +114,7 @@ def test_equals_torchs_hook_in_two_processes(tmp_path, rank, warm, feedback):
         if step >= FIRST:
             compressor.draw()
         for (name, parameter), *rows, expected in zip(
-            model.named_parameters(), *each, torchs["gradients"][step], strict=True
+            model.named_parameters(), *each, found["gradients"][step], strict=True
         ):
             stacked = torch.stack(rows)
             compressed = step >= FIRST and parameter.ndim == 2
