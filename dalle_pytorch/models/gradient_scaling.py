@@ -1,6 +1,6 @@
 """A gradient scale for each residual branch, so that training in fp16 loses no small gradients.
 
-Activation gradients shrink from the last block to the first, and no single loss scale fits all of them into fp16's five
+Activation gradients shrink from the first block to the last, and no single loss scale fits all of them into fp16's five
 bits of exponent. Here each branch has its own: the gradient that enters the branch is multiplied by the branch's scale,
 and what leaves it, for the residual stream and for the branch's weights, is divided by it. The forward pass stays as it
 is.

@@ -3,9 +3,11 @@
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-NAME = re.compile(r"[\w.+-]+\[[^\]]+\]|-?[\d.]+(e-?\d+)?")  # psnr[arm], or a number
+NUMBER = r"([\w.+-]+)\[([^\]]+)\]"  # psnr[arm]
+SIDE = re.compile(rf"{NUMBER}(?: - {NUMBER})?")
+CONSTANT = re.compile(r"-?[\d.]+(e-?\d+)?")
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,8 @@ class ReplicateConfig:
     shown: list[str] = field(default_factory=list)
     """Numbers in table and plot, in order."""
     expect: list[str] = field(default_factory=list)
-    """What the claim predicts: ``psnr[6.6] > psnr[0]``; also with numbers and as a chain, a > b > c."""
+    """What the claim predicts: ``psnr[6.6] > psnr[0]``; also with constants, as a chain, a > b > c, and of differences,
+    ``psnr[6.6] - psnr[0] < 0.1``."""
     axis: str = "arm"
     """What the arms' names mean; the plot has a scale where they are numbers."""
     log_x: bool = False
@@ -62,9 +65,9 @@ class ReplicateConfig:
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
         for text in self.expect:
-            for side in (side for claim in parse(text) for side in (claim.greater, claim.smaller)):
-                if isinstance(side, Number) and side.arm not in self.arms:
-                    raise ValueError(f"expect: {text!r} names the arm {side.arm!r}; there are {', '.join(self.arms)}")
+            for number in (number for claim in parse(text) for side in claim for number in numbers(side)):
+                if number.arm not in self.arms:
+                    raise ValueError(f"expect: {text!r} names the arm {number.arm!r}; there are {', '.join(self.arms)}")
 
 
 class Number(NamedTuple):
@@ -74,11 +77,28 @@ class Number(NamedTuple):
     arm: str
 
 
+class Difference(NamedTuple):
+    """Of one number from another, seed by seed."""
+
+    first: Number
+    second: Number
+
+
+Side: TypeAlias = Number | Difference | float
+
+
 class Claim(NamedTuple):
     """One number above another."""
 
-    greater: Number | float
-    smaller: Number | float
+    greater: Side
+    smaller: Side
+
+
+def numbers(side: Side) -> list[Number]:
+    """What a side is made of; nothing for a constant."""
+    if isinstance(side, Difference):
+        return list(side)
+    return [side] if isinstance(side, Number) else []
 
 
 def parse(text: str) -> list[Claim]:
@@ -89,7 +109,7 @@ def parse(text: str) -> list[Claim]:
     """
     signs = set(re.findall(r" ([<>]) ", text))
     parts = [part.strip() for part in re.split(r" [<>] ", text)]
-    if len(signs) != 1 or len(parts) < 2 or not all(NAME.fullmatch(part) for part in parts):
+    if len(signs) != 1 or len(parts) < 2 or not all(SIDE.fullmatch(part) or CONSTANT.fullmatch(part) for part in parts):
         raise ValueError(f"expect: {text!r} is not like 'psnr[a] > psnr[b]' or 'gap[a] < 0.1'")
     sides = [_side(part) for part in parts]
     if signs == {"<"}:
@@ -97,6 +117,9 @@ def parse(text: str) -> list[Claim]:
     return [Claim(*pair) for pair in itertools.pairwise(sides)]
 
 
-def _side(part: str) -> Number | float:
-    metric, bracket, arm = part.removesuffix("]").partition("[")
-    return Number(metric, arm) if bracket else float(part)
+def _side(part: str) -> Side:
+    found = SIDE.fullmatch(part)
+    if found is None:
+        return float(part)
+    first, second = Number(*found.groups()[:2]), found.groups()[2:]
+    return first if second[0] is None else Difference(first, Number(*second))

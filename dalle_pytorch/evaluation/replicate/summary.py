@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dalle_pytorch.evaluation.replicate.experiment import Claim, Number, parse
+from dalle_pytorch.evaluation.replicate.experiment import Number, Side, numbers, parse
 from dalle_pytorch.evaluation.report import shown
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -47,7 +47,7 @@ def judge(text: str, values: Values) -> list[Verdict]:
         if greater and smaller and set(greater) != set(smaller):
             raise ValueError(f"expect: {text!r} compares seeds {sorted(greater)} with {sorted(smaller)}")
         above = [_at(claim.greater, greater, seed) - _at(claim.smaller, smaller, seed) for seed in seeds]
-        verdicts.append(Verdict(_text(claim), statistics.fmean(above), margin(above)))
+        verdicts.append(Verdict(" > ".join(map(_text, claim)), statistics.fmean(above), margin(above)))
     return verdicts
 
 
@@ -98,19 +98,27 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
     ]
 
 
-def _of(side: Number | float, values: Values) -> dict[int, float]:
-    if not isinstance(side, Number):
-        return {}
-    for seed, numbers in values[side.arm].items():
-        if side.metric not in numbers:
-            raise ValueError(f"expect: arm {side.arm}, seed {seed} has no {side.metric}; it has {', '.join(numbers)}")
-    return {seed: numbers[side.metric] for seed, numbers in values[side.arm].items()}
+def _of(side: Side, values: Values) -> dict[int, float]:
+    """A side of each seed; nothing for a constant."""
+    found: dict[int, float] = {}
+    for sign, number in zip((1, -1), numbers(side), strict=False):
+        each = _number(number, values)
+        if found and set(found) != set(each):
+            raise ValueError(f"expect: {_text(side)} takes seeds {sorted(each)} from {sorted(found)}")
+        found = {seed: found.get(seed, 0.0) + sign * value for seed, value in each.items()}
+    return found
 
 
-def _at(side: Number | float, found: Mapping[int, float], seed: int) -> float:
-    return found[seed] if isinstance(side, Number) else side
+def _number(number: Number, values: Values) -> dict[int, float]:
+    for seed, found in values[number.arm].items():
+        if number.metric not in found:
+            raise ValueError(f"expect: arm {number.arm}, seed {seed} has no {number.metric}; it has {', '.join(found)}")
+    return {seed: found[number.metric] for seed, found in values[number.arm].items()}
 
 
-def _text(claim: Claim) -> str:
-    sides = [f"{side.metric}[{side.arm}]" if isinstance(side, Number) else f"{side:g}" for side in claim]
-    return " > ".join(sides)
+def _at(side: Side, found: Mapping[int, float], seed: int) -> float:
+    return found[seed] if numbers(side) else side  # type: ignore[return-value]
+
+
+def _text(side: Side) -> str:
+    return " - ".join(f"{number.metric}[{number.arm}]" for number in numbers(side)) or f"{side:g}"

@@ -11,6 +11,8 @@ from dalle_pytorch.evaluation.replicate import __main__ as replicate
 from dalle_pytorch.evaluation.replicate.arms import RUNS, function, settings_of, slug
 from dalle_pytorch.evaluation.replicate.drawn import DrawnConfig
 from dalle_pytorch.evaluation.replicate.experiment import Claim, Number, ReplicateConfig, parse
+from dalle_pytorch.evaluation.replicate.powersgd import PowerSGDConfig
+from dalle_pytorch.evaluation.replicate.underflow import UnderflowConfig
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
@@ -21,6 +23,7 @@ NAMES = sorted(
 )
 COMMANDS = {"vae": (train_vae, TrainVAEConfig), "dalle": (train_dalle, TrainDALLEConfig),
             "clip": (train_clip, TrainCLIPConfig)}  # fmt: skip
+OWN = {"drawn": DrawnConfig, "underflow": UnderflowConfig, "powersgd": PowerSGDConfig}
 assert replicate.main
 NEEDED = {"claim": "c", "source": "s", "run": "vae", "name": "n"}
 
@@ -49,8 +52,8 @@ def test_every_arm_of_the_bundled_experiments_has_settings_that_exist(name):
             ]
             with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
                 typed(compose(f"train_{config.run}", overrides=overrides), cls)
-        elif config.run == "drawn":
-            settings_of(DrawnConfig, together)
+        else:
+            assert settings_of(OWN[config.run], together)
 
 
 @pytest.mark.parametrize("name", NAMES)

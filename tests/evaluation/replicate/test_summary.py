@@ -51,6 +51,16 @@ def test_a_chain_is_one_verdict_for_each_neighbour():
     assert overall([*verdicts[1:], Verdict("", 1.0, 2.0)]) == "undecided"
 
 
+def test_a_difference_is_of_one_seed_at_a_time():
+    found = values(a=[1, 50, 900], b=[0.9, 49.91, 899.9], c=[1])
+    (verdict,) = judge("l1[a] - l1[b] < 0.2", found)
+    assert verdict.text == "0.2 > l1[a] - l1[b]"
+    assert verdict.difference == pytest.approx(0.2 - (0.1 + 0.09 + 0.1) / 3)
+    assert verdict.word == "holds"
+    with pytest.raises(ValueError, match=r"l1\[a\] - l1\[c\] takes seeds \[0\] from \[0, 1, 2\]"):
+        judge("l1[a] - l1[c] < 0.2", found)
+
+
 def test_numbers_and_seeds_that_are_missing_are_named():
     with pytest.raises(ValueError, match=r"arm a, seed 0 has no psnr; it has l1"):
         judge("psnr[a] > 3", values(a=[1]))
