@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.config import entry
 from dalle_pytorch.evaluation.replicate import plot, summary
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, slug, threads_of
+from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, read, slug, threads_of
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,12 @@ def run_all(config: ReplicateConfig) -> Results:
         ArmError: an arm failed; the others that ran beside it are kept.
     """
     jobs = jobs_of(config)
-    prepare = function(config.run, "prepare")
-    if prepare is not None:
-        prepare(next(iter(jobs.values())).shared, config.seeds, config.jobs)
     found: dict[str, dict[int, Result]] = {arm: {} for arm in config.arms}
+    for arm, seed in [place for place, job in jobs.items() if (job.folder / "result.json").is_file()]:
+        found[arm][seed] = read(jobs.pop((arm, seed)))
+    prepare = function(config.run, "prepare")
+    if jobs and prepare is not None:
+        prepare(next(iter(jobs.values())).shared, config.seeds, config.jobs)
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(config.jobs, context, max_tasks_per_child=1) as pool,
@@ -76,8 +78,7 @@ def write(config: ReplicateConfig, results: Results) -> Path:
     lines = [f"{config.row} {config.claim} ({config.source})", "", summary.table(values, config.shown, config.axis), ""]
     lines += [f"- {line}" for line in summary.verdict_lines(verdicts)]
     if verdicts:
-        lines += ["", f"The claim {summary.overall(verdicts)}." if summary.overall(verdicts) != "undecided"
-                  else "Undecided at this scale."]  # fmt: skip
+        lines += ["", f"At this scale: {summary.overall(verdicts)}."]
     numbers = {arm: {str(seed): dict(each) for seed, each in seeds.items()} for arm, seeds in values.items()}
     content = {"row": config.row, "claim": config.claim, "expect": list(config.expect), "numbers": numbers}
     folders = [folder] if config.publish is None else [folder, Path(config.publish)]
@@ -98,12 +99,18 @@ def main(config: ReplicateConfig) -> None:
     log.info("%s\n%s", (folder / "table.md").read_text(encoding="utf-8"), folder)
 
 
+def names() -> list[str]:
+    """The bundled experiments."""
+    folder = files("dalle_pytorch.configs").joinpath("replicate/experiment")
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
 def run() -> None:
-    """``NAME`` as the first word stands for ``experiment=replicate/NAME``."""
-    names = sorted(path.name.removesuffix(".yaml") for path in files("dalle_pytorch.configs").joinpath(
-        "replicate/experiment").iterdir() if path.name.endswith(".yaml"))  # fmt: skip
+    """``NAME`` as the first word stands for ``experiment=NAME``."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(f"usage: python -m dalle_pytorch.evaluation.replicate NAME [jobs=2 ...]; there are {', '.join(names)}")
+        sys.exit(
+            f"usage: python -m dalle_pytorch.evaluation.replicate NAME [jobs=2 ...]; there are {', '.join(names())}"
+        )
     if "=" not in sys.argv[1]:
         sys.argv[1] = f"experiment={sys.argv[1]}"
     main()

@@ -130,9 +130,9 @@ def sent(matrices: Sequence[Tensor], rank: int) -> tuple[int, int]:
     return narrow, whole
 
 
-def prepare(shared: Path) -> None:
+def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
     """Image tokenizer and tokens."""
-    dalles.prepare(shared)
+    dalles.prepare(shared, seeds, jobs)
 
 
 def run(job: Job) -> Result:

@@ -134,9 +134,9 @@ def _round_gradients(layer: nn.Module, dtype: torch.dtype, count: Count) -> None
     layer.register_forward_hook(leaving)
 
 
-def prepare(shared: Path) -> None:
+def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
     """Image tokenizer and tokens."""
-    dalles.prepare(shared)
+    dalles.prepare(shared, seeds, jobs)
 
 
 def run(job: Job) -> Result:

@@ -96,8 +96,8 @@ def test_written_files_hold_numbers_verdict_and_plot(tmp_path):
     publish = tmp_path / "docs"
     folder = replicate.write(config(tmp_path, publish=str(publish)), results)
     text = (folder / "table.md").read_text(encoding="utf-8")
-    assert "psnr[1] > psnr[1/2]: by 4.000 ± 0.0000, holds" in text
-    assert "The claim holds." in text
+    assert "psnr[1] > psnr[1/2]: by 4.000 ± 0, holds" in text
+    assert "At this scale: holds." in text
     numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))["numbers"]
     assert numbers == {"1/2": {"0": {"psnr": 1.0}, "1": {"psnr": 2.0}}, "1": {"0": {"psnr": 5.0}, "1": {"psnr": 6.0}}}
     for name in ("table.md", "numbers.json", "plot.png"):
