@@ -15,8 +15,7 @@ from PIL import Image
 
 import dalle_pytorch
 from dalle_pytorch import save
-from dalle_pytorch.commands.evaluate import EvaluateConfig, run
-from dalle_pytorch.commands.judges import chosen, read_samples
+from dalle_pytorch.commands.evaluate import run
 from dalle_pytorch.data.datamodule import DataConfig
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.data.npm import SETS
@@ -24,6 +23,7 @@ from dalle_pytorch.data.shards import ShardDataset, ShardWriter
 from dalle_pytorch.evaluation.inception import Inception
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.report import read
+from dalle_pytorch.evaluation.samples import chosen, read_samples
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.text import BPETokenizer
 
@@ -85,8 +85,8 @@ def test_unreadable_pictures_do_not_shift_what_the_others_show(place):
     with ShardWriter(place / "broken", name="broken", image_size=16) as writer:
         for i in range(4):
             writer.write("val", str(i), b"no picture" if i == 1 else png(i), "png", {"captions": [f"caption {i}"]})
-    config = EvaluateConfig(data=DataConfig(path=str(place / "broken"), max_bad_share=0.5))
-    samples = read_samples(ShardDataset(place / "broken", "val"), config, 16, 0)
+    data = DataConfig(path=str(place / "broken"), max_bad_share=0.5)
+    samples = read_samples(ShardDataset(place / "broken", "val"), data, 16)
     assert samples.captions == ["caption 0", "caption 2", "caption 2", "caption 3"]
     assert torch.equal(samples.images[1], samples.images[2])
 

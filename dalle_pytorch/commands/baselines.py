@@ -1,7 +1,6 @@
 """Set a run's three models beside their honest baselines: ``baselines.py vae=... dalle=... clip=... ranking=...``."""
 
 import json
-import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from dalle_pytorch.evaluation.baselines import (
     table,
     tokenizer_comparison,
 )
+from dalle_pytorch.evaluation.samples import distinct_pairs
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.loading import load
 
@@ -38,14 +38,6 @@ class BaselinesConfig:
     """Pairs for the CLIP's recall; each with another caption."""
     seed: int = 0
     """Of the choice of those pairs."""
-
-
-def distinct_pairs(captions: list[str], count: int, seed: int) -> list[int]:
-    """Indices of up to ``count`` samples with a caption each to itself, in random order."""
-    order = list(range(len(captions)))
-    random.Random(seed).shuffle(order)
-    first = {captions[index]: index for index in reversed(order)}
-    return [index for index in order if first[captions[index]] == index][:count]
 
 
 @torch.no_grad()

@@ -1,24 +1,20 @@
 """How each kind of checkpoint is judged: its samples, its networks, its numbers."""
 
 import hashlib
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from dalle_pytorch import loading
-from dalle_pytorch.commands.baselines import distinct_pairs
 from dalle_pytorch.commands.evaluate_config import EvaluateConfig
 from dalle_pytorch.data.datamodule import open_split
-from dalle_pytorch.data.factors import Factors, asked, class_captions, factors_of
+from dalle_pytorch.data.factors import class_captions
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
-from dalle_pytorch.data.tokens import TokenShards
 from dalle_pytorch.evaluation.clip import evaluate_clip
 from dalle_pytorch.evaluation.completion import Eyes, complete, evaluate_completion
 from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, evaluate_likelihood
@@ -32,10 +28,12 @@ from dalle_pytorch.evaluation.features import (
     probe_extractor,
 )
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
+from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
 from dalle_pytorch.evaluation.probe import KEPT, evaluate_following, evaluate_probe
 from dalle_pytorch.evaluation.report import Protocol
+from dalle_pytorch.evaluation.samples import Samples, chosen, distinct_pairs, read_samples
 from dalle_pytorch.evaluation.sweep import SweepConfig, evaluate_sweep
 from dalle_pytorch.evaluation.zero_shot import evaluate_zero_shot
 from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
@@ -45,44 +43,14 @@ from dalle_pytorch.header import weights_sha256
 from dalle_pytorch.models.probe import Probe
 
 
-class Samples(NamedTuple):
-    """Captioned pictures of a split."""
-
-    images: Float[Tensor, "b 3 H W"]
-    captions: list[str]
-    metas: list[dict[str, Any]]
-    """JSON of each."""
-
-    @property
-    def asked(self) -> list[Factors]:
-        """What their captions tell."""
-        return [asked(meta, caption) for meta, caption in zip(self.metas, self.captions, strict=True)]
-
-    @property
-    def factors(self) -> list[Factors]:
-        """What they show."""
-        return [factors_of(meta) for meta in self.metas]
-
-
-def read_samples(shards: ShardDataset, config: EvaluateConfig, image_size: int, most: int) -> Samples:
-    """Some pictures of a split in order, unaugmented, each with one of its captions.
+def samples_of(shards: ShardDataset, config: EvaluateConfig, image_size: int, most: int | None = None) -> Samples:
+    """The pictures that are looked at; ``most`` in place of ``config.max_samples``.
 
     Raises:
         ValueError: they are tokens, not pictures, or one cannot be read.
     """
-    if isinstance(shards, TokenShards):
-        raise ValueError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
-    pictures = Pictures(shards, replace(config.data, cache_decoded=False), image_size=image_size, train=False)
-    samples = [pictures[index] for index in chosen(len(pictures), most, config.seed)]
-    metas = [shards.meta(sample["index"]) for sample in samples]
-    captions = [meta["captions"][: config.caption + 1][-1] for meta in metas]
-    return Samples(torch.stack([sample["image"] for sample in samples]), captions, metas)
-
-
-def chosen(count: int, most: int, seed: int) -> list[int]:
-    """Up to ``most`` of ``count`` indices, drawn by the seed, in order; all for 0."""
-    every = range(count)
-    return list(every) if not most or most >= count else sorted(random.Random(seed).sample(every, most))
+    most = config.max_samples if most is None else most
+    return read_samples(shards, config.data, image_size, most=most, seed=config.seed, caption=config.caption)
 
 
 def protocol(shards: ShardDataset, config: EvaluateConfig, image_size: int) -> dict[str, Any]:
@@ -105,39 +73,58 @@ def data_sha256(shards: ShardDataset) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def extractors_of(config: EvaluateConfig, device: str) -> tuple[Any, list[Extractor], Any]:
-    """The judge, the networks for distances between sets, and the Inception; None for what is not given."""
-    judge = None if config.judge is None else loading.load(config.judge, kind="clip").to(device)
+class Networks(NamedTuple):
+    """Whose eyes a model is judged through; None for what is not given."""
+
+    judge: Any
+    ranker: Any
+    probe: Probe | None
+    lpips: LPIPS | None
+    inception: Any
+    extractors: list[Extractor]
+    """For distances between sets."""
+
+
+def networks_of(config: EvaluateConfig, device: torch.device) -> Networks:
+    """All networks that the settings name.
+
+    Raises:
+        ValueError: a file that cannot be read, or a ranker that is the judge.
+    """
+
+    def clip(path: str | None) -> Any:
+        return None if path is None else loading.load(path, kind="clip").to(device)
+
+    judge, ranker = clip(config.judge), clip(config.ranker)
+    if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
+        raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
     inception = None if config.inception is None else load_inception(config.inception).to(device)
+    probe = None if config.probe is None else loading.load(config.probe, kind="probe").to(device)
+    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(device)
     extractors = [] if judge is None else [clip_extractor(judge)]
-    return judge, extractors + ([] if inception is None else [inception_extractor(inception)]), inception
-
-
-def load_probe(config: EvaluateConfig, device: str) -> Probe | None:
-    """The probe; None if there is none."""
-    return None if config.probe is None else loading.load(config.probe, kind="probe").to(device)
+    extractors += [] if inception is None else [inception_extractor(inception)]
+    extractors += [] if probe is None else [probe_extractor(probe)]
+    return Networks(judge, ranker, probe, lpips, inception, extractors)
 
 
 def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """An image tokenizer."""
-    device = next(vae.parameters()).device.type
-    _, extractors, _ = extractors_of(config, device)
-    probe = load_probe(config, device)
-    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(next(vae.parameters()).device)
-    samples = read_samples(shards, config, vae.image_size, config.max_samples)
-    images = samples.images
+    networks = networks_of(config, next(vae.parameters()).device)
+    samples = samples_of(shards, config, vae.image_size)
     options = {} if config.codecs else {"codecs": ()}
-    if probe is None:
-        return evaluate_image_tokenizer(vae, images, measure, lpips=lpips, extractors=extractors, **options)
-    extractors = [*extractors, probe_extractor(probe)]
-    found = evaluate_image_tokenizer(vae, images, measure, lpips=lpips, extractors=extractors, **options)
-    decoded = reconstruct(vae, images)[1]
-    return join([found, evaluate_following(probe, decoded[:, None], samples.factors, images, measure, words=KEPT)])
+    found = evaluate_image_tokenizer(
+        vae, samples.images, measure, lpips=networks.lpips, extractors=networks.extractors, **options
+    )
+    if (probe := networks.probe) is None:
+        return found
+    decoded = reconstruct(vae, samples.images)[1]
+    kept = evaluate_following(probe, decoded[:, None], samples.factors, samples.images, measure, words=KEPT)
+    return join([found, kept])
 
 
 def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """A CLIP."""
-    samples = read_samples(shards, config, clip.config.image_size, config.max_samples)
+    samples = samples_of(shards, config, clip.config.image_size)
     found = evaluate_clip(clip, samples.captions, samples.images, measure)
     classes = class_captions(samples.metas)
     return join([found, evaluate_zero_shot(clip, samples.images, samples.factors, classes, measure)])
@@ -145,7 +132,7 @@ def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure:
 
 def judge_probe(probe: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """A probe."""
-    samples = read_samples(shards, config, probe.config.image_size, config.max_samples)
+    samples = samples_of(shards, config, probe.config.image_size)
     return evaluate_probe(probe, samples.images, samples.factors, measure)
 
 
@@ -168,27 +155,20 @@ def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -
     return {**settings, "seed": config.seed, "candidates": config.num_candidates, **counts}
 
 
-def own_captions(samples: Samples, config: EvaluateConfig) -> Samples:
-    """The samples with a caption each to itself, in the order of the prompts."""
-    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
-    return Samples(samples.images[places], [samples.captions[i] for i in places], [samples.metas[i] for i in places])
-
-
 def join(found: Sequence[Evaluation]) -> Evaluation:
     """All numbers and sections, in this order."""
     metrics = {name: metric for one in found for name, metric in one.metrics.items()}
     return Evaluation(metrics, [section for one in found for section in one.sections])
 
 
-def completions(dalle: Any, config: EvaluateConfig, samples: Samples, measure: Measure) -> Iterator[Evaluation]:
-    """Every part of ``config.complete`` of some pictures."""
-    settings, device = config.complete, next(dalle.parameters()).device
-    judge, _, _ = extractors_of(config, device.type)
-    lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(device)
-    own = own_captions(samples, config)
+def completions(
+    dalle: Any, config: EvaluateConfig, own: Samples, networks: Networks, measure: Measure
+) -> Iterator[Evaluation]:
+    """Every part of ``config.complete`` of some pictures, whose captions all differ."""
+    settings = config.complete
     images, prompts = own.images[: settings.num_pictures], own.captions[: settings.num_pictures]
     image_tokens, _ = reconstruct(dalle.vae, images)
-    eyes, generator = Eyes(measure, judge, lpips, own.captions), Generator(dalle)
+    eyes, generator = Eyes(measure, networks.judge, networks.lpips, own.captions), Generator(dalle)
     how = drawn_how(config, config.sampling, candidates=settings.num_candidates)
     parts = settings.parts(dalle.grid_size)
     processes = Processes()
@@ -203,12 +183,11 @@ def completions(dalle: Any, config: EvaluateConfig, samples: Samples, measure: M
 
 
 def swept(
-    dalle: Any, config: EvaluateConfig, samples: Samples, judge: Any, extractors: list[Extractor], measure: Measure
+    dalle: Any, config: EvaluateConfig, samples: Samples, own: Samples, networks: Networks, measure: Measure
 ) -> list[Evaluation]:
     """What every setting of ``config.sweep`` draws of the prompts, if there is one."""
     if not (settings := config.sweep.settings(config.sampling)):
         return []
-    own = own_captions(samples, config)
     prompts = own.captions[: config.num_prompts]
 
     def drawn(sampling: SamplingConfig) -> Tensor:
@@ -216,13 +195,13 @@ def swept(
 
     return [evaluate_sweep(
         drawn, settings, prompts, samples.images, own.images[: len(prompts)], measure,
-        judge=judge, captions=own.captions, extractors=extractors,
+        judge=networks.judge, captions=own.captions, extractors=networks.extractors,
         how=lambda sampling: drawn_how(config, sampling, prompts=len(prompts)),
     )]  # fmt: skip
 
 
 def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
-    """A DALLE: likelihoods, then the pictures that it draws."""
+    """A DALLE: likelihoods, then the pictures that it completes and draws."""
     tokenizer, size = text_tokenizer_of(dalle, "dalle"), dalle.vae.image_size
 
     def pairs(samples: Samples) -> Pairs:
@@ -230,55 +209,52 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
         return Pairs(samples.captions, text, reconstruct(dalle.vae, samples.images)[0])
 
     check(dalle, config)
-    samples = read_samples(shards, config, size, config.max_samples)
+    networks = networks_of(config, next(dalle.parameters()).device)
+    samples = samples_of(shards, config, size)
     train = open_split(config.data.path, config.data.train_split, "data.path")
-    known = pairs(read_samples(train, config, size, config.max_train))
+    known = pairs(samples_of(train, config, size, config.max_train))
     trained: dict[str, Any] = {"unigram_split": train.split, "unigram_sha256": data_sha256(train)}
     if len(known.captions) < len(train):
         trained["unigram_seed"] = config.seed
-    found = evaluate_likelihood(dalle, pairs(samples), known, measure, trained=trained)
+    found = [evaluate_likelihood(dalle, pairs(samples), known, measure, trained=trained)]
+    own = samples.take(distinct_pairs(samples.captions, len(samples.captions), config.seed))
     if config.complete.parts(dalle.grid_size):
-        found = join([*completions(dalle, config, samples, measure), found])
-    if not config.num_prompts:
-        return found
-    device = next(dalle.parameters()).device.type
-    judge, extractors, inception = extractors_of(config, device)
-    probe = load_probe(config, device)
-    if probe is not None:
-        extractors.append(probe_extractor(probe))
-    ranker = None if config.ranker is None else loading.load(config.ranker, kind="clip").to(device)
-    if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
-        raise ValueError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
-    places = distinct_pairs(samples.captions, len(samples.captions), config.seed)
-    captions, drawn_places = [samples.captions[i] for i in places], places[: config.num_prompts]
-    prompts = [samples.captions[i] for i in drawn_places]
-    drawn = drawn_pictures(dalle, prompts, config, ranker)
-    how = {f"sampling.{key}": str(value) for key, value in asdict(config.sampling).items()} | {
-        "seed": config.seed,
-        "prompts": len(prompts),
-        "candidates": config.num_candidates,
-    }
-    if ranker is not None:
-        how["ranker_sha256"] = weights_sha256(ranker)
-    judged = evaluate_drawn(
-        drawn, samples.images, samples.images[drawn_places], measure,
-        judge=judge, captions=captions, extractors=extractors,
-        logits=None if inception is None else inception_logits(inception), blurs=config.blurs, how=how,
-    )  # fmt: skip
-    more = swept(dalle, config, samples, judge, extractors, measure)
-    if probe is not None:
-        told, own = [samples.asked[i] for i in drawn_places], samples.images[drawn_places]
-        more.insert(0, evaluate_following(probe, drawn.images, told, own, measure, ranks=drawn.ranks, how=how))
+        found = [*completions(dalle, config, own, networks, measure), *found]
+    if config.num_prompts:
+        found = [*judge_drawn(dalle, config, samples, own, train, networks, measure), *found]
+    return join(found)
+
+
+def judge_drawn(
+    dalle: Any, config: EvaluateConfig, samples: Samples, own: Samples, train: ShardDataset, networks: Networks,
+    measure: Measure,
+) -> list[Evaluation]:  # fmt: skip
+    """The pictures that a DALLE draws of the first captions of ``own``, which all differ."""
+    first = own.take(list(range(min(config.num_prompts, len(own.captions)))))
+    prompts, how = first.captions, drawn_how(config, config.sampling, prompts=len(first.captions))
+    drawn = drawn_pictures(dalle, prompts, config, networks.ranker)
+    ranked = {} if networks.ranker is None else {"ranker_sha256": weights_sha256(networks.ranker)}
+    found = [evaluate_drawn(
+        drawn, samples.images, first.images, measure,
+        judge=networks.judge, captions=own.captions, extractors=networks.extractors,
+        logits=None if networks.inception is None else inception_logits(networks.inception), blurs=config.blurs,
+        how={**how, **ranked},
+    )]  # fmt: skip
+    if networks.probe is not None:
+        found.append(evaluate_following(
+            networks.probe, drawn.images, first.asked, first.images, measure, ranks=drawn.ranks, how={**how, **ranked}
+        ))  # fmt: skip
+    found += swept(dalle, config, samples, own, networks, measure)
     if config.memorisation:
+        size = dalle.vae.image_size
         pictures = Pictures(train, replace(config.data, cache_decoded=False), image_size=size, train=False)
-        more.append(evaluate_memorisation(
+        found.append(evaluate_memorisation(
             drawn.images, prompts, samples.images,
             lambda places: torch.stack([pictures[i]["image"] for i in places]), len(pictures),
-            lambda images: reconstruct(dalle.vae, images)[1], measure, extractors=extractors,
-            how=drawn_how(config, config.sampling, prompts=len(prompts)),
-            trained={"train_split": train.split, "train_sha256": data_sha256(train)},
+            lambda images: reconstruct(dalle.vae, images)[1], measure, extractors=networks.extractors,
+            how=how, trained={"train_split": train.split, "train_sha256": data_sha256(train)},
         ))  # fmt: skip
-    return join([judged, *more, found])
+    return found
 
 
 def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:

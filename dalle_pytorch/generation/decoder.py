@@ -20,7 +20,7 @@ class Decoder:
     Args:
         dalle: the model; not changed.
         precision: arithmetic of the linear layers, "fp32", "bf16", "fp16" or "int8" (see ``linear.prepare``). The head
-            that scores the codebook is kept in fp32 under int8, and keys and values as ``linear.keys_dtype`` says.
+            that scores the codebook is as ``linear.prepare_head`` says, keys and values as ``linear.keys_dtype``.
         compiled: translate a step with ``torch.compile``: half a minute once for each number of candidates, then less
             time a step (needs a C++ compiler on a CPU).
 

@@ -4,6 +4,7 @@ from dalle_pytorch import checkpoint
 from dalle_pytorch.evaluation.clip import evaluate_clip
 from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, train
+from dalle_pytorch.evaluation.replicate.dalles import LEAST_ROUNDS
 from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, read
 
 
@@ -12,5 +13,5 @@ def run(job: Job) -> Result:
     weights = train("clip", ["experiment=replicate", *job.settings], job.seed, job.folder / "clip", job.threads)
     clip = checkpoint.load(weights, kind="clip")
     pairs = read(EMOJI, HELD_OUT, clip.config.image_size)
-    found = evaluate_clip(clip, pairs.captions, pairs.images, Measure({}, rounds=2))
+    found = evaluate_clip(clip, pairs.captions, pairs.images, Measure({}, rounds=LEAST_ROUNDS))
     return Result({name: metric.value for name, metric in found.metrics.items()})

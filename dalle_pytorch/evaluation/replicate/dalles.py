@@ -4,17 +4,31 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from dalle_pytorch import checkpoint
+from dalle_pytorch.evaluation.dalle import Pairs, evaluate_likelihood
 from dalle_pytorch.evaluation.image_tokenizer import reconstruct
-from dalle_pytorch.evaluation.likelihood import likelihoods, unigram_nats
+from dalle_pytorch.evaluation.likelihood import likelihoods
+from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, command, threads_of, train
-from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, Captioned, read
+from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, read
+from dalle_pytorch.evaluation.samples import Samples
+from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.models.dalle import DALLE
 
 SPLITS = {"val": HELD_OUT, "concept": "test_concept"}
 """Where numbers come from: known things, and things that no training picture shows."""
+NUMBERS = {
+    "image": "image_nats",
+    "shuffled": "image_nats_shuffled_captions",
+    "unigram": "image_nats_unigram",
+    "text": "text_nats",
+}
+"""Our names of the numbers of ``evaluate.py``."""
+LEAST_ROUNDS = 2
+"""Draws for intervals over samples, which nobody reads here: those over seeds count."""
 CROPS = 2
 """Shifted copies of each training picture among the cached tokens."""
 
@@ -35,14 +49,15 @@ def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
 def run(job: Job) -> Result:
     """Train with ``job.settings`` on top of ``experiment=replicate``; nats per token of held-out pairs."""
     dalle = checkpoint.load(trained(job), kind="dalle")
-    known = reconstruct(dalle.vae, read(EMOJI, "train", dalle.vae.image_size, most=1000).images)[0]
+    known = pairs_of(dalle, read(EMOJI, "train", dalle.vae.image_size, most=1000))
     numbers: dict[str, float] = {}
     for name, split in SPLITS.items():
-        pairs = read(EMOJI, split, dalle.vae.image_size)
-        tokens = reconstruct(dalle.vae, pairs.images)[0]
-        numbers |= {f"{key}_{name}": value for key, value in nats(dalle, pairs, tokens).items()}
-        unigram = unigram_nats(known, tokens, dalle.codebook_size).mean() / tokens.shape[1]
-        numbers[f"unigram_{name}"] = unigram.item()
+        held_out = pairs_of(dalle, read(EMOJI, split, dalle.vae.image_size))
+        found = evaluate_likelihood(dalle, held_out, known, Measure({}, rounds=LEAST_ROUNDS)).metrics
+        numbers |= {f"{short}_{name}": found[long].value for short, long in NUMBERS.items()}
+        misspelt = text_of(dalle, [typos(caption) for caption in held_out.captions])
+        nats = likelihoods(dalle, misspelt, held_out.image_tokens).image
+        numbers[f"typos_{name}"] = nats.mean().item() / dalle.num_image_tokens
     return Result(numbers)
 
 
@@ -53,22 +68,14 @@ def trained(job: Job) -> str:
     return str(train("dalle", settings, job.seed, job.folder / "dalle", job.threads))
 
 
-def nats(dalle: DALLE, pairs: Captioned, image_tokens: torch.Tensor) -> dict[str, float]:
-    """Per image token, per text token, and per image token with captions of other pictures and with misspelt ones."""
-    assert dalle.text_tokenizer is not None
-    text = dalle.text_tokenizer.tokenize(pairs.captions, dalle.config.text_len, truncate=True)
-    found = likelihoods(dalle, text, image_tokens)
-    assert found.text is not None
-    assert found.text_tokens is not None
-    others = likelihoods(dalle, text.roll(len(text) // 2, dims=0), image_tokens)
-    misspelt = dalle.text_tokenizer.tokenize([typos(c) for c in pairs.captions], dalle.config.text_len, truncate=True)
-    count = image_tokens.shape[1]
-    return {
-        "image": found.image.mean().item() / count,
-        "text": (found.text.sum() / found.text_tokens.sum()).item(),
-        "shuffled": others.image.mean().item() / count,
-        "typos": likelihoods(dalle, misspelt, image_tokens).image.mean().item() / count,
-    }
+def pairs_of(dalle: DALLE, samples: Samples) -> Pairs:
+    """Captioned pictures as tokens."""
+    return Pairs(samples.captions, text_of(dalle, samples.captions), reconstruct(dalle.vae, samples.images)[0])
+
+
+def text_of(dalle: DALLE, captions: Sequence[str]) -> Int[Tensor, "b t"]:
+    """Captions as the model reads them."""
+    return text_tokenizer_of(dalle, "dalle").tokenize(list(captions), dalle.config.text_len, truncate=True)
 
 
 def typos(caption: str) -> str:

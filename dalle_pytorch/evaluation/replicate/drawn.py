@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle_pytorch import checkpoint
-from dalle_pytorch.evaluation.dalle import draw
+from dalle_pytorch.evaluation.dalle import draw, judged
 from dalle_pytorch.evaluation.distribution import cmmd
-from dalle_pytorch.evaluation.features import caption_features, clip_extractor
+from dalle_pytorch.evaluation.features import clip_extractor
+from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.replicate import dalles
 from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of, threads_of, train
 from dalle_pytorch.evaluation.replicate.pictures import EMOJI, read
-from dalle_pytorch.evaluation.retrieval import best_of_n, clip_score, r_precision
+from dalle_pytorch.evaluation.samples import distinct_pairs
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
@@ -29,6 +30,8 @@ RANKER = ("experiment=replicate", "trainer.max_steps=1000")
 JUDGE = (*RANKER, "model.patch_size=4", "model.dim_image=96", "model.dim_text=96", "data.jitter=3")
 """Another network than the ranker, and with another seed: their mistakes should have little in common."""
 WRITER = ("experiment=replicate", "trainer.max_steps=1500", "model.caption_dropout=0.1", "model.dim=192")
+CURVES = ("clip_score", "r_precision")
+"""Numbers that are given for the best of every N."""
 KNEE = 32
 """Candidates after which more of them bring little, as the paper has it."""
 JUDGE_SEED = 1000
@@ -90,38 +93,24 @@ def models(job: Job) -> Models:
 
 
 def run(job: Job) -> Result:
-    """Numbers of the best of ``best_of``, and curves over N from the same candidates."""
+    """The judge's numbers as of ``evaluate.py``, the plain ones of the best of ``best_of``; curves over N."""
     config = settings_of(DrawnConfig, job.settings)
     dalle, ranker, judge = models(job)
     known = read(EMOJI, config.split, dalle.vae.image_size)
-    captions = list(dict.fromkeys(known.captions))
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(job.seed)).tolist()
-    prompts = [captions[place] for place in order[: config.num_prompts]]
+    own = known.take(distinct_pairs(known.captions, len(known.captions), job.seed))
+    prompts = own.captions[: config.num_prompts]
     sampling = SamplingConfig(cfg_scale=config.cfg_scale, temperature=config.temperature)
     drawn = draw(dalle, prompts, num_candidates=config.num_candidates, seed=job.seed, sampling=sampling, ranker=ranker)
     assert drawn.ranks is not None
-    texts, places = caption_features(judge, captions), torch.tensor(order[: config.num_prompts])
-    eyes = clip_extractor(judge)
-    features = eyes(drawn.images.flatten(0, 1))
-    each = places.repeat_interleave(config.num_candidates)
-    shape = (len(prompts), config.num_candidates)
-    scores = {
-        "clip_score": clip_score(features, texts[each]).view(shape),
-        "r_precision": 100 * r_precision(features, texts, each, generator(job)).view(shape),
-    }
+    measure = Measure({}, seed=job.seed, rounds=dalles.LEAST_ROUNDS)
+    found = judged(drawn, own.images[: len(prompts)], measure, judge, own.captions, {}).metrics
+    numbers = {name: metric.value for name, metric in found.items()}
     sizes = [2**power for power in range(config.num_candidates.bit_length()) if 2**power <= config.num_candidates]
-    curves, numbers = {}, {}
-    for name, values in scores.items():
-        means = best_of_n(drawn.ranks, values, sizes).mean(dim=0).tolist()
-        curves[name] = Curve(sizes, means)
-        numbers |= {f"{name}_best_of_{size}": mean for size, mean in zip(sizes, means, strict=True)}
-        numbers[name] = numbers[f"{name}_best_of_{config.best_of}"]
-    numbers |= gains(numbers, sizes)
-    own = torch.stack([known.images[known.captions.index(prompt)] for prompt in prompts])
-    real = eyes(own)
-    numbers["clip_score_real"] = clip_score(real, texts[places]).mean().item()
-    numbers["r_precision_real"] = 100 * r_precision(real, texts, places, generator(job)).mean().item()
-    numbers["cmmd"] = cmmd(eyes(known.images), best(features.view(*shape, -1), drawn.ranks, config.best_of))
+    curves = {name: Curve(sizes, [numbers[f"{name}_best_of_{size}"] for size in sizes]) for name in CURVES}
+    numbers |= {name: numbers[f"{name}_best_of_{config.best_of}"] for name in CURVES} | gains(numbers, sizes)
+    eyes = clip_extractor(judge)
+    features = eyes(drawn.images.flatten(0, 1)).unflatten(0, drawn.ranks.shape)
+    numbers["cmmd"] = cmmd(eyes(known.images), best(features, drawn.ranks, config.best_of))
     return Result(numbers, curves)
 
 
@@ -137,8 +126,3 @@ def best(features: Float[Tensor, "p m e"], ranks: Float[Tensor, "p m"], best_of:
     """Features of the pictures that the ranker chooses, one of every ``best_of`` candidates in a row."""
     groups = ranks.unfold(1, best_of, best_of).argmax(dim=2) + torch.arange(0, ranks.shape[1] - best_of + 1, best_of)
     return torch.cat([row[chosen] for row, chosen in zip(features, groups, strict=True)])
-
-
-def generator(job: Job) -> torch.Generator:
-    """Source of the distractors, the same for all arms of a seed."""
-    return torch.Generator().manual_seed(job.seed)

@@ -43,7 +43,7 @@ def run(job: Job) -> Result:
 def last_tau(job: Job) -> float:
     """The temperature at which the training ended."""
     found = OmegaConf.load(job.folder / "vae" / "config.yaml")
-    schedule = ScheduleConfig(**OmegaConf.to_container(found.gumbel_tau))  # type: ignore[arg-type]
+    schedule = ScheduleConfig(**found.gumbel_tau)
     return scheduled(schedule, found.trainer.max_steps, found.trainer.max_steps)
 
 

@@ -14,7 +14,6 @@ Axes: w workers, n m rows and columns of a matrix, r rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -130,9 +129,7 @@ def sent(matrices: Sequence[Tensor], rank: int) -> tuple[int, int]:
     return narrow, whole
 
 
-def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
-    """Image tokenizer and tokens."""
-    dalles.prepare(shared, seeds, jobs)
+prepare = dalles.prepare
 
 
 def run(job: Job) -> Result:

@@ -14,7 +14,6 @@ Source:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,9 +133,7 @@ def _round_gradients(layer: nn.Module, dtype: torch.dtype, count: Count) -> None
     layer.register_forward_hook(leaving)
 
 
-def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
-    """Image tokenizer and tokens."""
-    dalles.prepare(shared, seeds, jobs)
+prepare = dalles.prepare
 
 
 def run(job: Job) -> Result:
