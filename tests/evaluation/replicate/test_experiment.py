@@ -1,18 +1,23 @@
 """What an experiment says, and what the arms of the bundled ones are made of."""
 
+import math
 from importlib.resources import files
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
+from dalle_pytorch import CLIP, CLIPConfig
 from dalle_pytorch.commands import train_clip, train_dalle, train_vae
 from dalle_pytorch.config import typed
 from dalle_pytorch.evaluation.replicate import __main__ as replicate
-from dalle_pytorch.evaluation.replicate.arms import RUNS, function, settings_of, slug
+from dalle_pytorch.evaluation.replicate import clips, dalles, drawn
+from dalle_pytorch.evaluation.replicate.arms import RUNS, Job, function, settings_of, slug
 from dalle_pytorch.evaluation.replicate.drawn import DrawnConfig
-from dalle_pytorch.evaluation.replicate.experiment import Claim, Number, ReplicateConfig, parse
+from dalle_pytorch.evaluation.replicate.experiment import Claim, Number, ReplicateConfig, numbers, parse
 from dalle_pytorch.evaluation.replicate.powersgd import PowerSGDConfig
 from dalle_pytorch.evaluation.replicate.underflow import UnderflowConfig
+from dalle_pytorch.text import BPETokenizer
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
@@ -101,3 +106,74 @@ def test_an_unknown_run_or_setting_is_named():
         settings_of(DrawnConfig, ["num_candidate=3"])
     with pytest.raises(ValueError, match="many"):
         settings_of(DrawnConfig, ["num_candidates=many"])
+
+
+WORDS = BPETokenizer.train(["a red apple", "a blue heart"], 270)
+
+
+def of_run(name):
+    """The numbers that the experiments of a run show or expect something of."""
+    configs = [config for config in map(load, NAMES) if config.run == name]
+    said = {
+        number.metric
+        for config in configs
+        for text in config.expect
+        for claim in parse(text)
+        for side in claim
+        for number in numbers(side)
+    }
+    return configs, said.union(*(config.shown for config in configs))
+
+
+@pytest.fixture
+def job(tmp_path):
+    def make(run, settings):
+        return Job(run, tuple(settings), 0, tmp_path, tmp_path, 1)
+
+    return make
+
+
+def test_a_dalle_gives_the_numbers_that_its_experiments_name(monkeypatch, make_dalle, job):
+    dalle = make_dalle(text_vocab_size=WORDS.vocab_size, text_len=8)
+    dalle.text_tokenizer = WORDS
+    monkeypatch.setattr(dalles, "trained", lambda job: "")
+    monkeypatch.setattr(dalles.checkpoint, "load", lambda path, kind: dalle)
+    found = dalles.run(job("dalle", [])).numbers
+    assert of_run("dalle")[1] <= set(found)
+    assert all(value > 0 for value in found.values())
+
+
+def test_a_clip_gives_the_numbers_that_its_experiments_name(monkeypatch, job):
+    clip = small_clip(0)
+    monkeypatch.setattr(clips, "train", lambda *arguments: "")
+    monkeypatch.setattr(clips.checkpoint, "load", lambda path, kind: clip)
+    assert of_run("clip")[1] <= set(clips.run(job("clip", [])).numbers)
+
+
+def test_drawn_pictures_give_the_numbers_that_their_experiments_name(monkeypatch, make_dalle, job):
+    dalle = make_dalle(text_vocab_size=WORDS.vocab_size, text_len=8, caption_dropout=0.1)
+    dalle.text_tokenizer = WORDS
+    monkeypatch.setattr(drawn, "models", lambda job: drawn.Models(dalle, small_clip(0), small_clip(1)))
+    configs, said = of_run("drawn")
+    found = set()
+    for config in configs:
+        for settings in config.arms.values():
+            candidates = settings_of(DrawnConfig, [*config.base, *settings]).num_candidates
+            result = drawn.run(job("drawn", [*config.base, *settings, "num_prompts=3"]))
+            found |= set(result.numbers)
+            assert all(math.isfinite(value) for value in result.numbers.values())
+            assert max(result.curves["clip_score"].x) == candidates
+            best = settings_of(DrawnConfig, settings).best_of
+            assert result.numbers["clip_score"] == result.numbers[f"clip_score_best_of_{best}"]
+    assert said <= found
+
+
+def small_clip(seed):
+    torch.manual_seed(seed)
+    config = CLIPConfig(
+        dim_text=16, dim_image=16, dim_latent=8, text_vocab_size=WORDS.vocab_size, text_len=8, text_enc_depth=1,
+        text_heads=2, visual_enc_depth=1, visual_heads=2, image_size=16, patch_size=4,
+    )  # fmt: skip
+    clip = CLIP(config).eval()
+    clip.text_tokenizer = WORDS
+    return clip
