@@ -7,7 +7,7 @@ from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.header import describe_tokenizer
 from dalle_pytorch.loading import load
 from dalle_pytorch.training import initial
-from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
+from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.network import make_network, of_config
 from dalle_pytorch.training.plan import make_plan
@@ -34,6 +34,7 @@ def main(config: TrainDALLEConfig) -> None:
     vae = load(origin, kind="vae") if source is None else source.vae
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
     initial.check_can_encode(vae, data, origin)
+    check_codes(config, vae, cached=data.tokenizer is not None)
     if data.tokenizer is not None:
         data.check_tokenizer(describe_tokenizer(vae), origin)
     if source is None:
@@ -48,7 +49,7 @@ def main(config: TrainDALLEConfig) -> None:
     net.text_tokenizer = tokenizer
     run.check(net)
     run.check_vae(vae)
-    if config.data.token_crops and data.can_cache_tokens:
+    if config.image_codes == "likeliest" and config.data.token_crops and data.can_cache_tokens:
         data.cache_image_tokens(vae, device=run.device)
     run.fit(LitDALLE(net, config), data)
 

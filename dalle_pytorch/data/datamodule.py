@@ -46,8 +46,8 @@ class DataConfig(AugmentationConfig):
     cache_decoded: bool = False
     """Decode all pictures once and keep them in memory, 3 * image_size ** 2 bytes each."""
     token_crops: int = 1
-    """DALLE: tokenise every training picture so often, each with its own augmentation; 0 = anew in every step. Token
-    shards have settled that already."""
+    """DALLE: tokenise every training picture so often, each with its own augmentation; 0 = anew in every step, as
+    also where ``image_codes`` draws them. Token shards have settled that already."""
     max_bad_share: float = 0.01
     """Samples that cannot be read are named and left out, up to this share of a split; more are an error."""
     verify: bool = True

@@ -73,7 +73,8 @@ def draw_texts(
             inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + int(config.bos)]
             scores = dalle.text_head(dalle.transformer(inputs, dalle.views())[:, -1])
             # a caption goes on with a token, or ends with the pad of this position: id 0 and other pads are never next
-            words, pad = scores[:, 1 : config.text_vocab_size], scores[:, config.text_vocab_size + position, None]
+            end = config.text_vocab_size + position % config.num_pads
+            words, pad = scores[:, 1 : config.text_vocab_size], scores[:, end, None]
             drawn = sampling.pick(torch.cat([pad, words], dim=1), uniforms[:, position])
             tokens[:, position] = torch.where(ended, 0, drawn)
             ended |= drawn == 0

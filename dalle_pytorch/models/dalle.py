@@ -59,6 +59,8 @@ class DALLEConfig(TransformerConfig):
     """Use the input embeddings as output heads."""
     head_bias: bool | None = None
     """Biases of the output heads; None = unless tied."""
+    one_pad: bool = False
+    """Fill short captions with one pad for all positions; otherwise each has its own (section 2.2)."""
     bos: bool = True
     """Begin with a learned <bos>; otherwise the first text token is not predicted."""
     caption_dropout: float = 0.0
@@ -109,6 +111,11 @@ class DALLEConfig(TransformerConfig):
         return self.text_len + int(self.bos)
 
     @property
+    def num_pads(self) -> int:
+        """Ids that fill short captions; they follow those of the vocabulary."""
+        return 1 if self.one_pad else self.text_len
+
+    @property
     def rotated(self) -> bool:
         """Whether queries and keys are rotated."""
         return self.positions in ("rotary", "both")
@@ -137,7 +144,7 @@ class DALLELogits(NamedTuple):
     """
 
     text: Float[Tensor, "b p v"]
-    """Over the text ids and then the pad of each position."""
+    """Over the text ids and then the pads."""
     image: Float[Tensor, "b n k"]
 
 
@@ -167,7 +174,7 @@ class DALLE(nn.Module):
 
         self.grid_size, self.codebook_size = self.vae.grid_size, self.vae.codebook_size
         self.num_image_tokens = self.grid_size**2
-        self.text_emb = nn.Embedding(config.text_vocab_size + config.text_len, config.dim)  # ids, then the pads
+        self.text_emb = nn.Embedding(config.text_vocab_size + config.num_pads, config.dim)  # ids, then the pads
         self.image_emb = nn.Embedding(self.codebook_size, config.dim)
         self.bos = nn.Parameter(torch.zeros(config.dim)) if config.bos else None
         if config.positions != "rotary":
@@ -257,7 +264,7 @@ class DALLE(nn.Module):
                 f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
             )
         text = F.pad(text_tokens, (0, config.text_len - given))
-        pads = config.text_vocab_size + torch.arange(config.text_len, device=text.device)
+        pads = config.text_vocab_size + torch.arange(config.text_len, device=text.device) % config.num_pads
         return torch.where(text == 0, pads, text)
 
     def embed(
@@ -319,6 +326,7 @@ class DALLE(nn.Module):
         text_tokens: Int[Tensor, "b given"],
         image_tokens: Int[Tensor, "b n"],
         *,
+        image_targets: Float[Tensor, "b n k"] | None = None,
         generator: torch.Generator | None = None,
         mean: Callable[[Tensor], Tensor] | None = None,
     ) -> DALLELoss:
@@ -327,6 +335,8 @@ class DALLE(nn.Module):
         Args:
             text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
             image_tokens: all n tokens, raster order.
+            image_targets: probabilities of the codes at each position, to be predicted in place of ``image_tokens``;
+                the loss is then at least their entropy.
             generator: for caption_dropout and token_dropout (training mode only); None = torch's global one.
             mean: averages a number over the processes that share a batch. The text loss is then divided by their mean
                 number of caption tokens, so that the mean of the processes' losses is the loss of the whole batch.
@@ -352,7 +362,8 @@ class DALLE(nn.Module):
         if mean is not None:
             count = counted.sum().float()
             text = text * (count / mean(count))
-        image = linear_cross_entropy(h[:, last:].flatten(0, 1), self.image_head, image_tokens.flatten(), z_loss=z_loss)
+        goal = image_tokens.flatten() if image_targets is None else image_targets.flatten(0, 1)
+        image = linear_cross_entropy(h[:, last:].flatten(0, 1), self.image_head, goal, z_loss=z_loss)
         weight = self.config.loss_img_weight
         return DALLELoss((text + weight * image) / (1 + weight), text, image)
 

@@ -7,7 +7,7 @@ Axes: b batch, c channels, H W pixels, n image tokens in raster order (n = grid_
 """
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -75,6 +75,15 @@ class ImageTokenizer(nn.Module, ABC):
                 f"{self.grid_size} x {self.grid_size} = {self.num_image_tokens}"
             )
         check_ids(image_tokens, self.codebook_size)
+
+
+@runtime_checkable
+class CodeLogits(Protocol):
+    """An image tokenizer that finds every code more or less likely, where others know the nearest one only."""
+
+    def encode_logits(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b k h w"]:
+        """Code logits of every grid position, from pictures in [0, 1]."""
+        ...
 
 
 def check_ids(image_tokens: Int[Tensor, "..."], codebook_size: int, *, most: int | None = None) -> None:

@@ -14,7 +14,11 @@ ROWS = 512
 
 
 def linear_cross_entropy(
-    x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"], *, z_loss: float = 0.0
+    x: Float[Tensor, "n d"],
+    head: Linear,
+    targets: Int[Tensor, " n"] | Float[Tensor, "n k"],
+    *,
+    z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean cross entropy of ``head(x)`` in fp32, nats.
 
@@ -24,7 +28,7 @@ def linear_cross_entropy(
     Args:
         x: inputs of the last layer.
         head: the last layer.
-        targets: the right class of each position.
+        targets: the right class of each position, or the probability of every class (sums of 1).
         z_loss: weight of the mean of log(Z) ** 2, which keeps logits from drifting; 0 = none.
 
     Source:

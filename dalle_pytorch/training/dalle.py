@@ -1,16 +1,19 @@
 """Training of the DALLE on captions and the tokens of a frozen VAE."""
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens
-from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
+from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, draw
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
+from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.plan import ClusterConfig
@@ -19,6 +22,7 @@ from dalle_pytorch.training.text import TextConfig
 
 SHOWN_PROMPTS = 6  # prompts in a picture of samples
 SHOWN_EACH = 4  # samples of each, one row
+IMAGE_CODES = ("likeliest", "sampled", "soft")
 
 
 @dataclass(kw_only=True)
@@ -41,10 +45,26 @@ class TrainDALLEConfig(RunConfig):
     and init= choose it."""
     bart: DALLEBartConfig = field(default_factory=DALLEBartConfig)
     """Sizes of a DALL·E mini; vocabulary, grid and codebook are filled from the tokenizers."""
+    image_codes: str = "likeliest"
+    """Which codes of a picture are learned: "likeliest" (the ones that are cached), "sampled" (drawn anew every time by
+    the image tokenizer's probabilities), or "soft" (drawn likewise, and their probabilities predicted). The last two
+    hold back a network that is large for its data (the paper, footnote 6); validation is always on the likeliest."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the pictures to look at are drawn."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: no such image_codes, or soft ones for a network without them.
+        """
+        super().__post_init__()
+        if self.image_codes not in IMAGE_CODES:
+            raise ValueError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
+        if self.image_codes == "soft" and self.network == "dalle_bart":
+            raise ValueError("image_codes=soft is not there for network=dalle_bart: use sampled or likeliest")
 
     def sizes(self) -> DALLEConfig | DALLEBartConfig:
         """The settings of the network that is trained."""
@@ -59,13 +79,20 @@ class LitDALLE(LitBase[AnyDALLE]):
     def __init__(self, net: AnyDALLE, config: TrainDALLEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.prompts, self.sampling = config.callbacks.prompts, config.sampling
+        self.image_codes = config.image_codes
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
         generator = self.step_generator(batch_idx, "cpu")  # DALLE draws on the CPU, the same on every device
-        result = self.net.loss(
-            batch["text_tokens"], self.image_tokens(batch), generator=generator, mean=self.mean_over_processes()
-        )
+        settings: dict[str, Any] = {"generator": generator, "mean": self.mean_over_processes()}
+        if self.image_codes == "likeliest":
+            image_tokens = self.image_tokens(batch)
+        else:
+            vae = cast(CodeLogits, self.net.vae)  # check_codes saw to it
+            image_tokens, probabilities = sampled_codes(vae, batch["images"], generator)
+            if self.image_codes == "soft":
+                settings["image_targets"] = probabilities
+        result = self.net.loss(batch["text_tokens"], image_tokens, **settings)
         self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
 
@@ -93,3 +120,45 @@ class LitDALLE(LitBase[AnyDALLE]):
         with eval_mode(net):
             tokens = generate_image_tokens(net, text.to(self.device), uniforms.to(self.device), self.sampling)
             return tile(net.vae.decode(tokens), columns=SHOWN_EACH)
+
+
+def sampled_codes(
+    vae: CodeLogits, images: Float[Tensor, "b c H W"], generator: torch.Generator
+) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n k"]]:
+    """Codes drawn from the image tokenizer's distribution, and that distribution.
+
+    Args:
+        vae: image tokenizer that knows probabilities.
+        images: pictures in [0, 1].
+        generator: of the CPU, so that every device draws the same.
+    """
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        logits = vae.encode_logits(images.float()).flatten(2).mT
+    uniforms = torch.rand(logits.shape[:2], generator=generator).to(logits.device)
+    tokens = draw(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
+    return tokens, logits.softmax(dim=-1)
+
+
+def check_codes(config: TrainDALLEConfig, vae: ImageTokenizer, *, cached: bool) -> None:
+    """Refuse to draw codes where there are only the likeliest.
+
+    Args:
+        config: says which codes are learned.
+        vae: image tokenizer.
+        cached: whether the data holds tokens in place of pictures.
+
+    Raises:
+        ConfigError: ``vae`` has no distribution over codes, or the data no pictures; names both.
+    """
+    if config.image_codes == "likeliest":
+        return
+    if not hasattr(vae, "encode_logits"):
+        raise ConfigError(
+            f"image_codes={config.image_codes} draws codes by their probability, and a {type(vae).__name__} has only "
+            "the nearest one: set image_codes=likeliest"
+        )
+    if cached:
+        raise ConfigError(
+            f"image_codes={config.image_codes} draws new codes of every picture, and the data holds tokens: "
+            "train on pictures, or set image_codes=likeliest"
+        )

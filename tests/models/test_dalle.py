@@ -102,6 +102,27 @@ def test_every_padded_position_has_its_own_pad(make_dalle):
     assert padded.tolist() == [[2, 10, 11, 12, 13]]
 
 
+def test_one_pad_fills_all_positions(make_dalle):
+    dalle = make_dalle(one_pad=True)
+    assert dalle.pad_text(torch.tensor([[2, 0]])).tolist() == [[2, 9, 9, 9, 9]]
+    assert dalle.logits(TEXT, IMAGE).text.shape[-1] == 10
+    log_probs = dalle.logits(TEXT, IMAGE).text.log_softmax(-1)
+    picked = [(0, 0, 3), (0, 1, 1), (0, 2, 4), (0, 3, 9), (1, 0, 1), (1, 1, 5), (1, 2, 9)]
+    torch.testing.assert_close(
+        dalle.loss(TEXT, IMAGE).text, -torch.stack([log_probs[index] for index in picked]).mean()
+    )
+
+
+def test_soft_targets_of_one_code_are_that_code(make_dalle):
+    dalle = make_dalle()
+    sure = torch.nn.functional.one_hot(IMAGE, dalle.codebook_size).float()
+    torch.testing.assert_close(dalle.loss(TEXT, IMAGE, image_targets=sure), dalle.loss(TEXT, IMAGE))
+    logits = dalle.logits(TEXT, IMAGE).image
+    spread = torch.rand(logits.shape).softmax(dim=-1)
+    expected = -(spread * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(dalle.loss(TEXT, IMAGE, image_targets=spread).image, expected)
+
+
 def test_inputs_and_modes_are_left_alone(make_dalle):
     dalle = make_dalle(caption_dropout=0.5, token_dropout=0.5).train()
     text, image = TEXT.clone(), IMAGE.clone()

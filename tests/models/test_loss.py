@@ -43,6 +43,16 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, z
         torch.testing.assert_close(linear_cross_entropy(x, head, targets, z_loss=z_loss), plain)
 
 
+def test_probabilities_as_targets_are_an_average_over_classes():
+    head, x = Linear(6, 4), torch.randn(10, 6)
+    probabilities = torch.rand(10, 4).softmax(dim=-1)
+    of_class = torch.stack(
+        [linear_cross_entropy(x[i : i + 1], head, torch.tensor([c])) for i in range(10) for c in range(4)]
+    )
+    expected = (probabilities * of_class.view(10, 4)).sum(dim=1).mean()
+    torch.testing.assert_close(linear_cross_entropy(x, head, probabilities), expected)
+
+
 def test_mixed_precision_keeps_the_weights_gradients_in_fp32():
     head, x = Linear(16, 9), torch.randn(10, 16).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

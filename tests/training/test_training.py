@@ -11,7 +11,10 @@ from PIL import Image
 import dalle_pytorch
 from dalle_pytorch import checkpoint
 from dalle_pytorch.commands import train_clip, train_dalle, train_vae
+from dalle_pytorch.config import ConfigError
 from dalle_pytorch.training.base import tile
+from dalle_pytorch.training.dalle import TrainDALLEConfig, check_codes, sampled_codes
+from dalle_pytorch.training.plan import Sizes
 from dalle_pytorch.training.vae import count_codes, perplexity
 
 SMALL = [
@@ -61,6 +64,54 @@ def test_train_dalle(shards, vae_file, tmp_path, run_command):
 def test_train_dalle_without_cached_tokens(shards, vae_file, tmp_path, run_command):
     arguments = small(shards, tmp_path / "run", 2, f"vae={vae_file}", "data.token_crops=0", "data.jitter=1")
     assert run_command(train_dalle.main, *arguments).endswith("dalle.safetensors")
+
+
+@pytest.mark.parametrize("codes", ["sampled", "soft"])
+def test_train_dalle_on_drawn_codes(shards, vae_file, tmp_path, run_command, codes):
+    printed = {}
+    for name, arguments in {
+        "drawn": [f"image_codes={codes}"],
+        "again": [f"image_codes={codes}"],
+        "likeliest": [],
+    }.items():
+        settings = small(shards, tmp_path / name, 2, f"vae={vae_file}", *arguments)
+        printed[name] = dalle_pytorch.load(run_command(train_dalle.main, *settings)).image_head.weight
+    assert torch.equal(printed["drawn"], printed["again"])
+    assert not torch.equal(printed["drawn"], printed["likeliest"])
+
+
+def test_drawn_codes_follow_the_tokenizers_probabilities(vae_file):
+    vae = dalle_pytorch.load(vae_file, kind="vae")
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = vae.encode_logits(image).flatten(2).mT.softmax(dim=-1)[0]
+    tokens, probabilities = sampled_codes(vae, image.expand(2000, -1, -1, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(probabilities[0], expected)
+    found = torch.nn.functional.one_hot(tokens, vae.codebook_size).float().mean(dim=0)
+    # a share's standard deviation is at most 0.5 / sqrt(2000) = 0.011
+    torch.testing.assert_close(found, expected, atol=0.055, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["image_codes=hard"], "likeliest, sampled, soft"),
+        (["image_codes=soft", "model=dalle_mini"], "dalle_bart"),
+    ],
+)
+def test_unknown_codes_are_refused(shards, vae_file, tmp_path, run_command, arguments, message):
+    code, error = run_command(train_dalle.main, *small(shards, tmp_path / "run", 2, f"vae={vae_file}", *arguments))
+    assert code == 2
+    assert message in error
+
+
+def test_codes_are_not_drawn_of_tokens_or_of_tokenizers_without_probabilities(make_dalle):
+    config = TrainDALLEConfig(image_codes="sampled")
+    with pytest.raises(ConfigError, match="holds tokens"):
+        check_codes(config, make_dalle().vae, cached=True)
+    with pytest.raises(ConfigError, match="nearest"):
+        check_codes(config, Sizes(16, 4, 12), cached=False)
+    check_codes(TrainDALLEConfig(), Sizes(16, 4, 12), cached=True)
 
 
 def test_train_clip_with_a_dalles_text_tokenizer(shards, make_dalle, tmp_path, run_command):

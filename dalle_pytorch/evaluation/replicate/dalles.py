@@ -62,8 +62,10 @@ def run(job: Job) -> Result:
 
 
 def trained(job: Job) -> str:
-    """Weights of the job's DALLE, trained if they are not there."""
-    shared = [f"vae={job.shared / 'vae' / 'vae.safetensors'}", f"data.path={job.shared / 'tokens'}"]
+    """Weights of the job's DALLE, trained if they are not there; on the shared tokens unless its settings name data."""
+    shared = [f"vae={job.shared / 'vae' / 'vae.safetensors'}"]
+    if not any(setting.startswith("data=") for setting in job.settings):
+        shared += [f"data.path={job.shared / 'tokens'}"]
     settings = ["experiment=replicate", *shared, *job.settings]
     return str(train("dalle", settings, job.seed, job.folder / "dalle", job.threads))
 
