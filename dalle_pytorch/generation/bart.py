@@ -77,7 +77,11 @@ class BartDecoder:
         dalle = self.dalle
         padded = dalle.pad_text(text_tokens)
         with eval_mode(dalle):  # no dropout, though the model may be in training
-            visible, keys = dalle.visible(padded), self.network.keys(dalle.encode_text(padded))
+            visible, memory = dalle.visible(padded), dalle.encode_text(padded)
+            if self.fused is None:  # a compiled step is translated anew for every length
+                longest = int(visible.any(dim=0).nonzero().max()) + 1  # the padding that all share is not attended to
+                visible, memory = visible[:, :longest], memory[:, :longest]
+            keys = self.network.keys(memory)
         x = dalle.embed_bos(len(padded))
         if given_tokens is not None and given_tokens.shape[1]:
             dalle.check_image_tokens(given_tokens)
