@@ -18,6 +18,7 @@ from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIP, PretrainedCLIPConfig
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.models.skeleton import skeleton
+from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 from dalle_pytorch.text import TextTokenizer, text_tokenizer_from_state
 
@@ -38,6 +39,7 @@ class Kind(NamedTuple):
 VERSION = 1
 KINDS: dict[str, Kind] = {
     "vae": Kind("vae", DiscreteVAE, DiscreteVAEConfig),
+    "vq_vae": Kind("vae", VQVAE, VQVAEConfig),
     "openai_dvae": Kind("vae", OpenAIDVAE, OpenAIDVAEConfig),
     "vqgan": Kind("vae", VQGAN, VQGANConfig),
     "dalle": Kind("dalle", DALLE, DALLEConfig),

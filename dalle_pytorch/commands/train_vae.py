@@ -1,8 +1,9 @@
-"""Train a DiscreteVAE on image shards: ``train_vae.py data=emoji model=base out=runs/vae/mine``."""
+"""Train an image tokenizer on image shards: ``train_vae.py data=emoji model=base out=runs/vae/mine``."""
 
 from dalle_pytorch import DiscreteVAE
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.models.vq_vae import VQVAE
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig
@@ -14,8 +15,8 @@ def main(config: TrainVAEConfig) -> None:
     if launch("vae", config, "dalle_pytorch.commands.train_vae"):
         return
     run = Run("vae", config)
-    data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
-    net = DiscreteVAE(config.model)
+    data = TextImageDataModule(config.data, image_size=config.sizes().image_size, seed=config.seed)
+    net = DiscreteVAE(config.model) if config.network == "dvae" else VQVAE(config.vq)
     run.fit(LitVAE(net, config), data)
 
 

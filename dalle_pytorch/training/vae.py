@@ -1,6 +1,7 @@
-"""Training of the DiscreteVAE: the two schedules of its loss, and how well its codes are used."""
+"""Training of image tokenizers: the schedules of a DiscreteVAE's loss, and how well codes are used."""
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -9,11 +10,15 @@ from torch import Tensor
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
 
+AnyVAE: TypeAlias = DiscreteVAE | VQVAE
+
 SHOWN = 16  # pictures in a grid of reconstructions
+NETWORKS = ("dvae", "vq")
 
 
 @dataclass(kw_only=True)
@@ -21,17 +26,36 @@ class TrainVAEConfig(RunConfig):
     """Settings of train_vae.py."""
 
     model: DiscreteVAEConfig = field(default_factory=DiscreteVAEConfig)
-    """Sizes of the VAE."""
+    """Sizes of the DiscreteVAE."""
+    network: str = "dvae"
+    """What is trained: "dvae" (settings in model), or "vq", another codebook in the same convolutions (settings in vq);
+    model=vq, model=fsq and model=ibq choose it."""
+    vq: VQVAEConfig = field(default_factory=VQVAEConfig)
+    """Sizes and codebook of a VQVAE."""
     gumbel_tau: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=1.0, end=0.0625))
     """Temperature of the relaxation (paper: 1 to 1/16)."""
     kl_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=6.6))
     """Weight of the KL term, the paper's beta (0 to 6.6 for 8 x 8 patches)."""
     usage_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=0.0))
-    """Weight of the usage term, which keeps codes alive; 0 = off, as in the paper."""
+    """Weight of the usage term, which keeps codes alive; 0 = off, as in the paper. These three are a DiscreteVAE's."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: no such network.
+        """
+        super().__post_init__()
+        if self.network not in NETWORKS:
+            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+
+    def sizes(self) -> DiscreteVAEConfig | VQVAEConfig:
+        """The settings of the network that is trained."""
+        return self.model if self.network == "dvae" else self.vq
 
 
-class LitVAE(LitBase[DiscreteVAE]):
-    """Trains a DiscreteVAE.
+class LitVAE(LitBase[AnyVAE]):
+    """Trains a DiscreteVAE or a VQVAE.
 
     The best checkpoint is the one of the highest PSNR: the loss itself grows with the KL weight's schedule.
     """
@@ -39,15 +63,20 @@ class LitVAE(LitBase[DiscreteVAE]):
     monitor = "val/psnr"
     monitor_mode = "max"
 
-    def __init__(self, net: DiscreteVAE, config: TrainVAEConfig) -> None:
+    def __init__(self, net: AnyVAE, config: TrainVAEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.gumbel_tau, self.kl_weight, self.usage_weight = config.gumbel_tau, config.kl_weight, config.usage_weight
         self.usage = torch.zeros(net.codebook_size)
         self.squared_error, self.subpixels = 0.0, 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
-        """Loss of a batch under the schedules of this step."""
+        """Loss of a batch, under the schedules of this step."""
         images = batch["images"]
+        if isinstance(self.net, VQVAE):
+            found = self.net.loss(images)
+            parts = {"loss": found.loss, "reconstruction": found.reconstruction, "codebook": found.codebook}
+            self.log_losses("train", parts, len(images))
+            return found.loss
         tau = scheduled(self.gumbel_tau, self.global_step, self.total_steps)
         kl_weight = scheduled(self.kl_weight, self.global_step, self.total_steps)
         usage_weight = scheduled(self.usage_weight, self.global_step, self.total_steps)

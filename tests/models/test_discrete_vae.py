@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dalle_pytorch import DiscreteVAE, DiscreteVAEConfig
-from dalle_pytorch.models.discrete_vae import LIKELIHOODS, logit_laplace_nll
+from dalle_pytorch.models.conv_tokenizer import LIKELIHOODS, logit_laplace_nll
 
 
 def make(**settings) -> DiscreteVAE:

@@ -50,6 +50,25 @@ def test_train_vae(shards, tmp_path, run_command):
     assert "codebook_size: 32" in (out / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("codebook", ["vq", "fsq", "ibq"])
+def test_a_resumed_run_of_another_codebook_ends_as_one_that_did_not_stop(shards, tmp_path, run_command, codebook):
+    """Idle codes of vq are moved at random, and its averages are no parameters."""
+    more = [f"model={codebook}", "vq.image_size=16", "vq.num_layers=2", "vq.hidden_dim=16", "vq.num_resnet_blocks=1"]
+    more += [
+        "callbacks.keep=last",
+        "optim.schedule=constant",
+        "callbacks.checkpoint_every=1",
+        "callbacks.ema_decay=0.5",
+    ]
+    arguments = {steps: small(shards, tmp_path / "parts", steps, *more)[1:] for steps in (2, 5)}  # model= is another
+    whole = run_command(train_vae.main, *small(shards, tmp_path / "whole", 5, *more)[1:])
+    run_command(train_vae.main, *arguments[2])
+    resumed = run_command(train_vae.main, *arguments[5], "resume=true")
+    a, b = (dalle_pytorch.load(path, kind="vae") for path in (whole, resumed))
+    assert a.config.quantizer == codebook
+    assert all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
+
+
 def test_train_dalle(shards, vae_file, tmp_path, run_command):
     out = tmp_path / "run"
     printed = run_command(train_dalle.main, *small(shards, out, 3, f"vae={vae_file}", "text.vocab_size=270"))

@@ -1,4 +1,4 @@
-"""Trains a DiscreteVAE and measures what its codes keep, how many it uses, and what the relaxation hides.
+"""Trains an image tokenizer and measures what its codes keep, how many it uses, and what the relaxation hides.
 
 Axes: b pictures, c channels, H W pixels.
 """
@@ -35,9 +35,12 @@ def run(job: Job) -> Result:
         "psnr": psnr_each(decoded, images).mean().item(),
         "l1": l1_each(decoded, images).mean().item(),
         "codes_used": float(use.used),
+        "used_share": 100 * use.used / vae.codebook_size,
         "perplexity": use.perplexity,
     }
-    return Result(numbers | gap(vae, images, last_tau(job)) | outside(vae, images))
+    if isinstance(vae, DiscreteVAE):
+        numbers |= gap(vae, images, last_tau(job)) | outside(vae, images)
+    return Result(numbers)
 
 
 def last_tau(job: Job) -> float:

@@ -1,0 +1,212 @@
+"""What the convolutional image tokenizers share: sizes, encoder, decoder, likelihood of pictures.
+
+The layers are those of DALLE-pytorch 1.6.6 (strided 4 x 4 convolutions, residual blocks at the bottleneck), so that its
+users find the sizes they know.
+
+Axes: b batch, c channels, H W pixels, h w token grid, d channels of a layer.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+
+LIKELIHOODS = ("mse", "smooth_l1", "logit_laplace")
+LOGIT_LAPLACE_EPS = 0.1  # section A.3: keeps pixels away from 0 and 1, where the density diverges
+
+
+@dataclass(kw_only=True)
+class ConvConfig:
+    """Sizes and likelihood of encoder and decoder."""
+
+    image_size: int = 64
+    """Side of the square picture in pixels; a multiple of 2 ** num_layers."""
+    num_layers: int = 3
+    """Halvings of the resolution: grid_size = image_size / 2 ** num_layers."""
+    codebook_size: int = 1024
+    """Number of codes (the paper: 8192)."""
+    codebook_dim: int = 256
+    """Width of a code vector."""
+    hidden_dim: int = 128
+    """Channels of the convolutions."""
+    num_resnet_blocks: int = 2
+    """Residual blocks at the bottleneck, in the encoder and again in the decoder; 0 = none."""
+    taper: bool = False
+    """Halve the channels with every doubling of the resolution; cheaper: the finest layers hold most of the work."""
+    channels: int = 3
+    """Picture channels, 1 to 4."""
+    likelihood: str = "mse"
+    """Reconstruction term: "mse", "smooth_l1" (both in [-1, 1] units) or "logit_laplace" (nats)."""
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    """Subtracted from the picture, per channel or one for all."""
+    std: list[float] = field(default_factory=lambda: [0.5])
+    """Divides the picture after ``mean``, per channel or one for all."""
+
+    def __post_init__(self) -> None:
+        """Validate; every message names the field and the values.
+
+        Raises:
+            ValueError: a field is out of range.
+        """
+        for name in ("image_size", "num_layers", "codebook_size", "codebook_dim", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % 2**self.num_layers:
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of 2 ** num_layers ({2**self.num_layers})"
+            )
+        if not 1 <= self.channels <= 4:
+            raise ValueError(f"channels must be 1 to 4, got {self.channels}")
+        if self.taper and self.hidden_dim % 2 ** (self.num_layers - 1):
+            raise ValueError(
+                f"taper halves the channels {self.num_layers - 1} times: hidden_dim ({self.hidden_dim}) must be a "
+                f"multiple of {2 ** (self.num_layers - 1)}"
+            )
+        if self.num_resnet_blocks < 0:
+            raise ValueError(f"num_resnet_blocks must not be negative, got {self.num_resnet_blocks}")
+        if self.likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"{name} must have 1 or {self.channels} values, got {getattr(self, name)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std ({self.std}) must be above 0")
+
+
+class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions and a 1 x 1, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(channels, channels, 1)
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        """Same shape in and out."""
+        return self.last(self.net(x)) + x
+
+
+def make_encoder(config: ConvConfig, outputs: int) -> nn.Sequential:
+    """Pixels to the quantiser's ``outputs`` channels."""
+    layers: list[nn.Module] = []
+    source = config.channels
+    for doublings in reversed(range(config.num_layers)):  # how often the token grid is doubled to reach this layer's
+        target = config.hidden_dim >> doublings if config.taper else config.hidden_dim
+        layers += [nn.Conv2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
+        source = target
+    layers += [ResBlock(source) for _ in range(config.num_resnet_blocks)]
+    # 1 x 1 on both sides of the quantiser: a small receptive field there generalises better (Ramesh et al. 2021, 2.1)
+    return nn.Sequential(*layers, nn.Conv2d(source, outputs, 1))
+
+
+def make_decoder(config: ConvConfig) -> nn.Sequential:
+    """Code vectors to pixels, or to the maps of the likelihood."""
+    maps = config.channels * (2 if config.likelihood == "logit_laplace" else 1)  # mu and ln b
+    layers: list[nn.Module] = []
+    source = config.codebook_dim
+    if config.num_resnet_blocks:  # without blocks the first upsampling reads the codes itself, as in DALLE-pytorch
+        layers += [nn.Conv2d(source, config.hidden_dim, 1)]
+        source = config.hidden_dim
+        layers += [ResBlock(source) for _ in range(config.num_resnet_blocks)]
+    for doubling in range(1, config.num_layers + 1):
+        if config.taper and doubling == config.num_layers:
+            return nn.Sequential(*layers, nn.ConvTranspose2d(source, maps, 4, stride=2, padding=1))
+        target = config.hidden_dim >> doubling if config.taper else config.hidden_dim
+        layers += [nn.ConvTranspose2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
+        source = target
+    return nn.Sequential(*layers, nn.Conv2d(source, maps, 1))
+
+
+class ConvTokenizer(ImageTokenizer):
+    """Encoder and decoder; what lies between them is the subclass's.
+
+    Args:
+        config: sizes and likelihood.
+        outputs: channels that the encoder gives the quantiser.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ConvConfig, outputs: int) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.grid_size = config.image_size // 2**config.num_layers
+        self.codebook_size = config.codebook_size
+        self.channels, self.likelihood = config.channels, config.likelihood
+        self.encoder, self.decoder = make_encoder(config, outputs), make_decoder(config)
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
+
+    def init_weights(self) -> None:
+        """He initialisation, so that the first code logits tell pictures apart.
+
+        Residual branches start at 0.3 of their scale and the output at half, both to keep the start calm (the paper
+        scales residuals by a constant as well, section A.1).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                # a transposed convolution of kernel 4 and stride 2 sums 2 x 2 inputs into each output
+                fan_in = 4 * module.in_channels if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
+                nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, ResBlock):
+                    module.last.weight.mul_(0.3)
+            for parameter in self.decoder[-1].parameters():
+                parameter.mul_(0.5)
+
+    def encoded(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
+        """The encoder's output, from pictures in [0, 1]."""
+        self.check_images(images)
+        return self.encoder((images - self.mean) / self.std)
+
+    def to_pixels(self, output: Float[Tensor, "b maps H W"]) -> Float[Tensor, "b c H W"]:
+        """Decoder output to pictures in [0, 1]; the scale map of the logit-Laplace is ignored (section A.3)."""
+        if self.likelihood == "logit_laplace":
+            eps = LOGIT_LAPLACE_EPS
+            pixels = (torch.sigmoid(output[:, : self.channels]) - eps) / (1 - 2 * eps)
+        else:
+            pixels = output * self.std + self.mean
+        return pixels.clamp(0, 1)
+
+    def reconstruction_error(
+        self, output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"]
+    ) -> Float[Tensor, ""]:
+        """Mean over subpixels of the negative log-likelihood, up to constants."""
+        if self.likelihood == "logit_laplace":
+            return logit_laplace_nll(output, images)
+        target = (images - self.mean) / self.std
+        if self.likelihood == "smooth_l1":
+            return F.smooth_l1_loss(output, target)
+        return F.mse_loss(output, target)
+
+
+def logit_laplace_nll(output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"]) -> Float[Tensor, ""]:
+    """Mean negative log-density of pictures under the logit-Laplace, nats per subpixel.
+
+    Args:
+        output: decoder maps, mu of each channel then ln b of each.
+        images: pictures in [0, 1]; squeezed into [eps, 1 - eps] here.
+
+    Source:
+        Ramesh et al. 2021, section A.3: ln(2b) + ln(x(1 - x)) + |logit(x) - mu| / b.
+    """
+    mu, log_b = output.chunk(2, dim=1)
+    # ln b is bounded: exact black or white (most of an icon) would drive b to 0 and the density to infinity
+    log_b = log_b.clamp(-5, 5)
+    x = images * (1 - 2 * LOGIT_LAPLACE_EPS) + LOGIT_LAPLACE_EPS
+    nll = math.log(2) + log_b + (x * (1 - x)).log() + (x.logit() - mu).abs() * (-log_b).exp()
+    return nll.mean()

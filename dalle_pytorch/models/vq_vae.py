@@ -1,0 +1,122 @@
+"""VQVAE: stage one with other codebooks than the Gumbel-softmax's, in the same encoder and decoder.
+
+Axes: b batch, c channels, H W pixels, n image tokens in raster order, d codebook_dim.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
+from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, Quantizer, ScalarGrid, to_grid, to_sequence
+
+QUANTIZERS = ("vq", "fsq", "ibq")
+
+
+@dataclass(kw_only=True)
+class VQVAEConfig(ConvConfig):
+    """Sizes, likelihood and codebook of a VQVAE."""
+
+    codebook_dim: int = 16
+    """Width of a code vector; for vq and ibq a narrow one keeps more codes in use."""
+    quantizer: str = "vq"
+    """"vq" (nearest learnt vector, moving averages), "fsq" (a grid of rounded numbers, ``levels``) or "ibq" (likeliest
+    code, gradients for all)."""
+    levels: list[int] = field(default_factory=list)
+    """fsq: levels of each coordinate, 5 or more best; their product is codebook_size (8, 5, 5, 5: 1,000)."""
+    decay: float = 0.99
+    """vq: of the moving averages."""
+    idle: float = 0.1
+    """vq: codes that stand for fewer vectors of a batch, on average, are put on one of them."""
+    commitment: float = 0.25
+    """vq, ibq: weight of the distance from the encoder's vectors to their codes."""
+    entropy: float = 0.05
+    """ibq: weight of sure choices and of all codes in use."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: a field is out of range; names it.
+        """
+        super().__post_init__()
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+        if self.quantizer == "fsq" and (not self.levels or min(self.levels) < 3):
+            raise ValueError(f"levels must be 3 or more each, e.g. [8,5,5,5] for 1,000 codes; got {self.levels}")
+        if self.quantizer == "fsq" and math.prod(self.levels) != self.codebook_size:
+            raise ValueError(
+                f"levels {self.levels} make {math.prod(self.levels)} codes: set codebook_size to it "
+                f"(it is {self.codebook_size})"
+            )
+        if self.quantizer != "fsq" and self.levels:
+            raise ValueError(f"levels are those of quantizer=fsq; with {self.quantizer} leave them empty")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must lie in (0, 1), got {self.decay}")
+        for name in ("idle", "commitment", "entropy"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class VQLoss(NamedTuple):
+    """Loss of a batch."""
+
+    loss: Float[Tensor, ""]
+    """reconstruction + codebook."""
+    reconstruction: Float[Tensor, ""]
+    """Mean over subpixels, in the units of ``config.likelihood``."""
+    codebook: Float[Tensor, ""]
+    """What the quantiser wants minimised; fsq wants nothing."""
+    image_tokens: Int[Tensor, "b n"]
+    """Codes, for codebook usage."""
+
+
+class VQVAE(ConvTokenizer):
+    """Encoder, quantiser, decoder; encode and decode are exactly what training sees.
+
+    Args:
+        config: sizes, likelihood, codebook.
+    """
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__(config, outputs=config.codebook_dim)
+        self.config = config
+        self.quantizer = make_quantizer(config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
+        """Codes of pictures; the codebook learns nothing from them."""
+        with torch.autocast(images.device.type, enabled=False), eval_mode(self.quantizer):
+            return self.quantizer(to_sequence(self.encoded(images.float()))).image_tokens
+
+    def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
+        """Pictures in [0, 1]."""
+        self.check_tokens(image_tokens)
+        return self.to_pixels(self.decoder(to_grid(self.quantizer.vectors(image_tokens), self.grid_size)))
+
+    def loss(self, images: Float[Tensor, "b c H W"]) -> VQLoss:
+        """Reconstruction error and what the quantiser adds; in training mode the codebook follows the batch.
+
+        Raises:
+            ValueError: pictures of another shape.
+        """
+        codes = self.quantizer(to_sequence(self.encoded(images).float()))
+        output = self.decoder(to_grid(codes.vectors, self.grid_size)).float()
+        reconstruction = self.reconstruction_error(output, images)
+        return VQLoss(reconstruction + codes.loss, reconstruction, codes.loss, codes.image_tokens)
+
+
+def make_quantizer(config: VQVAEConfig) -> Quantizer:
+    """The quantiser of a config."""
+    size, dim = config.codebook_size, config.codebook_dim
+    if config.quantizer == "fsq":
+        return ScalarGrid(config.levels, dim)
+    if config.quantizer == "ibq":
+        return LikeliestCode(size, dim, commitment=config.commitment, entropy=config.entropy)
+    return NearestCode(size, dim, decay=config.decay, commitment=config.commitment, idle=config.idle)
