@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dalle_pytorch import CLIP, DALLE, CLIPConfig, DALLEConfig, DiscreteVAE, DiscreteVAEConfig
+from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,25 @@ def make_dalle(tiny_vae):
                 if parameter.requires_grad:
                     parameter += 0.1 * torch.randn_like(parameter)
         return dalle
+
+    return make
+
+
+@pytest.fixture
+def make_bart(tiny_vae):
+    """Build a small DALLEBart; weights large enough that outputs depend on inputs."""
+
+    def make(**settings) -> DALLEBart:
+        sizes = {
+            "dim": 32, "encoder_layers": 2, "decoder_layers": 3, "heads": 2, "ffn_dim": 24, "grid_size": 4,
+            "text_vocab_size": 9, "text_positions": 7, "image_vocab_size": 15, "bos_id": 12,
+        }  # fmt: skip
+        bart = DALLEBart(DALLEBartConfig(**{**sizes, **settings}), vae=tiny_vae).eval()
+        with torch.no_grad():
+            for parameter in bart.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.15 * torch.randn_like(parameter)
+        return bart
 
     return make
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 
 
 @pytest.fixture
@@ -23,25 +22,6 @@ def assert_exact():
             torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
 
     return check
-
-
-@pytest.fixture
-def make_bart(tiny_vae):
-    """Build a small DALLEBart; weights large enough that scores depend on all that is read."""
-
-    def make(**settings) -> DALLEBart:
-        sizes = {
-            "dim": 32, "encoder_layers": 1, "decoder_layers": 2, "heads": 2, "ffn_dim": 24, "grid_size": 4,
-            "text_vocab_size": 9, "text_positions": 7, "image_vocab_size": 15, "bos_id": 12,
-        }  # fmt: skip
-        bart = DALLEBart(DALLEBartConfig(**{**sizes, **settings}), vae=tiny_vae).eval()
-        with torch.no_grad():
-            for parameter in bart.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.15 * torch.randn_like(parameter)
-        return bart
-
-    return make
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
@@ -93,5 +93,31 @@ def min_dalle_files(min_dalle_folder):
             (folder / name.replace(".", "_mini.")).write_bytes((source / name).read_bytes())
         (folder / "detoker.pt").write_bytes((min_dalle_folder / "vqgan/detoker.pt").read_bytes())
         return folder
+
+    return write
+
+
+class Plain(nn.Module):
+    """A module with nothing but what is put into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.fixture(scope="session")
+def archive() -> Callable[[Mapping[str, Tensor], Path], None]:
+    """Write a TorchScript archive of modules that hold a state dict under its names."""
+
+    def write(state: Mapping[str, Tensor], path: Path) -> None:
+        root = Plain()
+        for key, tensor in state.items():
+            module: nn.Module = root
+            *parents, last = key.split(".")
+            for parent in parents:
+                if parent not in module._modules:
+                    module.add_module(parent, Plain())
+                module = module._modules[parent]
+            module.register_buffer(last, tensor)
+        torch.jit.save(torch.jit.trace(root, torch.zeros(1)), path)
 
     return write

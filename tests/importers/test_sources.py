@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 import dalle_pytorch
 from dalle_pytorch.header import KINDS
@@ -100,27 +100,8 @@ def test_files_are_found_out(tmp_path, states, where):
             assert sources.find(tmp_path / "file.pt") == name.split()[0]
 
 
-class Plain(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def archive(state: dict[str, Tensor], path: Path) -> None:
-    """A TorchScript archive of modules with these weights."""
-    root = Plain()
-    for key, tensor in state.items():
-        module: nn.Module = root
-        *parents, last = key.split(".")
-        for parent in parents:
-            if parent not in module._modules:
-                module.add_module(parent, Plain())
-            module = module._modules[parent]
-        module.register_buffer(last, tensor)
-    torch.jit.save(torch.jit.trace(root, torch.zeros(1)), path)
-
-
 @pytest.fixture
-def releases(tmp_path, monkeypatch, states, recorded, reference_script, min_dalle_files) -> None:
+def releases(tmp_path, monkeypatch, states, recorded, reference_script, min_dalle_files, archive) -> None:
     """A cache that holds small files of every release under their names."""
     snapshot = min_dalle_files(tmp_path / "snapshot", weights=True)
     monkeypatch.setattr(hub, "CACHE", tmp_path)
