@@ -42,7 +42,7 @@ class ReplicateConfig:
     log_x: bool = False
     """Whether that scale is logarithmic."""
     curve_axis: str = ""
-    """Horizontal axis of curves, where a run gives some."""
+    """Horizontal axis of the curves that a run gives; "" = they are not drawn."""
     log_curves: bool = False
     """Whether it is logarithmic."""
     out: str = "runs/replicate"

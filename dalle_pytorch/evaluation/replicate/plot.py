@@ -1,4 +1,4 @@
-"""The plot of an experiment: a panel for each number over the arms, then one for each curve."""
+"""The plot of an experiment: a panel for each number over the arms, then one for each curve, where they are wanted."""
 
 import math
 import statistics
@@ -24,7 +24,8 @@ def draw(config: ReplicateConfig, results: Mapping[str, Mapping[int, Result]], p
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    curves = sorted({name for seeds in results.values() for result in seeds.values() for name in result.curves})
+    given = {name for seeds in results.values() for result in seeds.values() for name in result.curves}
+    curves = sorted(given) if config.curve_axis else []
     count = len(config.shown) + len(curves)
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
