@@ -122,10 +122,10 @@ class LayerCache:
         self.write(self.by_head(k), self.by_head(v), self.plan.slots[position])
         read = self.plan.reads[position]
         if self.in_front and isinstance(read, slice):
-            (keys, values), shape = self.halves[0], (len(q), q.shape[1], -1, q.shape[3])
             some = self.offset + read.stop
-            keys, values = keys.narrow(1, 0, some).view(shape), values.narrow(1, 0, some).view(shape)
-            return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values).to(q.dtype)
+            keys, values = (half.narrow(1, 0, some) for half in self.halves[0])
+            queries = q.reshape(-1, 1, q.shape[-1]).to(keys.dtype)
+            return attend_one(queries, keys, values).view(q.shape).to(q.dtype)
         groups, candidates, heads, head_dim = self.shape
         queries = self.by_head(q).to(self.blocks.dtype) * head_dim**-0.5
         out = mix_blocks(queries, self.prompt, *self.visible(read))
@@ -149,6 +149,15 @@ class LayerCache:
     def bytes(self) -> int:
         """Memory held."""
         return self.blocks.nbytes + self.prompt.nbytes
+
+
+def attend_one(
+    q: Float[Tensor, "rows 1 e"], k: Float[Tensor, "rows m e"], v: Float[Tensor, "rows m e"]
+) -> Float[Tensor, "rows 1 e"]:
+    """Attention of one query a row; on a CPU torch's fused kernel takes 1.1 to 1.4 times as long as two products."""
+    if q.device.type == "cpu":
+        return torch.bmm(torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1), v)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
 
 
 def mix_blocks(
