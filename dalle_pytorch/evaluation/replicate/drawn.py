@@ -44,6 +44,8 @@ class DrawnConfig:
 
     split: str = "train"
     """Whose captions are drawn: "train" for known ones, "test_compose", "test_concept"."""
+    caption: int = 0
+    """Which of a picture's captions: 0 is its name, 1 its name and style."""
     num_prompts: int = 64
     """Different captions."""
     num_candidates: int = 32
@@ -96,7 +98,7 @@ def run(job: Job) -> Result:
     """The judge's numbers as of ``evaluate.py``, the plain ones of the best of ``best_of``; curves over N."""
     config = settings_of(DrawnConfig, job.settings)
     dalle, ranker, judge = models(job)
-    known = read(EMOJI, config.split, dalle.vae.image_size)
+    known = read(EMOJI, config.split, dalle.vae.image_size, caption=config.caption)
     own = known.take(distinct_pairs(known.captions, len(known.captions), job.seed))
     prompts = own.captions[: config.num_prompts]
     sampling = SamplingConfig(cfg_scale=config.cfg_scale, temperature=config.temperature)

@@ -15,8 +15,10 @@ from dalle_pytorch.evaluation.replicate import clips, dalles, drawn
 from dalle_pytorch.evaluation.replicate.arms import RUNS, Job, function, settings_of, slug
 from dalle_pytorch.evaluation.replicate.drawn import DrawnConfig
 from dalle_pytorch.evaluation.replicate.experiment import Claim, Number, ReplicateConfig, numbers, parse
+from dalle_pytorch.evaluation.replicate.pictures import EMOJI, read
 from dalle_pytorch.evaluation.replicate.powersgd import PowerSGDConfig
 from dalle_pytorch.evaluation.replicate.underflow import UnderflowConfig
+from dalle_pytorch.evaluation.retrieval import DISTRACTORS
 from dalle_pytorch.text import BPETokenizer
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
@@ -106,6 +108,17 @@ def test_an_unknown_run_or_setting_is_named():
         settings_of(DrawnConfig, ["num_candidate=3"])
     with pytest.raises(ValueError, match="many"):
         settings_of(DrawnConfig, ["num_candidates=many"])
+
+
+def test_held_out_pairs_are_asked_for_with_words_that_no_training_picture_has():
+    for name in ("composition", "reranking"):
+        config = load(name)
+        for arm, settings in config.arms.items():
+            drawn_of = settings_of(DrawnConfig, [*config.base, *settings])
+            asked = set(read(EMOJI, drawn_of.split, 32, caption=drawn_of.caption).captions)
+            trained = {caption for meta in read(EMOJI, "train", 32).metas for caption in meta["captions"]}
+            assert (asked & trained == set()) == (arm != "known captions"), (name, arm)
+            assert len(asked) >= DISTRACTORS
 
 
 WORDS = BPETokenizer.train(["a red apple", "a blue heart"], 270)
