@@ -14,10 +14,11 @@ import subprocess
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from timing import best
 
 from dalle_pytorch import DALLE, DALLEConfig, DiscreteVAE, DiscreteVAEConfig, SamplingConfig
-from dalle_pytorch.generation.cache import BLOCK, mix_blocks
+from dalle_pytorch.generation.cache import BLOCK, attend_one, mix_blocks
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.linear import CastLinear
@@ -128,7 +129,7 @@ def large(limits: dict[str, float]) -> None:
 
 
 def kernels() -> None:
-    """The two choices that cache.py and linear.py rest on: packed weights, and keys in blocks."""
+    """The choices that cache.py and linear.py rest on: packed weights, keys in blocks, plain products."""
     shapes = [(768, 256), (256, 256), (2048, 256), (256, 1024)] * 8  # the layers of SIZES
     print("\n| rows | fp32: F.linear, packed ms | ratio | bf16: F.linear, packed ms | ratio |\n|---|---|---|---|---|")
     for rows in (1, 8, 64, 512):
@@ -157,6 +158,17 @@ def kernels() -> None:
                 run = lambda: [mix_blocks(queries, prompt, blocks[:used], seen) for blocks in layers]  # noqa: E731, B023
                 times.append(best(run, 5) * 1e3)
         print(f"| {seen} | {times[0]:.1f}, {times[1]:.1f} | {times[0] / times[1]:.1f} |", flush=True)
+
+    layers = [torch.randn(2, 32, 256, 64) for _ in range(48)]  # DALL·E mini's 16 heads, with guidance; beyond caches
+    query = torch.randn(32, 1, 64)
+    print("\n| keys seen | attention of one candidate, us: fused kernel, two products | ratio |\n|---|---|---|")
+    for seen in (16, 64, 128, 192, 256):
+        times = []
+        for attend in (F.scaled_dot_product_attention, attend_one):
+            with torch.inference_mode():
+                run = lambda: [attend(query, *layer[:, :, :seen]) for layer in layers]  # noqa: E731, B023
+                times.append(best(run, 20) / len(layers) * 1e6)
+        print(f"| {seen} | {times[0]:.0f}, {times[1]:.0f} | {times[0] / times[1]:.1f} |", flush=True)
 
 
 def step_times(decoder: Decoder, candidates: int, positions: list[int]) -> list[float]:

@@ -17,6 +17,9 @@ from dalle_pytorch.generation.linear import keys_dtype, prepare, prepare_head
 from dalle_pytorch.models.dalle_bart import DALLEBart
 from dalle_pytorch.models.mode import eval_mode
 
+TEXT_STEP = 16
+"""Caption positions are read in multiples of it."""
+
 
 class BartState(State):
     """What has been read of pictures, and the prompts."""
@@ -79,7 +82,8 @@ class BartDecoder:
         with eval_mode(dalle):  # no dropout, though the model may be in training
             visible, memory = dalle.visible(padded), dalle.encode_text(padded)
             if self.fused is None:  # a compiled step is translated anew for every length
-                longest = int(visible.any(dim=0).nonzero().max()) + 1  # the padding that all share is not attended to
+                # the padding that all share is not read; in steps, so that a prompt's sums seldom depend on others
+                longest = -(-(int(visible.any(dim=0).nonzero().max()) + 1) // TEXT_STEP) * TEXT_STEP
                 visible, memory = visible[:, :longest], memory[:, :longest]
             keys = self.network.keys(memory)
         x = dalle.embed_bos(len(padded))

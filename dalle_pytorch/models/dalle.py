@@ -348,6 +348,9 @@ class DALLE(nn.Module):
             raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
         if image_tokens.shape[1] != self.num_image_tokens:
             raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
+        expected = (*image_tokens.shape, self.codebook_size)
+        if image_targets is not None and image_targets.shape != expected:
+            raise ValueError(f"image_targets of shape {tuple(image_targets.shape)} given, {expected} expected")
         text_tokens, inputs = self.corrupt(text_tokens, image_tokens, generator)
         padded, h = self.hidden(text_tokens, inputs)
         last = self.config.text_length - 1

@@ -79,7 +79,10 @@ class ImageTokenizer(nn.Module, ABC):
 
 @runtime_checkable
 class CodeLogits(Protocol):
-    """An image tokenizer that finds every code more or less likely, where others know the nearest one only."""
+    """An image tokenizer that finds every code more or less likely, where others give one code only.
+
+    (Checkable while it runs for beartype's sake; ``training.dalle.check_codes`` looks for the method.)
+    """
 
     def encode_logits(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b k h w"]:
         """Code logits of every grid position, from pictures in [0, 1]."""

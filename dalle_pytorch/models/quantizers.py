@@ -60,12 +60,13 @@ class NearestCode(Quantizer):
         super().__init__()
         self.codes = VectorQuantize(
             dim, codebook_size, decay=decay, commitment_weight=commitment, threshold_ema_dead_code=idle,
-            use_cosine_sim=True, rotation_trick=False,
+            use_cosine_sim=True, rotation_trick=False, sync_codebook=False,
         )  # fmt: skip
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors; in training mode the codebook follows them."""
-        vectors, tokens, loss = self.codes(z)
+        # a batch that is not finite would leave no code finite; its step is left out, and so are its averages
+        vectors, tokens, loss = self.codes(z, freeze_codebook=not bool(z.isfinite().all()))
         return Quantized(vectors, tokens, loss.squeeze())
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
@@ -88,7 +89,8 @@ class ScalarGrid(Quantizer):
         from vector_quantize_pytorch import FSQ
 
         super().__init__()
-        self.grid = FSQ(list(levels), dim=dim)
+        with torch.device("cpu"):  # it reads its own table, which has no numbers on a plan's meta device
+            self.grid = FSQ(list(levels), dim=dim)
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors."""
@@ -111,7 +113,9 @@ class LikeliestCode(Quantizer):
 
     Source:
         Shi et al. 2024 (IBQ), https://arxiv.org/abs/2412.02692, section 3.2; the entropy term: Yu et al. 2023
-        (MAGVIT-v2), https://arxiv.org/abs/2310.05737, section 3.1.
+        (MAGVIT-v2), https://arxiv.org/abs/2310.05737, section 3.1. Deviations: distances as in VQ-VAE (codes follow
+        vectors, vectors are held to codes by ``commitment``), where the authors let both follow in one term more and
+        weigh the codes' side; entropies at temperature 1, where they sharpen by 100.
     """
 
     def __init__(self, codebook_size: int, dim: int, *, commitment: float, entropy: float) -> None:

@@ -23,7 +23,7 @@ class VQVAEConfig(ConvConfig):
     """Sizes, likelihood and codebook of a VQVAE."""
 
     codebook_dim: int = 16
-    """Width of a code vector; for vq and ibq a narrow one keeps more codes in use."""
+    """Width of a code vector; the narrow one of vq is ViT-VQGAN's advice (quantizers.NearestCode)."""
     quantizer: str = "vq"
     """"vq" (nearest learnt vector, moving averages), "fsq" (a grid of rounded numbers, ``levels``) or "ibq" (likeliest
     code, gradients for all)."""
@@ -77,7 +77,7 @@ class VQLoss(NamedTuple):
 
 
 class VQVAE(ConvTokenizer):
-    """Encoder, quantiser, decoder; encode and decode are exactly what training sees.
+    """Encoder, quantiser, decoder.
 
     Args:
         config: sizes, likelihood, codebook.
@@ -106,7 +106,9 @@ class VQVAE(ConvTokenizer):
         Raises:
             ValueError: pictures of another shape.
         """
-        codes = self.quantizer(to_sequence(self.encoded(images).float()))
+        features = to_sequence(self.encoded(images)).float()
+        with torch.autocast(images.device.type, enabled=False):  # the codes of encode, also in mixed precision
+            codes = self.quantizer(features)
         output = self.decoder(to_grid(codes.vectors, self.grid_size)).float()
         reconstruction = self.reconstruction_error(output, images)
         return VQLoss(reconstruction + codes.loss, reconstruction, codes.loss, codes.image_tokens)

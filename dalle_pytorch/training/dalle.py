@@ -58,13 +58,11 @@ class TrainDALLEConfig(RunConfig):
         """Validate.
 
         Raises:
-            ValueError: no such image_codes, or soft ones for a network without them.
+            ValueError: no such image_codes.
         """
         super().__post_init__()
         if self.image_codes not in IMAGE_CODES:
             raise ValueError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
-        if self.image_codes == "soft" and self.network == "dalle_bart":
-            raise ValueError("image_codes=soft is not there for network=dalle_bart: use sampled or likeliest")
 
     def sizes(self) -> DALLEConfig | DALLEBartConfig:
         """The settings of the network that is trained."""
@@ -148,14 +146,16 @@ def check_codes(config: TrainDALLEConfig, vae: ImageTokenizer, *, cached: bool) 
         cached: whether the data holds tokens in place of pictures.
 
     Raises:
-        ConfigError: ``vae`` has no distribution over codes, or the data no pictures; names both.
+        ConfigError: the network has no soft loss, ``vae`` no distribution over codes, or the data no pictures.
     """
     if config.image_codes == "likeliest":
         return
+    if config.image_codes == "soft" and config.network == "dalle_bart":
+        raise ConfigError("image_codes=soft is not there for network=dalle_bart: use sampled or likeliest")
     if not hasattr(vae, "encode_logits"):
         raise ConfigError(
-            f"image_codes={config.image_codes} draws codes by their probability, and a {type(vae).__name__} has only "
-            "the nearest one: set image_codes=likeliest"
+            f"image_codes={config.image_codes} draws codes by their probability, and a {type(vae).__name__} gives "
+            "none: set image_codes=likeliest"
         )
     if cached:
         raise ConfigError(

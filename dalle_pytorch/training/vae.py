@@ -1,5 +1,7 @@
 """Training of image tokenizers: the schedules of a DiscreteVAE's loss, and how well codes are used."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -7,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
+from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, VQVAEConfig
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
@@ -19,6 +22,13 @@ AnyVAE: TypeAlias = DiscreteVAE | VQVAE
 
 SHOWN = 16  # pictures in a grid of reconstructions
 NETWORKS = ("dvae", "vq")
+STRANGE = {
+    "dvae": r"[+~]*(vq\.\w+)",
+    "vq": r"[+~]*((?:model|gumbel_tau|kl_weight|usage_weight)\.\w+|(?:gumbel_tau|kl_weight|usage_weight)(?==))",
+}
+"""Settings on a command line that are of the other network."""
+USERS = {"levels": ("fsq",), "decay": ("vq",), "idle": ("vq",), "commitment": ("vq", "ibq"), "entropy": ("ibq",)}
+"""Settings of a VQVAE that not all quantizers have."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +62,26 @@ class TrainVAEConfig(RunConfig):
     def sizes(self) -> DiscreteVAEConfig | VQVAEConfig:
         """The settings of the network that is trained."""
         return self.model if self.network == "dvae" else self.vq
+
+
+def check_settings(config: TrainVAEConfig, overrides: Sequence[str]) -> None:
+    """Refuse settings of the network, or of the quantizer, that is not trained.
+
+    Raises:
+        ConfigError: names the setting, or the experiment that gives sizes to the other network.
+    """
+    size = config.model.image_size
+    for item in overrides:
+        if match := re.match(STRANGE[config.network], item):
+            raise ConfigError(f"{match[1]} is no setting of network={config.network}: leave it out")
+        match = re.match(r"[+~]*vq\.(\w+)", item)
+        if match and config.vq.quantizer not in (users := USERS.get(match[1], QUANTIZERS)):
+            raise ConfigError(f"vq.{match[1]} is for quantizer={' or '.join(users)}, not {config.vq.quantizer}")
+        if config.network == "vq" and item.startswith("experiment=") and config.vq.image_size != size:
+            raise ConfigError(
+                f"{item} is for pictures of {size} pixels, and vq.image_size is {config.vq.image_size}: give the "
+                f"sizes as vq.*, as vq.image_size={size}"
+            )
 
 
 class LitVAE(LitBase[AnyVAE]):
