@@ -11,11 +11,13 @@ from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.pretrained_vaes import OpenAIDiscreteVAE, VQGanVAE
 
 __all__ = [
     "CLIP",
     "DALLE",
+    "VQVAE",
     "CLIPConfig",
     "DALLEConfig",
     "DiscreteVAE",
@@ -26,6 +28,7 @@ __all__ = [
     "OpenAIDiscreteVAE",
     "SamplingConfig",
     "VQGanVAE",
+    "VQVAEConfig",
     "caption_picture",
     "image_log_likelihood",
     "load",
