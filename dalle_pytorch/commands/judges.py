@@ -16,6 +16,7 @@ from dalle_pytorch.data.factors import class_captions
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.evaluation.clip import evaluate_clip
+from dalle_pytorch.evaluation.codecs import CODECS
 from dalle_pytorch.evaluation.completion import Eyes, complete, evaluate_completion
 from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, evaluate_likelihood
 from dalle_pytorch.evaluation.features import (
@@ -111,13 +112,13 @@ def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, meas
     """An image tokenizer."""
     networks = networks_of(config, next(vae.parameters()).device)
     samples = samples_of(shards, config, vae.image_size)
-    options = {} if config.codecs else {"codecs": ()}
+    tokens, decoded = reconstruct(vae, samples.images)
     found = evaluate_image_tokenizer(
-        vae, samples.images, measure, lpips=networks.lpips, extractors=networks.extractors, **options
-    )
+        vae, samples.images, measure, lpips=networks.lpips, extractors=networks.extractors,
+        codecs=CODECS if config.codecs else (), reconstructed=(tokens, decoded),
+    )  # fmt: skip
     if (probe := networks.probe) is None:
         return found
-    decoded = reconstruct(vae, samples.images)[1]
     kept = evaluate_following(probe, decoded[:, None], samples.factors, samples.images, measure, words=KEPT)
     return join([found, kept])
 

@@ -61,6 +61,7 @@ def evaluate_image_tokenizer(
     lpips: LPIPS | None = None,
     extractors: Sequence[Extractor] = (),
     codecs: Sequence[str] = CODECS,
+    reconstructed: tuple[Int[Tensor, "b n"], Float[Tensor, "b c H W"]] | None = None,
 ) -> Evaluation:
     """All numbers of an image tokenizer, and a grid of its best and worst reconstructions.
 
@@ -71,11 +72,12 @@ def evaluate_image_tokenizer(
         lpips: for lpips_vgg; None = left out.
         extractors: for the distance between originals and reconstructions: rfid, or rfid_clip.
         codecs: which to set beside it, of "JPEG" and "WEBP"; needs RGB.
+        reconstructed: what ``reconstruct`` gave for them; None = done here.
 
     Raises:
         ValueError: pictures of another size, or too few.
     """
-    tokens, decoded = reconstruct(vae, images)
+    tokens, decoded = reconstruct(vae, images) if reconstructed is None else reconstructed
     metrics = near(decoded, images, measure)
     if lpips is not None:
         seen = Extractor("vgg16 with lpips heads 0.1", "own size", weights_sha256(lpips), lpips, lambda x: x)

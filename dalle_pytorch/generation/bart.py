@@ -18,7 +18,7 @@ from dalle_pytorch.models.dalle_bart import DALLEBart
 from dalle_pytorch.models.mode import eval_mode
 
 TEXT_STEP = 16
-"""Caption positions are read in multiples of it."""
+"""Caption positions are read in multiples of it: captions of up to 14 tokens, with their two ends, are then alike."""
 
 
 class BartState(State):

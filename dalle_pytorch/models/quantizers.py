@@ -66,7 +66,8 @@ class NearestCode(Quantizer):
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors; in training mode the codebook follows them."""
         # a batch that is not finite would leave no code finite; its step is left out, and so are its averages
-        vectors, tokens, loss = self.codes(z, freeze_codebook=not bool(z.isfinite().all()))
+        broken = self.training and not bool(z.isfinite().all())
+        vectors, tokens, loss = self.codes(z, freeze_codebook=broken)
         return Quantized(vectors, tokens, loss.squeeze())
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
