@@ -86,7 +86,7 @@ def settings(shards, out, *more):
 
 
 def wait_for(condition, state):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # a loaded machine starts a process in half a minute
     while not condition():
         assert time.monotonic() < deadline, "\n".join(path.read_text()[-3000:] for path in state.glob("*"))
         time.sleep(0.01)
@@ -147,5 +147,5 @@ def test_a_background_process_of_this_machine(shards, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "submitted job" in done.stdout
     jobs = out / "jobs"
-    wait_for((out / "vae.safetensors").exists, jobs)
-    assert "vae.safetensors" in next(jobs.glob("*.log")).read_text()
+    wait_for(lambda: any("vae.safetensors" in log.read_text() for log in jobs.glob("*.log")), jobs)
+    assert (out / "vae.safetensors").exists()
