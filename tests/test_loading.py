@@ -415,3 +415,21 @@ def test_exported_folders_come_back(make_dalle, tmp_path):
     result = subprocess.run(run, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "holds files already" in result.stderr
+
+
+def test_an_export_may_be_half_as_large(make_dalle, tmp_path, monkeypatch, capsys):
+    dalle = make_dalle(text_vocab_size=262)
+    checkpoint.save(dalle, tmp_path / "dalle.safetensors")
+    arguments = ["export", f"weights={tmp_path / 'dalle.safetensors'}", "precision=fp16"]
+    monkeypatch.setattr(sys, "argv", [*arguments, f"out={tmp_path / 'half'}"])
+    export.main()
+    half = dalle_pytorch.load(tmp_path / "half", dtype=None).state_dict()
+    assert all(torch.equal(half[name], tensor.half()) for name, tensor in dalle.state_dict().items())
+    with torch.no_grad():
+        dalle.image_head.bias[0] = 1e6
+    checkpoint.save(dalle, tmp_path / "dalle.safetensors", overwrite=True)
+    monkeypatch.setattr(sys, "argv", [*arguments, f"out={tmp_path / 'large'}"])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert "image_head.bias is not finite with precision=fp16: choose bf16" in capsys.readouterr().err
+    assert not (tmp_path / "large").exists()

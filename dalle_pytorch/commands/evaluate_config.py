@@ -6,6 +6,7 @@ from dalle_pytorch.data.datamodule import DataConfig
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.sweep import SweepConfig
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.ranges import at_least_one, not_negative
 
 
 @dataclass(kw_only=True)
@@ -73,14 +74,10 @@ class EvaluateConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("max_samples", "max_train", "caption", "num_prompts", "halves"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        not_negative(self, "max_samples", "max_train", "caption", "num_prompts", "halves")
         if any(radius < 0 for radius in self.blurs):
             raise ValueError(f"blurs must not be negative, got {self.blurs}")
-        for name in ("num_candidates", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "num_candidates", "threads")
         if self.rounds < 2 or self.halves == 1:
             raise ValueError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
         if self.ranker is not None and self.judge is None:

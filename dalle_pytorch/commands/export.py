@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
@@ -24,6 +25,7 @@ from dalle_pytorch.loading import load_with_header
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TASKS = {
     "dalle": "text-to-image",
     "clip": "zero-shot-image-classification",
@@ -54,16 +56,28 @@ class ExportConfig:
     """Licence of the weights, in the hub's spelling (mit, apache-2.0, ...); null = the card says that none is known."""
     description: str = ""
     """A paragraph for the card."""
+    precision: str = "stored"
+    """Of the weights: "fp16" or "bf16" make files half as large as "fp32"; "stored" = as they are."""
     push: str | None = None
     """Id of the hub, owner/name, to upload to; null = upload nothing. Needs HF_TOKEN."""
     private: bool = True
     """Make the repository private, if it is new."""
 
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: no such precision.
+        """
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
 
 @entry("export", ExportConfig)
 def main(config: ExportConfig) -> None:
     """Write the folder, and upload it where asked."""
-    model, head = load_with_header(config.weights, dtype=None)
+    model, head = load_with_header(config.weights, dtype=PRECISIONS[config.precision])
+    check_finite(model, config)
     folder = new_folder(config.out)
     head = checkpoint.header(model, head["training"])
     checkpoint.save(model, folder / checkpoint.HUB_FILE, training=head["training"])
@@ -72,6 +86,20 @@ def main(config: ExportConfig) -> None:
     log.info("%s: %s", head["kind"], folder)
     if config.push is not None:
         log.info("%s", push(folder, config.push, private=config.private))
+
+
+def check_finite(model: nn.Module, config: ExportConfig) -> None:
+    """Refuse weights that a precision cannot hold.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{config.weights}: {name} is not finite with precision={config.precision}: choose bf16 or fp32, whose "
+                "range is wider, unless it is not finite there either"
+            )
 
 
 def without_tokenizer(head: Header) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.stream import Stream, StreamLoader, expand, is_stream
 from dalle_pytorch.data.tokens import TokenShards, open_shards
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.ranges import at_least_one, not_negative
 from dalle_pytorch.text import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,9 @@ class DataConfig(AugmentationConfig):
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("batch_size", "shuffle_buffer", "epoch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "batch_size", "shuffle_buffer", "epoch_size")
         super().__post_init__()
-        for name in ("num_workers", "token_crops"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        not_negative(self, "num_workers", "token_crops")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
         if self.crop and self.cache_decoded:

@@ -35,6 +35,7 @@ from dalle_pytorch.data.tar import GZIP_SUFFIX
 from dalle_pytorch.data.tokens import TokenShards, smallest_type
 from dalle_pytorch.loading import load_vae
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.ranges import at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ class EncodeConfig(AugmentationConfig):
             ValueError: a field is out of range; names it.
         """
         super().__post_init__()
-        if self.crops < 1:
-            raise ValueError(f"crops must be at least 1, got {self.crops}")
+        at_least_one(self, "crops")
         if self.crops > 1 and not self.augments:
             raise ValueError(f"crops={self.crops} without jitter, crop or flip would be equal: set one of them")
 

@@ -17,6 +17,7 @@ from dalle_pytorch.data.emoji_names import slug
 from dalle_pytorch.data.images import fit, open_rgb
 from dalle_pytorch.data.index import hash_share, write_json
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.ranges import at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        at_least_one(self, "image_size")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share}")
         if not 0 <= self.max_bad_share <= 1:

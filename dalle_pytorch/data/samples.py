@@ -17,6 +17,7 @@ from dalle_pytorch.data.batches import Batch, Position
 from dalle_pytorch.data.images import decode_image, random_crop, random_flip, random_resized_crop
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tokens import TokenShards
+from dalle_pytorch.ranges import not_negative
 from dalle_pytorch.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class AugmentationConfig:
         Raises:
             ValueError: a negative jitter, or crop without resize.
         """
-        if self.jitter < 0:
-            raise ValueError(f"jitter must not be negative, got {self.jitter}")
+        not_negative(self, "jitter")
         if self.crop and not self.resize:
             raise ValueError("crop cuts from pictures larger than the model's: set resize=true as well")
 

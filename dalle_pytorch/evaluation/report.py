@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.evaluation.bootstrap import Interval
+from dalle_pytorch.ranges import at_least_one
 
 VERSION = 1
 Setting: TypeAlias = str | int | float | bool | None
@@ -44,8 +45,7 @@ class Metric:
         """
         if not math.isfinite(self.value):
             raise ValueError(f"the value is {self.value}; look for NaN in the model's output")
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+        at_least_one(self, "count")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"interval {self.interval} must have its lower end first")
         if (self.extractor is None) != (self.weights_sha256 is None):

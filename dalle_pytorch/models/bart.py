@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.models.attention import EncoderView, LayerView
 from dalle_pytorch.models.linear import Linear
+from dalle_pytorch.ranges import at_least_one
 
 EPS = 1e-5  # of every norm, as in dalle-mini
 
@@ -49,9 +50,7 @@ class BartConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("dim", "encoder_layers", "decoder_layers", "heads", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "dim", "encoder_layers", "decoder_layers", "heads", "ffn_dim")
         if self.dim % self.heads:
             raise ValueError(f"dim ({self.dim}) must be divisible by heads ({self.heads})")
         if not 0 <= self.dropout < 1:

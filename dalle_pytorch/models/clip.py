@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.models.attention import EncoderView
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
+from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.text import TextTokenizer
 
 LOSSES = ("infonce", "siglip")
@@ -65,12 +66,10 @@ class CLIPConfig:
         """
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        for name in (
-            *("dim_text", "dim_image", "dim_latent", "text_vocab_size", "text_len", "text_enc_depth", "text_heads"),
-            *("visual_enc_depth", "visual_heads", "image_size", "patch_size", "channels"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(
+            self, "dim_text", "dim_image", "dim_latent", "text_vocab_size", "text_len", "text_enc_depth",
+            "text_heads", "visual_enc_depth", "visual_heads", "image_size", "patch_size", "channels",
+        )  # fmt: skip
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.image_size % self.patch_size:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.ranges import at_least_one, not_negative
 
 LIKELIHOODS = ("mse", "smooth_l1", "logit_laplace")
 LOGIT_LAPLACE_EPS = 0.1  # section A.3: keeps pixels away from 0 and 1, where the density diverges
@@ -53,9 +54,7 @@ class ConvConfig:
         Raises:
             ValueError: a field is out of range.
         """
-        for name in ("image_size", "num_layers", "codebook_size", "codebook_dim", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "image_size", "num_layers", "codebook_size", "codebook_dim", "hidden_dim")
         if self.image_size % 2**self.num_layers:
             raise ValueError(
                 f"image_size ({self.image_size}) must be a multiple of 2 ** num_layers ({2**self.num_layers})"
@@ -67,8 +66,7 @@ class ConvConfig:
                 f"taper halves the channels {self.num_layers - 1} times: hidden_dim ({self.hidden_dim}) must be a "
                 f"multiple of {2 ** (self.num_layers - 1)}"
             )
-        if self.num_resnet_blocks < 0:
-            raise ValueError(f"num_resnet_blocks must not be negative, got {self.num_resnet_blocks}")
+        not_negative(self, "num_resnet_blocks")
         if self.likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
         for name in ("mean", "std"):

@@ -27,6 +27,7 @@ from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy
 from dalle_pytorch.models.patterns import pattern_mask
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
+from dalle_pytorch.ranges import at_least_one, not_negative
 from dalle_pytorch.text import TextTokenizer
 
 POSITIONS = ("rotary", "learned", "both", "flat")
@@ -77,9 +78,7 @@ class DALLEConfig(TransformerConfig):
             ValueError: a field is out of range; names it.
         """
         super().__post_init__()
-        for name in ("text_vocab_size", "text_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "text_vocab_size", "text_len")
         if not self.attn_types:
             raise ValueError("attn_types is empty; name at least one pattern, e.g. [full]")
         for pattern in self.attn_types:
@@ -99,9 +98,7 @@ class DALLEConfig(TransformerConfig):
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("loss_img_weight", "z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        not_negative(self, "loss_img_weight", "z_loss")
         if self.shift_tokens and self.dim % 4:
             raise ValueError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
 

@@ -23,6 +23,7 @@ from dalle_pytorch.models.bart import EPS, BartConfig, Decoder, Encoder, drop
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy
+from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.text import TextTokenizer
 
 
@@ -56,9 +57,7 @@ class DALLEBartConfig(BartConfig):
             ValueError: a field is out of range; names it.
         """
         super().__post_init__()
-        for name in ("image_vocab_size", "grid_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "image_vocab_size", "grid_size")
         if self.text_positions < 3:
             raise ValueError(f"text_positions must be at least 3 (<s>, a token, </s>), got {self.text_positions}")
         if not 0 <= self.caption_dropout < 1:

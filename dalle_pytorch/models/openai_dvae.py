@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.ranges import at_least_one
 
 GROUPS = 4  # of blocks; the resolution changes between them, so that 8 x 8 pixels share a token
 LOGIT_LAPLACE_EPS = 0.1  # section A.3
@@ -49,9 +50,7 @@ class OpenAIDVAEConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("image_size", "hidden_dim", "init_dim", "num_blocks", "codebook_size", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "image_size", "hidden_dim", "init_dim", "num_blocks", "codebook_size", "channels")
         for name, factor in (("image_size", 2 ** (GROUPS - 1)), ("hidden_dim", 4)):
             if getattr(self, name) % factor:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of {factor}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.models.clip_resnet import ModifiedResNet
 from dalle_pytorch.models.clip_towers import ACTIVATIONS, TextTower, VisionTransformer
+from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.text import TextTokenizer
 
 IMAGE_POOLS, TEXT_POOLS = ("class", "attention"), ("end", "last")
@@ -105,12 +106,10 @@ class PretrainedCLIPConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in (
-            *("embed_dim", "image_size", "patch_size", "image_width", "image_depth", "image_heads", "image_hidden"),
-            *("text_vocab_size", "text_width", "text_depth", "text_heads", "text_hidden", "text_len"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(
+            self, "embed_dim", "image_size", "patch_size", "image_width", "image_depth", "image_heads",
+            "image_hidden", "text_vocab_size", "text_width", "text_depth", "text_heads", "text_hidden", "text_len",
+        )  # fmt: skip
         for name, known in (
             *(("image_pool", IMAGE_POOLS), ("text_pool", TEXT_POOLS), ("resize", RESIZES)),
             *(("interpolation", INTERPOLATIONS), ("image_activation", ACTIVATIONS), ("text_activation", ACTIVATIONS)),

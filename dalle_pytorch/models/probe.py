@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dalle_pytorch.ranges import at_least_one
+
 GROUPS = 8
 """Of GroupNorm."""
 UNKNOWN = -1
@@ -52,9 +54,7 @@ class ProbeConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("stages", "blocks", "image_size", "cells", "num_features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "stages", "blocks", "image_size", "cells", "num_features")
         if self.image_size % 2**self.stages:
             raise ValueError(f"image_size must be a multiple of 2 ** stages = {2**self.stages}, got {self.image_size}")
         if self.cells > (grid := self.image_size // 2**self.stages):

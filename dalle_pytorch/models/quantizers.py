@@ -38,6 +38,10 @@ class Quantizer(nn.Module, ABC):
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The codes' vectors."""
 
+    def share(self) -> None:
+        """Learn from the batches of all processes from now on; what learns by gradients does so anyway."""
+        return
+
 
 class NearestCode(Quantizer):
     """The nearest of learnt vectors, which follow the mean of what they stand for; idle ones move to where data is.
@@ -69,6 +73,10 @@ class NearestCode(Quantizer):
         broken = self.training and not bool(z.isfinite().all())
         vectors, tokens, loss = self.codes(z, freeze_codebook=broken)
         return Quantized(vectors, tokens, loss.squeeze())
+
+    def share(self) -> None:
+        """Follow the vectors of all processes. Codes that each of them moves are the first's, as DDP has buffers."""
+        self.codes._codebook.all_reduce_fn = torch.distributed.all_reduce
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The codes' vectors, of unit length."""

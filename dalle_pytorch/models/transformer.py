@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle_pytorch.models.attention import Attention, LayerView
 from dalle_pytorch.models.gradient_scaling import GradientScale
 from dalle_pytorch.models.linear import Linear
+from dalle_pytorch.ranges import at_least_one
 
 
 @dataclass(kw_only=True)
@@ -67,9 +68,7 @@ class TransformerConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        for name in ("dim", "depth", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "dim", "depth", "heads", "head_dim")
         for name in ("attn_dropout", "ff_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, Quantizer, ScalarGrid, to_grid, to_sequence
+from dalle_pytorch.ranges import not_negative
 
 QUANTIZERS = ("vq", "fsq", "ibq")
 
@@ -58,9 +59,7 @@ class VQVAEConfig(ConvConfig):
             raise ValueError(f"levels are those of quantizer=fsq; with {self.quantizer} leave them empty")
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must lie in (0, 1), got {self.decay}")
-        for name in ("idle", "commitment", "entropy"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        not_negative(self, "idle", "commitment", "entropy")
 
 
 class VQLoss(NamedTuple):

@@ -13,6 +13,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dalle_pytorch.ranges import at_least_one
+
 QUANTIZERS = ("vq", "gumbel")
 PIXEL_RANGES = ("minus_one_to_one", "zero_to_one")
 NORM_GROUPS = 32  # of every GroupNorm, in all of these models
@@ -57,9 +59,7 @@ class VQGANConfig:
         Raises:
             ValueError: a field is out of range.
         """
-        for name in ("image_size", "channels", "ch", "num_res_blocks", "z_channels", "embed_dim", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "image_size", "channels", "ch", "num_res_blocks", "z_channels", "embed_dim", "codebook_size")
         if not self.ch_mult or min(self.ch_mult) < 1 or any(self.ch * mult % NORM_GROUPS for mult in self.ch_mult):
             raise ValueError(
                 f"ch ({self.ch}) times every one of ch_mult ({self.ch_mult}) must be a multiple of {NORM_GROUPS}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.ranges import at_least_one, not_negative
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.preemption import StopOnSignal
 from dalle_pytorch.training.stability import ActivationScales
@@ -48,12 +49,8 @@ class CallbacksConfig:
         """
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), 0 = off; got {self.ema_decay}")
-        if self.picture_every < 0:
-            raise ValueError(f"picture_every must not be negative, got {self.picture_every}")
-        if self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
-        if self.keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
+        not_negative(self, "picture_every")
+        at_least_one(self, "checkpoint_every", "keep_last")
         if self.keep not in ("best", "last"):
             raise ValueError(f'keep must be "best" or "last", got {self.keep!r}')
 

@@ -11,6 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dalle_pytorch.models.blocks import STACKS
+from dalle_pytorch.ranges import not_negative
 from dalle_pytorch.training.schedules import LR_SCHEDULES, lr_factor
 
 KINDS = ("adamw", "muon", "adamw8bit")
@@ -59,9 +60,7 @@ class OptimConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"muon_momentum must lie in [0, 1), got {self.muon_momentum}")
-        for name in ("weight_decay", "warmup_steps", "clip", "halvings"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        not_negative(self, "weight_decay", "warmup_steps", "clip", "halvings")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.schedule not in LR_SCHEDULES:

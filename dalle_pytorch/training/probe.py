@@ -11,6 +11,7 @@ from torch import Tensor
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.probe import UNKNOWN, Probe, ProbeConfig
+from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 
@@ -36,8 +37,7 @@ class TrainProbeConfig(RunConfig):
             ValueError: a field is out of range, or classes are given; names it.
         """
         super().__post_init__()
-        if self.min_pictures < 1:
-            raise ValueError(f"min_pictures must be at least 1, got {self.min_pictures}")
+        at_least_one(self, "min_pictures")
         if not 0 <= self.soft <= 1:
             raise ValueError(f"soft must lie in [0, 1], got {self.soft}")
         if self.model.classes:

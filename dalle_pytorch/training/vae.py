@@ -75,7 +75,8 @@ def check_settings(config: TrainVAEConfig, overrides: Sequence[str]) -> None:
         if match := re.match(STRANGE[config.network], item):
             raise ConfigError(f"{match[1]} is no setting of network={config.network}: leave it out")
         match = re.match(r"[+~]*vq\.(\w+)", item)
-        if match and config.vq.quantizer not in (users := USERS.get(match[1], QUANTIZERS)):
+        # an empty list is how the levels of an experiment are taken back
+        if match and not item.endswith("=[]") and config.vq.quantizer not in (users := USERS.get(match[1], QUANTIZERS)):
             raise ConfigError(f"vq.{match[1]} is for quantizer={' or '.join(users)}, not {config.vq.quantizer}")
         if config.network == "vq" and item.startswith("experiment=") and config.vq.image_size != size:
             raise ConfigError(
@@ -98,6 +99,11 @@ class LitVAE(LitBase[AnyVAE]):
         self.gumbel_tau, self.kl_weight, self.usage_weight = config.gumbel_tau, config.kl_weight, config.usage_weight
         self.usage = torch.zeros(net.codebook_size)
         self.squared_error, self.subpixels = 0.0, 0
+
+    def on_fit_start(self) -> None:
+        """Several processes learn one codebook."""
+        if isinstance(self.net, VQVAE) and self.trainer.world_size > 1:
+            self.net.quantizer.share()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch, under the schedules of this step."""

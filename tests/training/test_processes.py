@@ -111,6 +111,16 @@ def test_a_sharded_dalle_mini_takes_the_same_steps(odd_shards, vae_file, tmp_pat
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+def test_two_processes_learn_one_codebook(odd_shards, tmp_path):
+    """Its moving averages are no parameters, so that averaged gradients do not reach them."""
+    more = ["model=vq", "vq.image_size=16", "vq.num_layers=2", "vq.hidden_dim=16", "vq.num_resnet_blocks=1"]
+    for name, processes in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp", *TWO])):
+        arguments = settings(odd_shards, tmp_path / name, *more, "vq.idle=0", "vq.decay=0.5", *processes)
+        train("train_vae", *[item for item in arguments if item != "model=tiny"])
+    a, b = (dalle_pytorch.load(tmp_path / name / "vae.safetensors").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
 def test_compressed_gradients_stay_near(odd_shards, dalle, one, tmp_path):
     """Of rank 8 where the widest matrices have 32: another path, not another training."""
     power = ["trainer=powersgd", "trainer.strategy.rank=8", "trainer.strategy.start_step=2"]

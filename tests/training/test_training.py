@@ -53,8 +53,9 @@ def test_train_vae(shards, tmp_path, run_command):
 @pytest.mark.parametrize("codebook", ["vq", "fsq", "ibq"])
 def test_a_resumed_run_of_another_codebook_ends_as_one_that_did_not_stop(shards, tmp_path, run_command, codebook):
     """Idle codes of vq are moved at random, and its averages are no parameters."""
-    more = ["vq.idle=1", "vq.decay=0.5"] if codebook == "vq" else []
-    more += [f"model={codebook}", "vq.image_size=16", "vq.num_layers=2", "vq.hidden_dim=16", "vq.num_resnet_blocks=1"]
+    more = {"vq": ["model=vq", "vq.idle=1", "vq.decay=0.5"], "fsq": ["model=fsq"]}.get(codebook, [])
+    more = more or ["model=fsq", "vq.quantizer=ibq", "vq.levels=[]"]  # from one quantizer to another
+    more += ["vq.image_size=16", "vq.num_layers=2", "vq.hidden_dim=16", "vq.num_resnet_blocks=1"]
     more += [
         "callbacks.keep=last",
         "optim.schedule=constant",

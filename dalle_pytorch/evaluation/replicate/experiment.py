@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from dalle_pytorch.ranges import at_least_one
+
 NUMBER = r"([\w.+-]+)\[([^\]]+)\]"  # psnr[arm]
 SIDE = re.compile(rf"{NUMBER}(?: - {NUMBER})?")
 CONSTANT = re.compile(r"-?[\d.]+(e-?\d+)?")
@@ -62,8 +64,7 @@ class ReplicateConfig:
             raise ValueError(f"arms ({list(self.arms)}) and seeds ({self.seeds}) must not be empty")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, got {self.seeds}")
-        if self.jobs < 1:
-            raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        at_least_one(self, "jobs")
         for text in self.expect:
             for number in (number for claim in parse(text) for side in claim for number in numbers(side)):
                 if number.arm not in self.arms:

@@ -23,6 +23,7 @@ from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.evaluation.replicate import cached, dalles
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, settings_of
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
+from dalle_pytorch.ranges import not_negative
 from dalle_pytorch.training.optim import OptimConfig, inner_matrices, make_optimizer, make_scheduler
 
 POLICIES = ("warm", "fixed", "resampled")
@@ -61,8 +62,7 @@ class PowerSGDConfig:
         """
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if self.rank < 0:
-            raise ValueError(f"rank must not be negative, got {self.rank}")
+        not_negative(self, "rank")
         if self.workers < 1 or self.batch_size % self.workers:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of workers ({self.workers})")
 
