@@ -62,6 +62,7 @@ class NearestCode(Quantizer):
         from vector_quantize_pytorch import VectorQuantize
 
         super().__init__()
+        self.shared = False
         self.codes = VectorQuantize(
             dim, codebook_size, decay=decay, commitment_weight=commitment, threshold_ema_dead_code=idle,
             use_cosine_sim=True, rotation_trick=False, sync_codebook=False,
@@ -69,13 +70,22 @@ class NearestCode(Quantizer):
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors; in training mode the codebook follows them."""
-        # a batch that is not finite would leave no code finite; its step is left out, and so are its averages
-        broken = self.training and not bool(z.isfinite().all())
-        vectors, tokens, loss = self.codes(z, freeze_codebook=broken)
+        vectors, tokens, loss = self.codes(z, freeze_codebook=self.training and not self._all_finite(z))
         return Quantized(vectors, tokens, loss.squeeze())
+
+    def _all_finite(self, z: Float[Tensor, "b n d"]) -> bool:
+        """Whether a step's vectors are finite, of all processes that learn one codebook, or one would wait for another.
+
+        A batch that is not finite would leave no code finite; its step is left out, and so are its averages.
+        """
+        finite = z.isfinite().all().int()
+        if self.shared:
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return bool(finite)
 
     def share(self) -> None:
         """Follow the vectors of all processes. Codes that each of them moves are the first's, as DDP has buffers."""
+        self.shared = True
         self.codes._codebook.all_reduce_fn = torch.distributed.all_reduce
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:

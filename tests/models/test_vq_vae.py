@@ -7,7 +7,7 @@ import torch
 
 import dalle_pytorch
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.quantizers import LikeliestCode, to_grid, to_sequence
+from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, to_grid, to_sequence
 from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, VQVAEConfig
 
 SETTINGS = {
@@ -175,3 +175,20 @@ def test_a_checkpoint_comes_back(vae, tmp_path):
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         VQVAEConfig(**settings)
+
+
+def test_a_codebook_that_processes_share_waits_where_one_batch_is_not_finite(monkeypatch):
+    """All must leave the step out together: one that went on would wait for sums that never come."""
+    reduced = []
+
+    def as_another_process_had(tensor, *_):
+        reduced.append(tensor.numel())
+        tensor.zero_()  # its batch was not finite
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", as_another_process_had)
+    codes = NearestCode(8, 4, decay=0.5, commitment=0.25, idle=0.0).train()
+    codes.share()
+    before = {name: tensor.clone() for name, tensor in codes.state_dict().items()}
+    codes(torch.randn(2, 6, 4))
+    assert reduced == [1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in codes.state_dict().items())
