@@ -16,6 +16,10 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+SHARPNESS = 100.0
+"""IBQ's entropies are of softmaxes so much sharper (its authors' temperature 0.01): over short vectors a softmax is
+almost uniform, and then the entropy of all choices is high although one code is chosen everywhere."""
+
 
 class Quantized(NamedTuple):
     """Codes of a batch."""
@@ -134,7 +138,7 @@ class LikeliestCode(Quantizer):
         Shi et al. 2024 (IBQ), https://arxiv.org/abs/2412.02692, section 3.2; the entropy term: Yu et al. 2023
         (MAGVIT-v2), https://arxiv.org/abs/2310.05737, section 3.1. Deviations: distances as in VQ-VAE (codes follow
         vectors, vectors are held to codes by ``commitment``), where the authors let both follow in one term more and
-        weigh the codes' side; entropies at temperature 1, where they sharpen by 100.
+        weigh the codes' side; codes begin with unit length, where theirs begin near 0.
     """
 
     def __init__(self, codebook_size: int, dim: int, *, commitment: float, entropy: float) -> None:
@@ -144,14 +148,16 @@ class LikeliestCode(Quantizer):
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors."""
-        log_p = (z @ self.codes.T).log_softmax(dim=-1)
-        tokens = log_p.argmax(dim=-1)
+        logits = z @ self.codes.T
+        tokens = logits.argmax(dim=-1)
         if not self.training:
             return Quantized(self.vectors(tokens), tokens, z.new_zeros(()))
-        p = log_p.exp()
+        p, log_sharp = logits.softmax(dim=-1), (SHARPNESS * logits).log_softmax(dim=-1)
+        sharp = log_sharp.exp()
         vectors = (F.one_hot(tokens, len(self.codes)) - p.detach() + p) @ self.codes
         distance = F.mse_loss(vectors, z.detach()) + self.commitment * F.mse_loss(z, vectors.detach())
-        of_each, of_all = -(p * log_p).sum(dim=-1).mean(), torch.special.entr(p.mean(dim=(0, 1))).sum()
+        of_each = -(sharp * log_sharp).sum(dim=-1).mean()
+        of_all = torch.special.entr(sharp.mean(dim=(0, 1))).sum()
         return Quantized(vectors, tokens, distance + self.entropy * (of_each - of_all))
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:

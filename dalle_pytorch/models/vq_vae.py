@@ -36,8 +36,9 @@ class VQVAEConfig(ConvConfig):
     """vq: codes that stand for fewer vectors of a batch, on average, are put on one of them."""
     commitment: float = 0.25
     """vq, ibq: weight of the distance from the encoder's vectors to their codes."""
-    entropy: float = 0.05
-    """ibq: weight of sure choices and of all codes in use."""
+    entropy: float = 0.002
+    """ibq: weight of sure choices and of all codes in use (authors': 0.05, beside larger losses than a picture's error;
+    docs/experiments.md)."""
 
     def __post_init__(self) -> None:
         """Validate.

@@ -12,6 +12,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.header import header
@@ -42,6 +43,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
         super().__init__()
         self.net, self.optim, self.seed = net, optim, seed
         self.skipped, self.sharded = SkippedSteps(), False
+        self.settings: list[dict[str, Any]] = []
 
     @property
     def total_steps(self) -> int:
@@ -52,8 +54,19 @@ class LitBase(pl.LightningModule, Generic[Net]):
         """The optimiser with decay groups, its learning rate set anew in every step."""
         # The loss scaling of float16 comes off before clipping, which a fused optimiser would do itself and later.
         optimizer = make_optimizer(self.net, self.optim, fused=str(self.trainer.precision) != "16-mixed")
+        self.settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         scheduler = make_scheduler(optimizer, self.optim, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Take rates and decays from the settings: a checkpoint brings along those that it was trained with."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [settings["lr"] for settings in self.settings]
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, settings in zip(optimizer.param_groups, self.settings, strict=True):
+            group.update(settings, initial_lr=settings["lr"], lr=settings["lr"] * factor)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

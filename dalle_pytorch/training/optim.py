@@ -39,9 +39,12 @@ class OptimConfig:
     warmup_steps: int = 100
     """Steps to the full learning rate; 0 = none."""
     schedule: str = "cosine"
-    """"cosine" over the whole training, "paper" (halved now and then), or "constant"."""
+    """"cosine" over the whole training, "wsd" (constant and at the end a line down: a training that is not there yet
+    can be lengthened), "paper" (halved now and then), or "constant"."""
     lr_min_ratio: float = 0.05
-    """Last learning rate of the cosine, as part of the highest."""
+    """Last learning rate of the cosine and of wsd, as part of the highest."""
+    decay_share: float = 0.2
+    """Part of the training in which "wsd" goes down."""
     halvings: int = 5
     """How often "paper" halves the learning rate."""
     clip: float = 1.0
@@ -67,6 +70,8 @@ class OptimConfig:
             raise ValueError(f"schedule must be one of {', '.join(LR_SCHEDULES)}, got {self.schedule!r}")
         if not 0 <= self.lr_min_ratio <= 1:
             raise ValueError(f"lr_min_ratio must lie in [0, 1], got {self.lr_min_ratio}")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
 
 
 def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -164,6 +169,7 @@ def make_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int) 
             schedule=config.schedule,
             min_ratio=config.lr_min_ratio,
             halvings=config.halvings,
+            decay_share=config.decay_share,
         ),
     )
 

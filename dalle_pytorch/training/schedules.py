@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 SHAPES = ("half_cosine", "quarter_cosine", "linear", "constant")
-LR_SCHEDULES = ("cosine", "paper", "constant")
+LR_SCHEDULES = ("cosine", "wsd", "paper", "constant")
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,14 @@ def scheduled(config: ScheduleConfig, step: int, total_steps: int) -> float:
 
 
 def lr_factor(
-    step: int, *, total_steps: int, warmup_steps: int, schedule: str, min_ratio: float, halvings: int = 5
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    schedule: str,
+    min_ratio: float,
+    halvings: int = 5,
+    decay_share: float = 0.2,
 ) -> float:
     """What the learning rate is multiplied by at a step: linear warm-up, then what the schedule says.
 
@@ -71,12 +78,16 @@ def lr_factor(
         step: optimiser steps taken, from 0; the first step already moves (1 / warmup_steps).
         total_steps: of the whole training.
         warmup_steps: steps to the full rate; 0 = none.
-        schedule: "cosine" (half a cosine down to ``min_ratio`` at the last step), "paper" (halved ``halvings`` times)
-            or "constant".
-        min_ratio: last factor of the cosine, in [0, 1].
+        schedule: "cosine" (half a cosine down to ``min_ratio`` at the last step), "wsd" (1, and a line down to
+            ``min_ratio`` in the last ``decay_share`` of the training), "paper" (halved ``halvings`` times) or
+            "constant".
+        min_ratio: last factor of the cosine and of wsd, in [0, 1].
         halvings: of "paper", at least 0.
+        decay_share: of "wsd", in (0, 1].
 
     Source:
+        "wsd", warm-up, stable, decay: Hu et al. 2024 (MiniCPM), https://arxiv.org/abs/2404.06395, section 4; a line and
+        a fifth of the training: Hägele et al. 2024, https://arxiv.org/abs/2405.18392, section 4.
         "paper": Ramesh et al. 2021, section B.2: halved at each apparent plateau of the loss, five times in all. We
         deviate and look at no loss: the halvings divide what follows the warm-up into ``halvings + 1`` equal parts.
     """
@@ -87,4 +98,7 @@ def lr_factor(
     done, whole = step - warmup_steps, max(1, total_steps - warmup_steps)
     if schedule == "paper":
         return 0.5 ** min(halvings, done * (halvings + 1) // whole)
+    if schedule == "wsd":
+        share = min(1.0, max(0.0, 1 - (total_steps - step) / (decay_share * total_steps)))
+        return 1 - (1 - min_ratio) * share
     return 1 - (1 - min_ratio) * ramp("half_cosine", done / whole)

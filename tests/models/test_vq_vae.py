@@ -75,6 +75,7 @@ def test_the_entropy_term_of_ibq_wants_sure_choices_and_all_codes_in_use():
     assert term(sure_and_spread) == pytest.approx(-math.log(4), abs=1e-4)
     assert term(sure_and_alike) == pytest.approx(0, abs=1e-4)
     assert term(unsure) == pytest.approx(0, abs=1e-4)
+    assert term(0.2 * torch.eye(4)) == pytest.approx(-math.log(4), abs=1e-4)  # short vectors choose as surely
 
 
 def test_a_plan_knows_every_codebook(vae):

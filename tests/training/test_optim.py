@@ -222,6 +222,7 @@ def test_an_unknown_kind_is_told_the_known_ones():
         {"halvings": -1},
         {"clip": -1.0},
         {"lr_min_ratio": 2.0},
+        {"decay_share": 0.0},
     ],
 )
 def test_wrong_settings_are_named(wrong):

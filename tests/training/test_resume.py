@@ -210,3 +210,15 @@ def test_changed_settings_are_told(shards, vae_file, tmp_path):
     run(command(shards, vae_file, out, "trainer.max_steps=4"))
     done = run(command(shards, vae_file, out, "trainer.max_steps=6", "optim.lr=0.5"))
     assert "resumed with other settings: optim.lr was 0.001, is 0.5; trainer.max_steps was 4, is 6" in done.stdout
+
+
+def test_a_changed_learning_rate_is_the_one_that_counts(shards, vae_file, tmp_path):
+    weights = []
+    for steps, rate in ((4, 1e-3), (6, 1e-30), (8, 1e-3)):
+        more = f"trainer.max_steps={steps}", f"optim.lr={rate}", "callbacks.ema_decay=0"
+        done = run(command(shards, vae_file, tmp_path / "run", *more))
+        assert done.returncode == 0, done.stderr
+        weights.append(dalle_pytorch.load(tmp_path / "run/dalle.safetensors").transformer.state_dict())
+    for name, first in weights[0].items():
+        assert torch.equal(first, weights[1][name])
+    assert any(not torch.equal(first, weights[2][name]) for name, first in weights[1].items())

@@ -48,6 +48,16 @@ def test_the_paper_s_learning_rate_is_halved_at_even_distances():
     assert {factor(step, halvings=0) for step in range(10, 71)} == {1.0}
 
 
+def test_wsd_stays_and_goes_down_at_the_end():
+    def factor(step, total=100, **more):
+        return lr_factor(step, total_steps=total, warmup_steps=10, schedule="wsd", min_ratio=0.1, **more)
+
+    assert [factor(step) for step in (0, 9, 10, 50, 80)] == pytest.approx([0.1, 1, 1, 1, 1])
+    assert [factor(step) for step in (90, 100, 200)] == pytest.approx([0.55, 0.1, 0.1])
+    assert [factor(step, decay_share=1.0) for step in (10, 50)] == pytest.approx([0.91, 0.55])
+    assert [factor(step, total=200) for step in range(80)] == [factor(step) for step in range(80)]  # lengthened
+
+
 @pytest.mark.parametrize("wrong", [{"shape": "sine"}, {"share": 0.0}, {"share": 1.5}])
 def test_wrong_schedules_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
