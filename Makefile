@@ -1,11 +1,16 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Python 3.11 or newer is all they need.
+# Two commands do everything on a fresh machine: `make demo` and `make test`; `make sample PROMPT="..."` only draws. Python 3.11 or newer is all they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN ?= runs/demo/$(STAMP)
+PROMPT ?= a red apple
 
-.PHONY: demo test format
+.PHONY: sample demo test format
+
+# Draw with the weights that come along: 64 candidates, the best 8 kept. Several prompts: PROMPT="a red apple|a blue heart"
+sample: $(VENV)/demo.installed
+	$(BIN)/python generate.py 'prompt="$(PROMPT)"' out=runs/sample/$(STAMP)
 
 # Train all three on the bundled emoji, draw 64 candidates for each of four prompts, keep the best 8, judge.
 demo: $(VENV)/demo.installed

@@ -6,8 +6,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
@@ -94,7 +95,9 @@ def build(section: dict[str, Any], name: str, **extra: Any) -> Any:
     return hydra.utils.instantiate({**section, **extra}, _convert_="all")
 
 
-def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+def entry(
+    name: str, config_class: type[T], *, unless: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Turn ``main(config)`` into a command: ``configs/<name>.yaml``, overrides, short errors.
 
     Settings that cannot be end with exit code 2, mistakes found later (a missing file, a folder in use) with 1;
@@ -103,6 +106,7 @@ def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], None]], C
     Args:
         name: of the primary YAML file, and of the schema: ``<name>_schema`` in its defaults list.
         config_class: the dataclass that the settings are checked against and turned into.
+        unless: overrides that hold unless the command line has one of certain keys, by override.
 
     Returns:
         A decorator; the function that it makes takes no arguments and reads ``sys.argv``.
@@ -126,6 +130,8 @@ def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], None]], C
 
             # Hydra prints composition errors itself unless told to raise them; we word them shorter.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            given = sys.argv
+            sys.argv = [given[0], *implied(given[1:], unless), *given[1:]]
             command: Callable[[], None] = hydra.main(config_path=CONFIG_PATH, config_name=name, version_base="1.3")(
                 _named(task, main)
             )
@@ -136,11 +142,18 @@ def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], None]], C
                     raise
                 sys.exit(_complain(ConfigError(explain(error, config_class))))
             finally:
+                sys.argv = given
                 _set_environment("HYDRA_FULL_ERROR", with_traceback)
 
         return run
 
     return decorate
+
+
+def implied(arguments: Sequence[str], unless: Mapping[str, Sequence[str]]) -> list[str]:
+    """The overrides of ``unless`` of whose keys a command line has none."""
+    given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
+    return [override for override, keys in unless.items() if not given.intersection(keys)]
 
 
 def explain(error: BaseException, config_class: type) -> str:

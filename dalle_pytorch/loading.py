@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch import checkpoint, released
 from dalle_pytorch.header import Header, State, role
 from dalle_pytorch.importers import hub, sources
 from dalle_pytorch.importers.reader import Mappings, release
@@ -24,9 +24,10 @@ def load(
     """A model, ready to use. Nothing in a file is executed.
 
     Args:
-        weights: a checkpoint of ours (file or folder), a file or folder of another program's, a name of
-            ``importers.hub.RELEASES``, or an id of the Hugging Face hub.
-        kind: "vae" (any image tokenizer), "dalle", "clip" or "probe" if nothing else will do; None = any.
+        weights: a checkpoint of ours (file or folder), a file or folder of another program's, "emoji" (the weights that
+            come along), a name of ``importers.hub.RELEASES``, or an id of the Hugging Face hub.
+        kind: "vae" (any image tokenizer), "dalle", "clip" or "probe" if nothing else will do; None = any. Of "emoji" it
+            says which is meant; None = its DALLE.
         source: the format of a foreign file, a name of ``importers.sources.SOURCES``; None = found from its content.
         map_location: device of the weights.
         dtype: of the weights; None = as they are stored.
@@ -58,7 +59,7 @@ def load_with_header(
         ValueError: as ``load``.
     """
     with Mappings():
-        head, state, path = _read(weights, source, options)
+        head, state, path = _read(weights, source, options, kind)
         release()
         model = checkpoint.assemble(head, state, path, map_location=map_location, kind=kind, dtype=dtype)
         return model, head
@@ -84,18 +85,20 @@ def read_header(weights: str | Path, *, kind: str | None = None) -> Header:
         FileNotFoundError: as ``load``.
         ValueError: as ``load``.
     """
-    path, source, _ = locate(weights, None)
+    path, source, _ = locate(weights, None, kind)
     if source is None and checkpoint.is_ours(path):
         return checkpoint.read_header(path, kind=kind)
     with Mappings():
-        head, _, path = _read(weights, source, {})
+        head, _, path = _read(weights, source, {}, kind)
     checkpoint.check_kind(head, kind, path)
     return head
 
 
-def _read(weights: str | Path, source: str | None, options: Mapping[str, Any]) -> tuple[Header, State, Path]:
+def _read(
+    weights: str | Path, source: str | None, options: Mapping[str, Any], kind: str | None
+) -> tuple[Header, State, Path]:
     """Header and weights of a file, whoever wrote it, and where it lies."""
-    path, source, told = locate(weights, source)
+    path, source, told = locate(weights, source, kind)
     if source is not None or not checkpoint.is_ours(path):
         return *sources.convert(path, source, **{**told, **options}), path
     if options:
@@ -103,19 +106,24 @@ def _read(weights: str | Path, source: str | None, options: Mapping[str, Any]) -
     return *checkpoint.read_all(path), path
 
 
-def locate(weights: str | Path, source: str | None) -> tuple[Path, str | None, Mapping[str, Any]]:
+def locate(
+    weights: str | Path, source: str | None, kind: str | None = None
+) -> tuple[Path, str | None, Mapping[str, Any]]:
     """Where the weights lie, downloaded if need be, their format as far as it is known, and options of its importer.
 
     Raises:
         FileNotFoundError: neither a file nor a name nor an id of the hub.
-        ValueError: it cannot be downloaded.
+        ValueError: it cannot be downloaded, or what came along is damaged.
     """
     path, name = Path(weights), str(weights)
     options: Mapping[str, Any] = {}
     if not path.exists():
+        if name in released.NAMES:
+            return released.file(name, kind), source, options
         if name not in hub.RELEASES and not hub.is_hub_id(name):
             raise FileNotFoundError(
-                f"no file or folder {weights}, nor a released model of that name ({', '.join(hub.RELEASES)})"
+                f"no file or folder {weights}, nor a released model of that name "
+                f"({', '.join((*released.NAMES, *hub.RELEASES))})"
             )
         path = hub.fetch(name)
         if name in hub.RELEASES:

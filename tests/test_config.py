@@ -126,7 +126,7 @@ def test_wrong_settings_end_with_one_line_that_names_the_mend(monkeypatch, capsy
 
 
 def test_missing_and_unquoted_values_end_with_one_line_that_names_the_mend(monkeypatch, capsys):
-    code, error = call(monkeypatch, capsys, "generate", "prompt=x")
+    code, error = call(monkeypatch, capsys, "generate", "prompt=x", "experiment=null")
     assert (code, error) == (
         2,
         "error: weights= is missing: what draws, a checkpoint, folder or name (dalle= means the same)\n",

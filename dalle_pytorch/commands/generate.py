@@ -1,10 +1,14 @@
-"""Prompts to ranked pictures: ``generate.py prompt="a red apple" dalle=... clip=... num_candidates=64 num_keep=8``."""
+"""Prompts to ranked pictures: ``generate.py prompt="a red apple" dalle=... clip=... num_candidates=64 num_keep=8``.
+
+Without a model of one's own it is the one that comes along, in the settings of its card: ``experiment=emoji``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +33,8 @@ class GenerateConfig:
     """Text file with a prompt a line, in place of ``prompt``."""
     weights: str | None = None
     """What draws: a checkpoint of a DALLE, which carries its image and text tokenizers, or another program's weights: a
-    file, a folder, the name of a release or an id of the Hugging Face hub (docs/weights.md)."""
+    file, a folder, the name of a release or an id of the Hugging Face hub (docs/weights.md). Without weights, dalle and
+    experiment it is experiment=emoji."""
     dalle: str | None = None
     """The same under another name."""
     clip: str | None = None
@@ -119,17 +124,23 @@ class GenerateConfig:
         """
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError('give the prompts one way: prompt="a red apple|a blue car" or prompts_file=FILE')
-        if self.prompt is not None:
-            lines = self.prompt.split("|")
-        else:
-            path = Path(str(self.prompts_file))
-            if not path.is_file():
-                raise FileNotFoundError(f"prompts_file={path} does not exist")
-            lines = path.read_text(encoding="utf-8").splitlines()
+        lines = self.prompt.split("|") if self.prompt is not None else read_lines(str(self.prompts_file))
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError("there is no prompt in what was given: every line is empty")
         return prompts
+
+
+def read_lines(prompts_file: str) -> list[str]:
+    """The lines of a file of prompts.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    path = Path(prompts_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts_file={path} does not exist")
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def read_picture(path: str, size: int) -> Float[Tensor, "3 H W"]:
@@ -156,7 +167,9 @@ def to_complete(config: GenerateConfig, generator: Generator, dalle: AnyDALLE) -
     picture = read_picture(config.image, size)
     if config.keep_mask is not None:
         mask = read_picture(config.keep_mask, size).mean(dim=0)
-        keep = (mask.view(grid, size // grid, grid, size // grid).amin(dim=(1, 3)) > 0.5).flatten()
+        keep = (
+            F.adaptive_max_pool2d(1 - mask[None], grid) < 0.5
+        ).flatten()  # also of grids that do not divide the size
         if not keep.any():
             raise ValueError(f"keep_mask={config.keep_mask} keeps no token: a token stays only if all of it is white")
     else:
@@ -221,7 +234,7 @@ def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | N
     return ranked(candidates, scores[:, order], config.num_keep, config.min_distance)
 
 
-@entry("generate", GenerateConfig)
+@entry("generate", GenerateConfig, unless={"experiment=emoji": ("weights", "dalle", "experiment")})
 def main(config: GenerateConfig) -> None:
     """Sample, rank, write PNGs, ``grid.png`` and ``ranking.json``; Ctrl-C of a lone process keeps what is finished."""
     prompts, processes = config.prompts(), Processes()

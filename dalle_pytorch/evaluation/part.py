@@ -47,5 +47,7 @@ class Part(NamedTuple):
         return result
 
     def _pixels(self, images: Float[Tensor, "b c H W"]) -> tuple[slice, slice]:
-        size = images.shape[-1] // self.grid
-        return slice(self.top * size, self.bottom * size), slice(self.left * size, self.right * size)
+        edges = [
+            round(line * images.shape[-1] / self.grid) for line in range(self.grid + 1)
+        ]  # it may not divide the size
+        return slice(edges[self.top], edges[self.bottom]), slice(edges[self.left], edges[self.right])

@@ -1,7 +1,7 @@
 """What the convolutional image tokenizers share: sizes, encoder, decoder, likelihood of pictures.
 
 The layers are those of DALLE-pytorch 1.6.6 (strided 4 x 4 convolutions, residual blocks at the bottleneck), so that its
-users find the sizes they know.
+users find the sizes they know. Strides other than 2 give grids between its powers of two.
 
 Axes: b batch, c channels, H W pixels, h w token grid, d channels of a layer.
 """
@@ -26,9 +26,12 @@ class ConvConfig:
     """Sizes and likelihood of encoder and decoder."""
 
     image_size: int = 64
-    """Side of the square picture in pixels; a multiple of 2 ** num_layers."""
+    """Side of the square picture in pixels; a multiple of 2 ** num_layers, any with ``strides``."""
     num_layers: int = 3
     """Halvings of the resolution: grid_size = image_size / 2 ** num_layers."""
+    strides: list[int] = field(default_factory=list)
+    """Strides of the layers, finest first, in place of halvings; [] = halvings. grid_size = image_size / their product,
+    rounded up; the picture's edge is repeated as far as the last tokens reach. [2, 3]: 11 x 11 tokens of 64 pixels."""
     codebook_size: int = 1024
     """Number of codes (the paper: 8192)."""
     codebook_dim: int = 256
@@ -55,16 +58,19 @@ class ConvConfig:
             ValueError: a field is out of range.
         """
         at_least_one(self, "image_size", "num_layers", "codebook_size", "codebook_dim", "hidden_dim")
-        if self.image_size % 2**self.num_layers:
+        if min(self.strides, default=2) < 2:
+            raise ValueError(f"strides must be 2 or more each, got {self.strides}")
+        if not self.strides and self.image_size % 2**self.num_layers:
             raise ValueError(
                 f"image_size ({self.image_size}) must be a multiple of 2 ** num_layers ({2**self.num_layers})"
             )
         if not 1 <= self.channels <= 4:
             raise ValueError(f"channels must be 1 to 4, got {self.channels}")
-        if self.taper and self.hidden_dim % 2 ** (self.num_layers - 1):
+        halvings = len(self.scales) - 1
+        if self.taper and self.hidden_dim % 2**halvings:
             raise ValueError(
-                f"taper halves the channels {self.num_layers - 1} times: hidden_dim ({self.hidden_dim}) must be a "
-                f"multiple of {2 ** (self.num_layers - 1)}"
+                f"taper halves the channels {halvings} times: hidden_dim ({self.hidden_dim}) must be a "
+                f"multiple of {2**halvings}"
             )
         not_negative(self, "num_resnet_blocks")
         if self.likelihood not in LIKELIHOODS:
@@ -74,6 +80,16 @@ class ConvConfig:
                 raise ValueError(f"{name} must have 1 or {self.channels} values, got {getattr(self, name)}")
         if min(self.std) <= 0:
             raise ValueError(f"std ({self.std}) must be above 0")
+
+    @property
+    def scales(self) -> list[int]:
+        """Stride of each layer, finest first."""
+        return list(self.strides) or [2] * self.num_layers
+
+    @property
+    def grid_size(self) -> int:
+        """Token rows."""
+        return math.ceil(self.image_size / math.prod(self.scales))
 
 
 class ResBlock(nn.Module):
@@ -94,13 +110,18 @@ class ResBlock(nn.Module):
         return self.last(self.net(x)) + x
 
 
+def widths(config: ConvConfig) -> list[int]:
+    """Channels of each layer, finest first."""
+    last = len(config.scales) - 1
+    return [config.hidden_dim >> (last - layer) if config.taper else config.hidden_dim for layer in range(last + 1)]
+
+
 def make_encoder(config: ConvConfig, outputs: int) -> nn.Sequential:
     """Pixels to the quantiser's ``outputs`` channels."""
     layers: list[nn.Module] = []
     source = config.channels
-    for doublings in reversed(range(config.num_layers)):  # how often the token grid is doubled to reach this layer's
-        target = config.hidden_dim >> doublings if config.taper else config.hidden_dim
-        layers += [nn.Conv2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
+    for target, stride in zip(widths(config), config.scales, strict=True):
+        layers += [nn.Conv2d(source, target, stride + 2, stride=stride, padding=1), nn.ReLU()]
         source = target
     layers += [ResBlock(source) for _ in range(config.num_resnet_blocks)]
     # 1 x 1 on both sides of the quantiser: a small receptive field there generalises better (Ramesh et al. 2021, 2.1)
@@ -116,13 +137,11 @@ def make_decoder(config: ConvConfig) -> nn.Sequential:
         layers += [nn.Conv2d(source, config.hidden_dim, 1)]
         source = config.hidden_dim
         layers += [ResBlock(source) for _ in range(config.num_resnet_blocks)]
-    for doubling in range(1, config.num_layers + 1):
-        if config.taper and doubling == config.num_layers:
-            return nn.Sequential(*layers, nn.ConvTranspose2d(source, maps, 4, stride=2, padding=1))
-        target = config.hidden_dim >> doubling if config.taper else config.hidden_dim
-        layers += [nn.ConvTranspose2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
+    targets = [maps, *widths(config)[:-1]] if config.taper else [config.hidden_dim] * len(config.scales)
+    for target, stride in reversed(list(zip(targets, config.scales, strict=True))):
+        layers += [nn.ConvTranspose2d(source, target, stride + 2, stride=stride, padding=1), nn.ReLU()]
         source = target
-    return nn.Sequential(*layers, nn.Conv2d(source, maps, 1))
+    return nn.Sequential(*layers[:-1]) if config.taper else nn.Sequential(*layers, nn.Conv2d(source, maps, 1))
 
 
 class ConvTokenizer(ImageTokenizer):
@@ -139,7 +158,10 @@ class ConvTokenizer(ImageTokenizer):
     def __init__(self, config: ConvConfig, outputs: int) -> None:
         super().__init__()
         self.image_size = config.image_size
-        self.grid_size = config.image_size // 2**config.num_layers
+        self.grid_size = config.grid_size
+        excess = self.grid_size * math.prod(config.scales) - self.image_size
+        self.margin = (excess // 2, excess - excess // 2)
+        """Pixels that the grid reaches beyond the picture, left and right, above and below."""
         self.codebook_size = config.codebook_size
         self.channels, self.likelihood = config.channels, config.likelihood
         self.encoder, self.decoder = make_encoder(config, outputs), make_decoder(config)
@@ -154,8 +176,9 @@ class ConvTokenizer(ImageTokenizer):
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                # a transposed convolution of kernel 4 and stride 2 sums 2 x 2 inputs into each output
-                fan_in = 4 * module.in_channels if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
+                fan_in = module.weight[0].numel()
+                if isinstance(module, nn.ConvTranspose2d):  # kernel 4 and stride 2 sum 2 x 2 inputs into each output
+                    fan_in = module.in_channels * math.prod(module.kernel_size) / math.prod(module.stride)
                 nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -169,7 +192,12 @@ class ConvTokenizer(ImageTokenizer):
     def encoded(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
         """The encoder's output, from pictures in [0, 1]."""
         self.check_images(images)
-        return self.encoder((images - self.mean) / self.std)
+        return self.encoder(F.pad((images - self.mean) / self.std, (*self.margin, *self.margin), mode="replicate"))
+
+    def decoded(self, vectors: Float[Tensor, "b d h w"]) -> Float[Tensor, "b maps H W"]:
+        """The decoder's output, the size of the picture."""
+        first, size = self.margin[0], self.image_size
+        return self.decoder(vectors)[..., first : first + size, first : first + size]
 
     def to_pixels(self, output: Float[Tensor, "b maps H W"]) -> Float[Tensor, "b c H W"]:
         """Decoder output to pictures in [0, 1]; the scale map of the logit-Laplace is ignored (section A.3)."""

@@ -91,7 +91,7 @@ class DiscreteVAE(ConvTokenizer):
         """Pictures in [0, 1]."""
         self.check_tokens(image_tokens)
         codes = rearrange(self.codebook(image_tokens), "b (h w) d -> b d h w", h=self.grid_size)
-        return self.to_pixels(self.decoder(codes))
+        return self.to_pixels(self.decoded(codes))
 
     def relax(
         self, logits: Float[Tensor, "b k h w"], gumbel_tau: float, generator: torch.Generator | None
@@ -123,7 +123,7 @@ class DiscreteVAE(ConvTokenizer):
             raise ValueError(f"gumbel_tau must be above 0, got {gumbel_tau}")
         logits = self.encode_logits(images).float()
         codes = torch.einsum("bkhw,kd->bdhw", self.relax(logits, gumbel_tau, generator), self.codebook.weight)
-        return logits, self.decoder(codes).float()
+        return logits, self.decoded(codes).float()
 
     def loss(
         self,

@@ -98,7 +98,7 @@ class VQVAE(ConvTokenizer):
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
         """Pictures in [0, 1]."""
         self.check_tokens(image_tokens)
-        return self.to_pixels(self.decoder(to_grid(self.quantizer.vectors(image_tokens), self.grid_size)))
+        return self.to_pixels(self.decoded(to_grid(self.quantizer.vectors(image_tokens), self.grid_size)))
 
     def loss(self, images: Float[Tensor, "b c H W"]) -> VQLoss:
         """Reconstruction error and what the quantiser adds; in training mode the codebook follows the batch.
@@ -109,7 +109,7 @@ class VQVAE(ConvTokenizer):
         features = to_sequence(self.encoded(images)).float()
         with torch.autocast(images.device.type, enabled=False):  # the codes of encode, also in mixed precision
             codes = self.quantizer(features)
-        output = self.decoder(to_grid(codes.vectors, self.grid_size)).float()
+        output = self.decoded(to_grid(codes.vectors, self.grid_size)).float()
         reconstruction = self.reconstruction_error(output, images)
         return VQLoss(reconstruction + codes.loss, reconstruction, codes.loss, codes.image_tokens)
 

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dalle_pytorch.models.blocks import STACKS
 from dalle_pytorch.ranges import not_negative
+from dalle_pytorch.training.muon import PreciseMuon
 from dalle_pytorch.training.schedules import LR_SCHEDULES, lr_factor
 
 KINDS = ("adamw", "muon", "adamw8bit")
@@ -122,7 +123,9 @@ def make_optimizer(net: nn.Module, config: OptimConfig, *, fused: bool = True) -
         return adamw
     # The update of a matrix is scaled by sqrt(max(1, rows / columns)), torch's default. We deviate from Jordan's post
     # in one thing: the matrix of queries, keys and values is orthogonalised whole, not in three.
-    muon = Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
+    slow = matrices[0].device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    kind = PreciseMuon if slow else Muon
+    muon = kind(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
     return MuonAdamW(muon, adamw)
 
 

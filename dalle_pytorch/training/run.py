@@ -28,6 +28,7 @@ from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
 from dalle_pytorch.training.launch import LauncherConfig
 from dalle_pytorch.training.loggers import make_loggers
 from dalle_pytorch.training.optim import OptimConfig
+from dalle_pytorch.training.precision import fast_precision
 from dalle_pytorch.training.preemption import Stopped
 from dalle_pytorch.training.progress import StepBar
 from dalle_pytorch.training.resume import (
@@ -243,7 +244,7 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
     Raises:
         ValueError: an argument that Trainer does not take, or wandb missing.
     """
-    section = dict(config.trainer)
+    section = fast_precision(dict(config.trainer))
     if "gradient_clip_val" in section:
         raise ValueError("clipping is set with optim.clip, not trainer.gradient_clip_val")
     interval = section.get("val_check_interval")

@@ -40,6 +40,42 @@ def test_codes_lie_in_the_codebook_and_come_back(vae):
     assert 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
 
 
+@pytest.mark.parametrize(
+    ("size", "strides", "grid"), [(16, [2, 3], 3), (16, [3, 2], 3), (64, [2, 3], 11), (64, [5], 13), (12, [3, 2], 2)]
+)
+@pytest.mark.parametrize("taper", [False, True])
+def test_strides_give_grids_that_do_not_divide_the_picture(size, strides, grid, taper):
+    vae = make("fsq", image_size=size, strides=strides, taper=taper).eval()
+    images = torch.rand(2, 3, size, size)
+    tokens = vae.encode(images)
+    assert tokens.shape == (2, grid**2)
+    with torch.no_grad():
+        assert vae.decode(tokens).shape == images.shape
+
+
+def test_a_token_of_a_strided_grid_sees_and_paints_its_own_place():
+    """Without blocks a token's field is its cell and a little more: a corner's never reaches the other corner."""
+    vae = make("fsq", image_size=64, strides=[2, 3], num_resnet_blocks=0).eval()
+    images = torch.rand(1, 3, 64, 64, requires_grad=True)
+    features = vae.encoded(images)
+    features[0, :, 0, 0].sum().backward()
+    assert images.grad is not None
+    assert images.grad[0, :, :5, :5].abs().min() > 0
+    assert images.grad[0, :, 10:].abs().max() == 0
+    assert images.grad[0, :, :, 10:].abs().max() == 0
+    vectors = torch.randn(1, 8, 11, 11, requires_grad=True)
+    vae.decoded(vectors)[0, :, -5:, -5:].sum().backward()
+    assert vectors.grad is not None
+    assert vectors.grad[0, :, 10, 10].abs().max() > 0
+    assert vectors.grad[0, :, :9].abs().max() == 0
+
+
+@pytest.mark.parametrize("strides", [[1], [2, 0]])
+def test_strides_below_two_are_refused(strides):
+    with pytest.raises(ValueError, match="strides must be 2 or more"):
+        make("fsq", strides=strides)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_training_sees_the_codes_of_encode_and_the_pictures_of_decode(vae, dtype):
     """Also in mixed precision: the encoder's features are rounded in both, the choice among codes in neither."""
@@ -50,7 +86,7 @@ def test_training_sees_the_codes_of_encode_and_the_pictures_of_decode(vae, dtype
         assert torch.equal(vae.quantizer(to_sequence(features)).image_tokens, found.image_tokens)
         if dtype is None:
             assert torch.equal(vae.encode(images), found.image_tokens)
-            output = vae.decoder(to_grid(vae.quantizer.vectors(found.image_tokens), vae.grid_size))
+            output = vae.decoded(to_grid(vae.quantizer.vectors(found.image_tokens), vae.grid_size))
             torch.testing.assert_close(vae.reconstruction_error(output, images), found.reconstruction)
             assert torch.equal(vae.to_pixels(output), vae.decode(found.image_tokens))
 

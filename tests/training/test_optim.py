@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dalle_pytorch.training.callbacks import ema
+from dalle_pytorch.training.muon import PreciseMuon, orthogonal
 from dalle_pytorch.training.optim import (
     KINDS,
     MuonAdamW,
@@ -122,8 +123,9 @@ def test_a_step_moves_every_parameter(make_dalle, kind):
     assert not [name for name, p in trainable(dalle).items() if torch.equal(p, before[name])]
 
 
-def test_muon_s_part_is_torch_s_muon_and_the_rest_adamw(make_dalle):
+def test_muon_s_part_is_torch_s_muon_and_the_rest_adamw(make_dalle, monkeypatch):
     """One step of the two in one is a step of each."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     config, dalle = OptimConfig(kind="muon", weight_decay=0.1), make_dalle().train()
     other = copy.deepcopy(dalle)
     train(dalle, make_optimizer(dalle, config), 1)
@@ -137,6 +139,41 @@ def test_muon_s_part_is_torch_s_muon_and_the_rest_adamw(make_dalle):
     torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.1, fused=True).step()
     for name, p in trainable(dalle).items():
         assert torch.equal(p, trainable(other)[name]), name
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
+def test_muon_in_fp32_is_torch_s_muon_but_for_its_rounding(shape):
+    generator = torch.Generator().manual_seed(0)
+    start, settings = torch.randn(shape, generator=generator), {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = [(ours, PreciseMuon([ours], **settings)), (theirs, torch.optim.Muon([theirs], **settings))]
+    for _ in range(4):
+        gradient = torch.randn(shape, generator=generator)
+        for weights, optimizer in optimizers:
+            weights.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - start).abs().mean() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0)
+    assert torch.equal(
+        optimizers[0][1].state[ours]["momentum_buffer"], optimizers[1][1].state[theirs]["momentum_buffer"]
+    )
+
+
+def test_the_iteration_keeps_singular_vectors_and_brings_singular_values_near_one():
+    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    inside = left.T @ orthogonal(1000 * matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7) @ right.T
+    values = inside.diagonal()
+    assert 0.5 < values.min() <= values.max() < 1.5
+    torch.testing.assert_close(inside, values.diag(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_muon_is_torch_s_where_the_cpu_knows_bf16(make_dalle, monkeypatch, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    optimizer = make_optimizer(make_dalle(), OptimConfig(kind="muon"))
+    assert isinstance(optimizer, MuonAdamW)
+    assert type(optimizer.muon) is (torch.optim.Muon if supported else PreciseMuon)
 
 
 @EVERY_KIND
