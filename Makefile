@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN ?= runs/demo/$(STAMP)
-PROMPT ?= a red apple
+PROMPT = a red apple
+QUOTED = $(subst ','\'',$(subst ",\",$(value PROMPT)))
 
 .PHONY: sample demo test format
 
 # Draw with the weights that come along: 64 candidates, the best 8 kept. Several prompts: PROMPT="a red apple|a blue heart"
 sample: $(VENV)/demo.installed
-	$(BIN)/python generate.py 'prompt="$(PROMPT)"' out=runs/sample/$(STAMP)
+	$(BIN)/python generate.py 'prompt="$(QUOTED)"' out=runs/sample/$(STAMP)
 
 # Train all three on the bundled emoji, draw 64 candidates for each of four prompts, keep the best 8, judge.
 demo: $(VENV)/demo.installed

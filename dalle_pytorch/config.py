@@ -131,7 +131,7 @@ def entry(
             # Hydra prints composition errors itself unless told to raise them; we word them shorter.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             given = sys.argv
-            sys.argv = [given[0], *implied(given[1:], unless), *given[1:]]
+            sys.argv = [given[0], *implied(given[1:], unless)]
             command: Callable[[], None] = hydra.main(config_path=CONFIG_PATH, config_name=name, version_base="1.3")(
                 _named(task, main)
             )
@@ -151,9 +151,15 @@ def entry(
 
 
 def implied(arguments: Sequence[str], unless: Mapping[str, Sequence[str]]) -> list[str]:
-    """The overrides of ``unless`` of whose keys a command line has none."""
+    """A command line with the overrides of ``unless`` of whose keys it has none.
+
+    They come before its first override: Hydra's parser takes overrides from one place, between its flags.
+    """
     given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
-    return [override for override, keys in unless.items() if not given.intersection(keys)]
+    added = [override for override, keys in unless.items() if not given.intersection(keys)]
+    is_override = [("=" in item or item.startswith("~")) and not item.startswith("-") for item in arguments]
+    place = is_override.index(True) if any(is_override) else len(arguments)
+    return [*arguments[:place], *added, *arguments[place:]]
 
 
 def explain(error: BaseException, config_class: type) -> str:

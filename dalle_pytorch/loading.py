@@ -117,9 +117,9 @@ def locate(
     """
     path, name = Path(weights), str(weights)
     options: Mapping[str, Any] = {}
+    if name in released.NAMES and not path.is_file():  # a folder of that name is likely that of the release
+        return released.file(name, kind), source, options
     if not path.exists():
-        if name in released.NAMES:
-            return released.file(name, kind), source, options
         if name not in hub.RELEASES and not hub.is_hub_id(name):
             raise FileNotFoundError(
                 f"no file or folder {weights}, nor a released model of that name "

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import threading
 from dataclasses import asdict
@@ -150,3 +152,11 @@ def test_skeletons_of_two_threads_do_not_meet():
         devices["second"] = torch.nn.Linear(1, 1).weight.device.type
     devices["after"] = torch.nn.Linear(1, 1).weight.device.type
     assert devices == {"first": "meta", "outside": "cpu", "second": "meta", "after": "cpu"}
+
+
+def test_token_shards_of_before_a_setting_existed_stay_valid(tiny_vae):
+    """Their record holds a hash of all settings of then, which had no strides."""
+    settings = vars(tiny_vae.config).copy()
+    assert settings.pop("strides") == []
+    then = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    assert checkpoint.describe_tokenizer(tiny_vae)["config_sha256"] == then

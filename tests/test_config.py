@@ -11,6 +11,7 @@ from dalle_pytorch.commands import (
     baselines,
     evaluate,
     exact_match,
+    gallery,
     generate,
     prepare_data,
     train_clip,
@@ -36,6 +37,7 @@ COMMANDS = {
     "prepare_data": (prepare_data.main, prepare_data.PrepareDataConfig),
     "baselines": (baselines.main, baselines.BaselinesConfig),
     "exact_match": (exact_match.main, exact_match.ExactMatchConfig),
+    "gallery": (gallery.main, gallery.GalleryConfig),
     "evaluate": (evaluate.main, evaluate.EvaluateConfig),
     "replicate": (replicate.main, ReplicateConfig),
 }
@@ -45,6 +47,7 @@ NEEDED = {
     "prepare_data": ["source=emoji", "out=x"],
     "baselines": ["dalle=x", "clip=x", "ranking=x"],
     "exact_match": ["dalle=x"],
+    "gallery": ["out=x"],
     "evaluate": ["checkpoint=x"],
     "replicate": ["experiment=kl_weight"],
 }
@@ -126,7 +129,7 @@ def test_wrong_settings_end_with_one_line_that_names_the_mend(monkeypatch, capsy
 
 
 def test_missing_and_unquoted_values_end_with_one_line_that_names_the_mend(monkeypatch, capsys):
-    code, error = call(monkeypatch, capsys, "generate", "prompt=x", "experiment=null")
+    code, error = call(monkeypatch, capsys, "generate", "prompt=x", "weights=null")
     assert (code, error) == (
         2,
         "error: weights= is missing: what draws, a checkpoint, folder or name (dalle= means the same)\n",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
 
 import dalle_pytorch
 from dalle_pytorch import released
@@ -36,15 +37,15 @@ def test_files_are_whole_and_small():
 def test_the_wheel_takes_every_file_along():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    names = [released.SUMS, *(f"{kind}.safetensors" for kind in KINDS)]
+    names = ["README.md", released.SUMS, *(f"{kind}.safetensors" for kind in KINDS)]
     assert included == {f"weights/emoji/{name}": f"dalle_pytorch/weights/emoji/{name}" for name in names}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_is_loaded_by_name_in_fp32(kind):
-    model = dalle_pytorch.load("emoji", kind=kind)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert not model.training
+def test_each_kind_is_loaded_by_name_and_stored_in_half_precision(kind):
+    model = dalle_pytorch.load("emoji", kind=kind, dtype=None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert read_header("emoji", kind=kind)["kind"] == {"vae": "vq_vae"}.get(kind, kind)
 
 
 def test_the_name_alone_is_the_dalle_with_its_image_tokenizer():
@@ -86,41 +87,52 @@ def test_damaged_and_missing_files_are_named_with_the_mend(moved):
         released.file("emoji")
 
 
-def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch, tiny_vae):
+def test_a_file_of_that_name_comes_first_but_no_folder(tmp_path, monkeypatch, tiny_vae):
     monkeypatch.chdir(tmp_path)
-    dalle_pytorch.save(tiny_vae, tmp_path / "emoji.safetensors")
-    (tmp_path / "emoji.safetensors").rename(tmp_path / "emoji")
+    (tmp_path / "emoji").mkdir()
+    assert isinstance(dalle_pytorch.load("emoji"), dalle_pytorch.DALLE)
+    (tmp_path / "emoji").rmdir()
+    dalle_pytorch.save(tiny_vae, tmp_path / "emoji")
     assert type(dalle_pytorch.load("emoji")) is type(tiny_vae)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "extra"),
+    ("arguments", "whole"),
     [
-        (["prompt=x"], ["experiment=emoji"]),
-        (["prompt=x", "clip=mine"], ["experiment=emoji"]),
-        (["dalle=x"], []),
-        (["+weights=x"], []),
-        (["experiment=emoji_demo"], []),
-        (["prompt=weights=x"], ["experiment=emoji"]),
+        (["p=x"], ["a=1", "b=2", "p=x"]),
+        (["p=x", "c=mine"], ["a=1", "p=x", "c=mine"]),
+        (["+a=x"], ["b=2", "+a=x"]),
+        (["~a"], ["b=2", "~a"]),
+        (["a=x", "c=y"], ["a=x", "c=y"]),
+        (["p=a=x"], ["a=1", "b=2", "p=a=x"]),
+        (["-m", "p=x"], ["-m", "a=1", "b=2", "p=x"]),
+        (["p=x", "-m"], ["a=1", "b=2", "p=x", "-m"]),
+        (["--cfg", "job", "p=x"], ["--cfg", "job", "a=1", "b=2", "p=x"]),
+        (["--help"], ["--help", "a=1", "b=2"]),
+        (["--config-dir=x", "p=x"], ["--config-dir=x", "a=1", "b=2", "p=x"]),
     ],
 )
-def test_an_override_is_implied_unless_the_command_line_has_one_of_its_keys(arguments, extra):
-    assert implied(arguments, {"experiment=emoji": ("weights", "dalle", "experiment")}) == extra
+def test_overrides_are_implied_unless_the_command_line_has_one_of_their_keys(arguments, whole):
+    found = implied(arguments, {"a=1": ("a",), "b=2": ("b", "c")})
+    assert found == whole
+    overrides = get_args_parser().parse_args(found).overrides  # Hydra's own parser reads them
+    assert overrides == [item for item in whole if not item.startswith("-") and item != "job"]
 
 
 def test_generate_draws_with_them_where_no_model_is_named(monkeypatch):
     seen = []
     monkeypatch.setattr(generate.GenerateConfig, "prompts", lambda self: seen.append(self) or sys.exit(0))
-    for extra in ([], ["sampling.cfg_scale=1"], ["weights=mine"]):
+    for extra in ([], ["sampling.cfg_scale=1", "clip=mine"], ["weights=mine"], ["experiment=emoji", "dalle=mine"]):
         monkeypatch.setattr(sys, "argv", ["generate.py", 'prompt="a red apple"', *extra])
         before = list(sys.argv)
         with pytest.raises(SystemExit):
             generate.main()
         assert sys.argv == before
-    plain, unguided, mine = seen
+    plain, unguided, mine, settings = seen
     with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
         card = compose("generate", overrides=["experiment=emoji"])
     assert (plain.weights, plain.clip) == ("emoji", "emoji")
     assert plain.sampling.cfg_scale == card.sampling.cfg_scale != 1
-    assert unguided.sampling.cfg_scale == 1
+    assert (unguided.weights, unguided.clip, unguided.sampling.cfg_scale) == ("emoji", "mine", 1)
     assert (mine.weights, mine.clip, mine.sampling.cfg_scale) == ("mine", None, 1)
+    assert (settings.model(), settings.clip, settings.sampling.cfg_scale) == ("mine", None, card.sampling.cfg_scale)

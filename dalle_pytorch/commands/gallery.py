@@ -13,13 +13,14 @@ from dalle_pytorch.commands.generate import read_lines
 from dalle_pytorch.commands.results import file_stem, new_folder
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, open_splits
-from dalle_pytorch.evaluation.part import Part
+from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.samples import Samples, read_samples
 from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Candidates, Generator
 from dalle_pytorch.generation.grid import GridRow, picture_grid, save_png
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.loading import load
+from dalle_pytorch.models.image_tokenizer import margin_of
 from dalle_pytorch.ranges import at_least_one
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,8 @@ class Artist:
     def completions(self, samples: Samples) -> list[GridRow]:
         """Each picture, its upper half, and the best of what goes on from there."""
         rows = []
-        grid = self.generator.dalle.grid_size
-        part = Part(grid, grid // 2, grid, 0, grid)
+        dalle = self.generator.dalle
+        (part,) = CompletionConfig(rows=[0.5]).parts(dalle.grid_size, margin_of(dalle.vae)).values()
         for caption, image in zip(samples.captions, samples.images, strict=True):
             candidates, order, labels = self.draw(caption, given=self.generator.given(image, part.keep()))
             best = self.row(caption, candidates, labels, order[: self.config.num_keep])
@@ -145,17 +146,20 @@ class Artist:
         ]
 
     def figures(self) -> Iterator[tuple[str, list[GridRow]]]:
-        """Name and rows of every figure, drawn one after the other."""
-        config = self.config
+        """Name and rows of every figure, drawn one after the other; what cannot be drawn is refused before.
+
+        Raises:
+            ValueError: a prompt or caption is longer than the model's context, or guidance of a model without.
+        """
+        config, size = self.config, self.generator.dalle.vae.image_size
         prompts = [line.strip() for line in read_lines(config.prompts_file) if line.strip()]
-        self.generator.check(prompts, config.sampling)
         seen, held_out = (
-            read_samples(
-                shards, config.data, self.generator.dalle.vae.image_size,
-                most=config.rows, seed=config.seed, caption=config.caption,
-            )
+            read_samples(shards, config.data, size, most=config.rows, seed=config.seed, caption=config.caption)
             for shards in open_splits(config.data)
-        )  # fmt: skip
+        )
+        for scale in (config.sampling.cfg_scale, *config.guidance):
+            sampling = replace(config.sampling, cfg_scale=scale)
+            self.generator.check([*prompts, *seen.captions, *held_out.captions], sampling)
         yield "seen", self.beside_real(seen)
         yield "held_out", self.beside_real(held_out)
         yield "completion", self.completions(held_out)

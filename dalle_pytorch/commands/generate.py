@@ -1,14 +1,14 @@
 """Prompts to ranked pictures: ``generate.py prompt="a red apple" dalle=... clip=... num_candidates=64 num_keep=8``.
 
-Without a model of one's own it is the one that comes along, in the settings of its card: ``experiment=emoji``.
+Without a model of one's own it draws with the weights that come along (``weights=emoji clip=emoji experiment=emoji``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +21,14 @@ from dalle_pytorch.generation.generator import Candidates, Generator, Preview, R
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.loading import load
+from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
+
+RELEASED = {
+    "weights=emoji": ("weights", "dalle"),
+    "clip=emoji": ("weights", "dalle", "clip"),
+    "experiment=emoji": ("weights", "dalle", "experiment"),
+}
+"""Without a model of one's own: the weights that come along, in the settings of their card."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +41,8 @@ class GenerateConfig:
     """Text file with a prompt a line, in place of ``prompt``."""
     weights: str | None = None
     """What draws: a checkpoint of a DALLE, which carries its image and text tokenizers, or another program's weights: a
-    file, a folder, the name of a release or an id of the Hugging Face hub (docs/weights.md). Without weights, dalle and
-    experiment it is experiment=emoji."""
+    file, a folder, the name of a release or an id of the Hugging Face hub (docs/weights.md). Without weights and dalle:
+    emoji, those that come along, with their clip and experiment=emoji."""
     dalle: str | None = None
     """The same under another name."""
     clip: str | None = None
@@ -167,9 +175,8 @@ def to_complete(config: GenerateConfig, generator: Generator, dalle: AnyDALLE) -
     picture = read_picture(config.image, size)
     if config.keep_mask is not None:
         mask = read_picture(config.keep_mask, size).mean(dim=0)
-        keep = (
-            F.adaptive_max_pool2d(1 - mask[None], grid) < 0.5
-        ).flatten()  # also of grids that do not divide the size
+        lines = list(pairwise(token_edges(size, grid, margin_of(dalle.vae))))
+        keep = torch.tensor([bool(mask[a:b, c:d].min() > 0.5) for a, b in lines for c, d in lines])
         if not keep.any():
             raise ValueError(f"keep_mask={config.keep_mask} keeps no token: a token stays only if all of it is white")
     else:
@@ -234,7 +241,7 @@ def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | N
     return ranked(candidates, scores[:, order], config.num_keep, config.min_distance)
 
 
-@entry("generate", GenerateConfig, unless={"experiment=emoji": ("weights", "dalle", "experiment")})
+@entry("generate", GenerateConfig, unless=RELEASED)
 def main(config: GenerateConfig) -> None:
     """Sample, rank, write PNGs, ``grid.png`` and ``ranking.json``; Ctrl-C of a lone process keeps what is finished."""
     prompts, processes = config.prompts(), Processes()

@@ -41,6 +41,7 @@ from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
 from dalle_pytorch.generation.processes import Processes
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.header import weights_sha256
+from dalle_pytorch.models.image_tokenizer import margin_of
 from dalle_pytorch.models.probe import Probe
 
 
@@ -143,7 +144,7 @@ def check(dalle: Any, config: EvaluateConfig) -> None:
     Raises:
         ValueError: a part of no token, or guidance of a model that never saw an empty caption.
     """
-    config.complete.parts(dalle.grid_size)
+    config.complete.parts(dalle.grid_size, margin_of(dalle.vae))
     if settings := config.sweep.settings(config.sampling):
         generator = Generator(dalle)
         for sampling in settings.values():
@@ -171,7 +172,7 @@ def completions(
     image_tokens, _ = reconstruct(dalle.vae, images)
     eyes, generator = Eyes(measure, networks.judge, networks.lpips, own.captions), Generator(dalle)
     how = drawn_how(config, config.sampling, candidates=settings.num_candidates)
-    parts = settings.parts(dalle.grid_size)
+    parts = settings.parts(dalle.grid_size, margin_of(dalle.vae))
     processes = Processes()
     total = 2 * len(parts) * len(processes.share(prompts)) * settings.num_candidates * dalle.num_image_tokens
     with tqdm(total=total, desc="completing", unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
@@ -219,7 +220,7 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
         trained["unigram_seed"] = config.seed
     found = [evaluate_likelihood(dalle, pairs(samples), known, measure, trained=trained)]
     own = samples.take(distinct_pairs(samples.captions, len(samples.captions), config.seed))
-    if config.complete.parts(dalle.grid_size):
+    if config.complete.parts(dalle.grid_size, margin_of(dalle.vae)):
         found = [*completions(dalle, config, own, networks, measure), *found]
     if config.num_prompts:
         found = [*judge_drawn(dalle, config, samples, own, train, networks, measure), *found]

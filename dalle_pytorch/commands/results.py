@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.generation.generator import Generator, Preview, Ranked
 from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
+from dalle_pytorch.models.image_tokenizer import margin_of
 
 if TYPE_CHECKING:
     from dalle_pytorch.commands.generate import GenerateConfig
@@ -81,9 +82,10 @@ class Film:
         self.indices = self.indices or preview.indices
         if preview.indices != self.indices:
             return
-        grid = self.generator.dalle.grid_size
+        grid, margin = self.generator.dalle.grid_size, margin_of(self.generator.dalle.vae)
         pictures = [
-            partial_picture(self.generator.decode, row, preview.done, grid) for row in preview.image_tokens[:SHOWN]
+            partial_picture(self.generator.decode, row, preview.done, grid, margin)
+            for row in preview.image_tokens[:SHOWN]
         ]
         self.frames.append(picture_grid([GridRow(self.prompt, pictures, [f"#{i}" for i in preview.indices[:SHOWN]])]))
 

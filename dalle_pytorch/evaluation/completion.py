@@ -71,8 +71,8 @@ class CompletionConfig:
         if self.num_candidates < 1:
             raise ValueError(f"complete.num_candidates must be at least 1, got {self.num_candidates}")
 
-    def parts(self, grid: int) -> dict[str, Part]:
-        """The parts to draw by name, "rows_0.25", of a grid of tokens.
+    def parts(self, grid: int, margin: tuple[int, int] = (0, 0)) -> dict[str, Part]:
+        """The parts to draw by name, "rows_0.25", of a grid of tokens with a margin.
 
         Raises:
             ValueError: a part has no token, or leaves none; names it.
@@ -84,7 +84,7 @@ class CompletionConfig:
                 raise ValueError(
                     f"complete.rows={share:g} gives {given} of {grid} token rows: 1 to {grid - 1} can be given"
                 )
-            found[f"rows_{share:g}"] = Part(grid, given, grid, 0, grid)
+            found[f"rows_{share:g}"] = Part(grid, given, grid, 0, grid, margin)
         for share in self.hole:
             side = round(share * grid)
             if not 0 < side < grid:
@@ -92,7 +92,7 @@ class CompletionConfig:
                     f"complete.hole={share:g} is {side} of {grid} tokens wide: it must hold one, and leave some"
                 )
             first = (grid - side) // 2
-            found[f"hole_{share:g}"] = Part(grid, first, first + side, first, first + side)
+            found[f"hole_{share:g}"] = Part(grid, first, first + side, first, first + side, margin)
         return found
 
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dalle_pytorch.models.image_tokenizer import token_edges
+
 
 class Part(NamedTuple):
     """A rectangle of a grid of tokens that is drawn, the rest being given."""
@@ -20,6 +22,8 @@ class Part(NamedTuple):
     """One past the last row."""
     left: int
     right: int
+    margin: tuple[int, int] = (0, 0)
+    """Of the image tokenizer: pixels that the grid reaches beyond the picture."""
 
     def keep(self) -> Bool[Tensor, " n"]:
         """Which tokens are given, in raster order."""
@@ -47,7 +51,5 @@ class Part(NamedTuple):
         return result
 
     def _pixels(self, images: Float[Tensor, "b c H W"]) -> tuple[slice, slice]:
-        edges = [
-            round(line * images.shape[-1] / self.grid) for line in range(self.grid + 1)
-        ]  # it may not divide the size
+        edges = token_edges(images.shape[-1], self.grid, self.margin)
         return slice(edges[self.top], edges[self.bottom]), slice(edges[self.left], edges[self.right])

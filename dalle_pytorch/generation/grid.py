@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.models.image_tokenizer import token_edges
 
 MARGIN = 6  # pixels around every picture
 LINE = 18  # pixels for a line of text
@@ -80,6 +81,7 @@ def partial_picture(
     image_tokens: Int[Tensor, " n"],
     done: int,
     grid: int,
+    margin: tuple[int, int] = (0, 0),
 ) -> Float[Tensor, "c H W"]:
     """The drawn part of a picture, the rest light grey.
 
@@ -88,12 +90,13 @@ def partial_picture(
         image_tokens: a whole grid, of which the first ``done`` are drawn.
         done: how many; at least a row.
         grid: token rows = columns.
+        margin: of the image tokenizer.
     """
     tokens = image_tokens.clone().view(grid, grid)
     rows = done // grid
     tokens[rows:] = tokens[rows - 1]  # the decoder looks past the edge of what is drawn: let it see more of the same
     picture = decode(tokens.view(1, -1))[0]
-    picture[:, rows * picture.shape[1] // grid :] = 0.85
+    picture[:, token_edges(picture.shape[1], grid, margin)[rows] :] = 0.85
     return picture
 
 

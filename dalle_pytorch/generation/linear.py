@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from dalle_pytorch.models.linear import onednn_computes
+
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +46,7 @@ def prepare(module: nn.Module, precision: str, *, packed: bool = True, consume: 
 def prepare_head(head: nn.Linear, precision: str, *, packed: bool = True, consume: bool = False) -> nn.Module:
     """The layer that scores the codebook, as ``prepare`` does it; under int8 in bf16, where the CPU knows that."""
     if precision == "int8":
-        precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+        precision = "bf16" if onednn_computes(torch.bfloat16) else "fp32"
     return prepare(head, precision, packed=packed, consume=consume)
 
 
@@ -119,11 +121,8 @@ class CastLinear(nn.Module):
         super().__init__()
         self.dtype = DTYPES[precision]
         weight = linear.weight.detach().to(self.dtype)
-        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        known = self.dtype == torch.float32 or (
-            self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        self.packed = packed and on_cpu and known
+        known = self.dtype != torch.float16 and onednn_computes(self.dtype)
+        self.packed = packed and weight.device.type == "cpu" and known
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # laid out for 8 rows, fast at all
         # plain attributes: a parameter's look-up takes longer than some of the products

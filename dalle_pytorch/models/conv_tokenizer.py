@@ -161,7 +161,6 @@ class ConvTokenizer(ImageTokenizer):
         self.grid_size = config.grid_size
         excess = self.grid_size * math.prod(config.scales) - self.image_size
         self.margin = (excess // 2, excess - excess // 2)
-        """Pixels that the grid reaches beyond the picture, left and right, above and below."""
         self.codebook_size = config.codebook_size
         self.channels, self.likelihood = config.channels, config.likelihood
         self.encoder, self.decoder = make_encoder(config, outputs), make_decoder(config)

@@ -23,12 +23,15 @@ class ImageTokenizer(nn.Module, ABC):
         grid_size: token rows, equal to token columns.
         codebook_size: number of codes; tokens lie in ``[0, codebook_size)``.
         channels: picture channels (3 = RGB).
+        margin: pixels that the grid reaches beyond the picture, on the left and the right, above and below; may be
+            left out of a network that keeps the contract without inheriting.
     """
 
     image_size: int
     grid_size: int
     codebook_size: int
     channels: int
+    margin: tuple[int, int] = (0, 0)
 
     @property
     def num_image_tokens(self) -> int:
@@ -87,6 +90,23 @@ class CodeLogits(Protocol):
     def encode_logits(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b k h w"]:
         """Code logits of every grid position, from pictures in [0, 1]."""
         ...
+
+
+def margin_of(vae: nn.Module) -> tuple[int, int]:
+    """The margin of an image tokenizer, none where it does not say."""
+    return getattr(vae, "margin", ImageTokenizer.margin)
+
+
+def token_edges(image_size: int, grid_size: int, margin: tuple[int, int] = (0, 0)) -> list[int]:
+    """Where each token row begins, in pixels from the top, and at last where the picture ends.
+
+    Args:
+        image_size: side of the picture in pixels.
+        grid_size: token rows.
+        margin: of the image tokenizer.
+    """
+    side = (image_size + sum(margin)) // grid_size
+    return [min(max(row * side - margin[0], 0), image_size) for row in range(grid_size + 1)]
 
 
 def check_ids(image_tokens: Int[Tensor, "..."], codebook_size: int, *, most: int | None = None) -> None:

@@ -30,3 +30,12 @@ def linear(
         return F.linear(x, weight, bias)
     # [b, i, 1, q], channels last: a view of x
     return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+
+
+def onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for numbers of a type on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.linear import onednn_computes
 from dalle_pytorch.ranges import at_least_one
 
 GROUPS = 4  # of blocks; the resolution changes between them, so that 8 x 8 pixels share a token
@@ -142,15 +143,6 @@ class Conv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, object]:
         """Without the second copy of the weights, for copies and pickles."""
         return {**self.__dict__, "packed": None}
-
-
-def onednn_computes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for numbers of a type on this CPU."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or (dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 class Block(nn.Module):

@@ -10,7 +10,9 @@ from torch.optim import Muon
 
 
 class PreciseMuon(Muon):
-    """torch.optim.Muon with its iteration in the weights' own type; arguments and state are the same.
+    """torch.optim.Muon with its iteration in the weights' own type; its state is the same.
+
+    Updates are scaled by sqrt(max(1, rows / columns)), torch's default, and in no other way.
 
     torch's products are in bf16, which a CPU without it emulates at a hundredth of its speed in fp32
     (``precision.fast_precision``).
@@ -26,15 +28,15 @@ class PreciseMuon(Muon):
         for group in self.param_groups:
             for weights in group["params"]:
                 if weights.grad is not None:
-                    self._update(weights, group)
+                    self._update(weights, weights.grad, group)
         return loss
 
-    def _update(self, weights: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, weights: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         momentum, state = group["momentum"], self.state[weights]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weights)
-        buffer = state["momentum_buffer"].lerp_(weights.grad, 1 - momentum)
-        direction = weights.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        direction = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
         direction = orthogonal(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = weights.shape
         weights.mul_(1 - group["lr"] * group["weight_decay"])

@@ -11,6 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dalle_pytorch.models.blocks import STACKS
+from dalle_pytorch.models.linear import onednn_computes
 from dalle_pytorch.ranges import not_negative
 from dalle_pytorch.training.muon import PreciseMuon
 from dalle_pytorch.training.schedules import LR_SCHEDULES, lr_factor
@@ -123,7 +124,7 @@ def make_optimizer(net: nn.Module, config: OptimConfig, *, fused: bool = True) -
         return adamw
     # The update of a matrix is scaled by sqrt(max(1, rows / columns)), torch's default. We deviate from Jordan's post
     # in one thing: the matrix of queries, keys and values is orthogonalised whole, not in three.
-    slow = matrices[0].device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = matrices[0].device.type == "cpu" and not onednn_computes(torch.bfloat16)
     kind = PreciseMuon if slow else Muon
     muon = kind(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
     return MuonAdamW(muon, adamw)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from dalle_pytorch.models.linear import onednn_computes
+
 log = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ def fast_precision(trainer: dict[str, Any]) -> dict[str, Any]:
     hundred times as long as in fp32 (174 and 1 GFLOP/s on two cores of an AMD EPYC 7003).
     """
     precision = str(trainer.get("precision"))
-    if not precision.startswith("bf16") or not on_cpu(trainer) or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not precision.startswith("bf16") or not on_cpu(trainer) or onednn_computes(torch.bfloat16):
         return trainer
     log.warning("this CPU has no instructions for bf16: trainer.precision=32-true in place of %s", precision)
     return {**trainer, "precision": "32-true"}

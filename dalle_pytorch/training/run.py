@@ -109,7 +109,8 @@ class Run:
     """
 
     def __init__(self, kind: str, config: RunConfig) -> None:
-        self.kind, self.config = kind, config
+        # in the settings themselves, so that the run's record says what it was
+        self.kind, self.config = kind, replace(config, trainer=fast_precision(config.trainer))
         self.out = _run_folder(kind, config)
         self.last = find_last(self.out / "checkpoints") if config.resume else None
         """Checkpoint that the run continues from."""
@@ -244,7 +245,7 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
     Raises:
         ValueError: an argument that Trainer does not take, or wandb missing.
     """
-    section = fast_precision(dict(config.trainer))
+    section = dict(config.trainer)
     if "gradient_clip_val" in section:
         raise ValueError("clipping is set with optim.clip, not trainer.gradient_clip_val")
     interval = section.get("val_check_interval")

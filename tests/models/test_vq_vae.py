@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dalle_pytorch
+from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, to_grid, to_sequence
 from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, VQVAEConfig
@@ -63,6 +64,8 @@ def test_a_token_of_a_strided_grid_sees_and_paints_its_own_place():
     assert images.grad[0, :, :5, :5].abs().min() > 0
     assert images.grad[0, :, 10:].abs().max() == 0
     assert images.grad[0, :, :, 10:].abs().max() == 0
+    edges = token_edges(64, 11, margin_of(vae))
+    assert (edges[:3], edges[-2:]) == ([0, 5, 11], [59, 64])
     vectors = torch.randn(1, 8, 11, 11, requires_grad=True)
     vae.decoded(vectors)[0, :, -5:, -5:].sum().backward()
     assert vectors.grad is not None
@@ -229,3 +232,16 @@ def test_a_codebook_that_processes_share_waits_where_one_batch_is_not_finite(mon
     codes(torch.randn(2, 6, 4))
     assert reduced == [1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in codes.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("strides", "edges"), [([5], [0, 3, 8, 13, 16]), ([3, 2], [0, 5, 11, 16]), ([4], [0, 4, 8, 12, 16])]
+)
+def test_token_edges_by_hand(strides, edges):
+    vae = make("fsq", image_size=16, strides=strides)
+    assert token_edges(16, vae.grid_size, margin_of(vae)) == edges
+
+
+def test_networks_without_a_margin_have_none():
+    assert margin_of(torch.nn.Identity()) == (0, 0)
+    assert token_edges(64, 8) == list(range(0, 65, 8))
