@@ -5,6 +5,7 @@ Axes: q positions in all, i inputs, o outputs.
 
 import copy
 import itertools
+import logging
 import weakref
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.models.linear import onednn_computes
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +76,7 @@ def replace(module: nn.Module, lay_out: Callable[[nn.Linear], nn.Module]) -> nn.
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that is unknown or that a device does not have.
+    """Refuse a precision that is unknown or that a device does not have; warn of one that a CPU emulates.
 
     Raises:
         ValueError: names both.
@@ -82,6 +85,8 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "int8" and device.type != "cpu":
         raise ValueError(f"precision=int8 runs on a CPU only, the model is on {device}; use bf16 there")
+    if precision == "bf16" and device.type == "cpu" and not onednn_computes(torch.bfloat16):
+        log.warning("this CPU has no instructions for bf16 and emulates it a hundred times as slowly: use fp32 or int8")
 
 
 def keys_dtype(precision: str, device: torch.device, compiled: bool) -> torch.dtype:

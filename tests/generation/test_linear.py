@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dalle_pytorch.generation import linear as linear_module
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.linear import CastLinear, Int8Linear, keep_stored, keys_dtype, prepare
 
@@ -123,3 +124,12 @@ def test_keys_have_16_bits_where_that_is_faster(make_dalle, precision, on_cpu, e
     assert keys_dtype(precision, torch.device("cpu"), True) == else_
     assert keys_dtype(precision, torch.device("cuda"), False) == else_
     assert Decoder(make_dalle(), precision=precision, compiled=True).cache_dtype == else_
+
+
+@pytest.mark.parametrize(
+    ("precision", "supported", "warned"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_emulated_bf16_is_told(monkeypatch, caplog, precision, supported, warned):
+    monkeypatch.setattr(linear_module, "onednn_computes", lambda dtype: supported)
+    linear_module.check_precision(precision, torch.device("cpu"))
+    assert ("use fp32 or int8" in caplog.text) is warned
