@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_pytorch import load, save
+from dalle_pytorch import DALLE, DALLEConfig, Generator, load, save
 from dalle_pytorch.commands import generate as generate_command
-from dalle_pytorch.commands.generate import file_stem, main
+from dalle_pytorch.commands.generate import GenerateConfig, file_stem, main, to_complete
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.generation import generator as generator_module
 from dalle_pytorch.generation.grid import save_animation
+from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.text import BPETokenizer
 
 PROMPTS = ["a red apple", "a blue car"]
@@ -266,3 +267,24 @@ def test_results_are_not_overwritten(models, monkeypatch, capsys):
 def test_file_names_are_safe():
     assert file_stem(3, "/../etc/Passwd: x") == "03_etc-passwd-x"
     assert file_stem(0, "猫") == "00"
+
+
+@pytest.mark.parametrize(("black", "drawn"), [(2, {0}), (3, {1}), (12, {2}), (15, {3})])
+def test_a_mask_meets_the_tokens_of_a_grid_that_does_not_divide_the_picture(tmp_path, black, drawn):
+    """Token rows of such a grid begin at pixels 0, 3, 8 and 13: a black line belongs to one of them."""
+    config = VQVAEConfig(
+        image_size=16, strides=[5], quantizer="fsq", levels=[5, 3], codebook_size=15, codebook_dim=8, hidden_dim=8
+    )
+    tokenizer = BPETokenizer.train(PROMPTS, 300)
+    sizes = {"dim": 32, "depth": 1, "heads": 2, "head_dim": 16, "text_vocab_size": tokenizer.vocab_size, "text_len": 12}
+    dalle = DALLE(DALLEConfig(**sizes), vae=VQVAE(config)).eval()
+    dalle.text_tokenizer = tokenizer
+    mask = torch.ones(3, 16, 16)
+    mask[:, black] = 0
+    to_pil(torch.rand(3, 16, 16)).save(tmp_path / "image.png")
+    to_pil(mask).save(tmp_path / "mask.png")
+    files = {"image": str(tmp_path / "image.png"), "keep_mask": str(tmp_path / "mask.png")}
+    given = to_complete(GenerateConfig(prompt="x", out="x", **files), Generator(dalle), dalle)
+    assert given is not None
+    rows = given.keep.view(4, 4).all(dim=1).tolist()
+    assert {row for row, kept in enumerate(rows) if not kept} == drawn
