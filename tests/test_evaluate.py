@@ -336,6 +336,11 @@ def test_the_page_holds_pictures_that_open(place, call):
     for data in found:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert picture.size == (16, 16)  # their own pixels: the browser enlarges them
+    galleries = sorted((place / "out" / "pictures").iterdir())
+    assert [path.name for path in galleries] == ["best_reconstructions.png", "worst_reconstructions.png"]
+    for path in galleries:
+        with Image.open(path) as picture:
+            assert picture.width > 6 * 128  # six columns
 
 
 def test_standard_weight_files_bring_the_plain_names(place, call):
@@ -370,7 +375,12 @@ def test_two_processes_write_the_bytes_of_one(place, call, kind):
     assert (place / "two" / "metrics.json").read_bytes() == (place / "one" / "metrics.json").read_bytes()
     assert (place / "two" / "report.html").read_bytes() == (place / "one" / "report.html").read_bytes()
     assert done.stdout.count("report.html") == 1
-    assert sorted(path.name for path in (place / "two").iterdir()) == ["metrics.json", "report.html"]
+    one, two = (
+        {path.name: path.read_bytes() for path in (place / name / "pictures").iterdir()} for name in ("one", "two")
+    )
+    assert one == two
+    assert one
+    assert sorted(path.name for path in (place / "two").iterdir()) == ["metrics.json", "pictures", "report.html"]
 
 
 def test_an_error_of_one_process_ends_both(place):

@@ -1,10 +1,11 @@
 """Judge a checkpoint: ``evaluate.py checkpoint=... data=emoji split=test_concept``, of any kind.
 
-Writes ``metrics.json`` and ``report.html``. ``evaluate.py compare A/metrics.json B/metrics.json`` sets two beside each
-other, and refuses numbers that were measured in two ways.
+Writes ``metrics.json``, ``report.html`` and the galleries of that page as ``pictures/*.png``. ``evaluate.py compare
+A/metrics.json B/metrics.json`` sets two beside each other, and refuses numbers that were measured in two ways.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def judge(config: EvaluateConfig, processes: Processes) -> None:
     report.write(record, folder / "metrics.json")
     title = f"{head['kind']} on {shards.index['name']}, split {shards.split}"
     page.write(record, found.sections, folder / "report.html", title=title)
+    page.write_galleries(found.sections, folder / "pictures", asdict(record.subject))
     for name, metric in found.metrics.items():
         print(f"{name:32} {compare.with_interval(metric)}")
     print(f"{folder / 'metrics.json'}, {folder / 'report.html'}")

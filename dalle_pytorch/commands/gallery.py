@@ -79,10 +79,15 @@ class Artist:
     config: GalleryConfig
 
     def draw(
-        self, prompt: str, *, given: Given | None = None, sampling: SamplingConfig | None = None
+        self,
+        prompt: str,
+        *,
+        given: Given | None = None,
+        sampling: SamplingConfig | None = None,
+        count: int | None = None,
     ) -> tuple[Candidates, list[int], list[str]]:
-        """All candidates of a prompt, their places from best to worst, and a label for each."""
-        count = self.config.num_candidates
+        """The first ``count`` candidates of a prompt (None = all), their places from best to worst, a label each."""
+        count = count or self.config.num_candidates
         candidates, ranking = self.generator.generate(
             prompt, num_candidates=count, num_keep=count, seed=self.config.seed,
             sampling=sampling or self.config.sampling, given=given,
@@ -119,12 +124,11 @@ class Artist:
 
     def guided(self, prompt: str) -> list[GridRow]:
         """The first candidates, unranked, at each guidance scale."""
-        rows = []
+        rows, count = [], self.config.num_keep
         for scale in self.config.guidance:
-            candidates, _, labels = self.draw(prompt, sampling=replace(self.config.sampling, cfg_scale=scale))
-            rows.append(
-                self.row(f"{prompt}: cfg_scale={scale:g}, unranked", candidates, labels, range(self.config.num_keep))
-            )
+            sampling = replace(self.config.sampling, cfg_scale=scale)
+            candidates, _, labels = self.draw(prompt, sampling=sampling, count=count)
+            rows.append(self.row(f"{prompt}: cfg_scale={scale:g}, unranked", candidates, labels, range(count)))
         return rows
 
     def best_and_worst(self, prompt: str) -> list[GridRow]:

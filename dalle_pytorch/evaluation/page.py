@@ -3,9 +3,10 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -15,7 +16,7 @@ from dalle_pytorch.evaluation.report import Metric, Protocol, Record, shown
 from dalle_pytorch.evaluation.scatter import Scatter, draw_scatter
 from dalle_pytorch.evaluation.style import STYLE
 from dalle_pytorch.evaluation.topics import ASIDE, grouped, headlines, words
-from dalle_pytorch.generation.grid import GridRow
+from dalle_pytorch.generation.grid import GridRow, picture_grid, save_png
 
 SIDE = 128
 """Pixels of the page that a picture of a gallery is wide; smaller ones are enlarged by a whole factor to about this."""
@@ -93,6 +94,19 @@ def write(record: Record, sections: Sequence[Section], path: str | Path, *, titl
     )
     with atomic(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_galleries(sections: Sequence[Section], folder: Path, settings: dict[str, Any]) -> None:
+    """Write every gallery as a PNG too, named after its title, for model cards and papers.
+
+    Raises:
+        FileExistsError: such a file is there already.
+    """
+    for part in sections:
+        if isinstance(part, Gallery):
+            folder.mkdir(exist_ok=True)
+            name = re.sub(r"[^a-z0-9]+", "_", part.title.lower()).strip("_")
+            save_png(picture_grid(part.rows), folder / f"{name}.png", settings)
 
 
 def facts(record: Record) -> str:
