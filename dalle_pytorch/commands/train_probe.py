@@ -5,9 +5,10 @@ import logging
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule, open_splits
 from dalle_pytorch.data.factors import factor_classes, factors_of
+from dalle_pytorch.loading import load
 from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.training.launch import launch
-from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig
+from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, through
 from dalle_pytorch.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def main(config: TrainProbeConfig) -> None:
     for name, values in config.model.classes.items():
         there = {row[name] for row in known if name in row}
         log.info("%s: %d values of %d have %d pictures or more", name, len(values), len(there), config.min_pictures)
-    lit = LitProbe(Probe(config.model), config, known, [factors_of(meta) for meta in val.metas()])
+    reconstruct = None if config.vae is None else through(load(config.vae, kind="vae"))
+    lit = LitProbe(Probe(config.model), config, known, [factors_of(meta) for meta in val.metas()], reconstruct)
     run.fit(lit, data)
 
 

@@ -3,7 +3,9 @@ networks.
 
 Pre-activation residual blocks (He et al. 2016, https://arxiv.org/abs/1603.05027) with GroupNorm in place of BatchNorm:
 it has no running statistics, which averaged weights would not fit. Features keep where in the picture things are, for
-pictures of our data are centred: averaged over all cells, they tell few concepts of the emoji apart.
+pictures of our data are centred: averaged over all cells, they tell few concepts of the emoji apart. What the style of
+icons is made of, a palette and flat or shaded areas, those blocks hardly see; a histogram of colours and of steps
+between neighbours tells it (docs/experiments.md, 2026-11-30).
 
 Axes: b batch, H W pixels, c channels, h w cells, e features, f factors, k values of a factor.
 """
@@ -17,10 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.ranges import at_least_one
+from dalle_pytorch.ranges import at_least_one, not_negative
 
 GROUPS = 8
 """Of GroupNorm."""
+STEPS = (0.004, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+"""Bounds between kinds of steps from a pixel to its neighbour, of 1 = black to white; 0.004 is a level of 8 bits."""
 UNKNOWN = -1
 """Label of a value that is no class of the probe, or of a factor that a picture has not."""
 
@@ -41,6 +45,8 @@ class ProbeConfig:
     """The last stage is averaged to so many cells each way before it becomes features; 1 = over the whole picture."""
     num_features: int = 128
     """Width of the features."""
+    colours: int = 0
+    """Shades of red, green and blue in the histogram of colours, which is of their cube; 0 = no histograms."""
     dropout: float = 0.2
     """Share of the features that training leaves out, in [0, 1)."""
     label_smoothing: float = 0.1
@@ -61,6 +67,7 @@ class ProbeConfig:
             raise ValueError(f"cells must be at most image_size / 2 ** stages = {grid}, got {self.cells}")
         if self.width < GROUPS or self.width % GROUPS:
             raise ValueError(f"width must be a multiple of {GROUPS}, got {self.width}")
+        not_negative(self, "colours")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -110,6 +117,13 @@ class Probe(nn.Module):
             before = channels
         self.trunk = nn.Sequential(*layers, nn.GroupNorm(GROUPS, before), nn.SiLU(), nn.AdaptiveAvgPool2d(config.cells))
         self.to_features = nn.Linear(before * config.cells**2, config.num_features)
+        if config.colours:
+            self.palette = nn.Sequential(
+                nn.Linear(config.colours**3 + 2 * (len(STEPS) + 1), 2 * config.num_features),
+                nn.SiLU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(2 * config.num_features, config.num_features),
+            )
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleList([nn.Linear(config.num_features, len(values)) for values in config.classes.values()])
 
@@ -124,7 +138,8 @@ class Probe(nn.Module):
         size = (self.config.image_size, self.config.image_size)
         if tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
-        return self.to_features(self.trunk(images * 2 - 1).flatten(1))
+        features = self.to_features(self.trunk(images * 2 - 1).flatten(1))
+        return features + self.palette(histograms(images, self.config.colours)) if self.config.colours else features
 
     def forward(self, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _"]]:
         """Logits of each factor's values."""
@@ -152,3 +167,27 @@ class Probe(nn.Module):
             )
             losses.append(total / (own != UNKNOWN).sum().clamp_min(1))
         return torch.stack(losses).mean()
+
+
+def histograms(images: Float[Tensor, "b 3 H W"], colours: int) -> Float[Tensor, "b _"]:
+    """Square roots of the shares of pixels of each colour, and of each kind of step to the right and downwards.
+
+    Args:
+        images: in [0, 1].
+        colours: shades of each channel.
+    """
+    with torch.no_grad():
+        shades = (images.float() * colours).long().clamp(0, colours - 1)
+        found = [shares((shades[:, 0] * colours + shades[:, 1]) * colours + shades[:, 2], colours**3)]
+        bounds = torch.tensor(STEPS, device=images.device)
+        for dim in (3, 2):
+            steps = images.float().diff(dim=dim).abs().contiguous()
+            found.append(shares(torch.bucketize(steps, bounds), len(STEPS) + 1))
+        return torch.cat(found, dim=1).sqrt()
+
+
+def shares(kinds: Int[Tensor, "b ..."], count: int) -> Float[Tensor, "b k"]:
+    """How many of a picture's values are 0, 1, …, ``count`` - 1, of 1."""
+    flat = kinds.flatten(1)
+    ones = torch.ones(flat.shape, device=flat.device)
+    return torch.zeros(len(flat), count, device=flat.device).scatter_add_(1, flat, ones) / flat.shape[1]

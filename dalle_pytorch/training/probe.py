@@ -1,14 +1,15 @@
 """Training of the probe that judges pictures: labels by factor, pictures made soft, accuracy on held-out ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.probe import UNKNOWN, Probe, ProbeConfig
 from dalle_pytorch.ranges import at_least_one
@@ -29,6 +30,11 @@ class TrainProbeConfig(RunConfig):
     """A value is a class of the probe if the training split has so many pictures of it; the others are left out."""
     soft: float = 0.2
     """Share of the training pictures that are scaled down to half and up again, as soft as a DALLE draws; in [0, 1]."""
+    vae: str | None = None
+    """Checkpoint of the image tokenizer of the DALLE that is to be judged: pictures of training pass through it, for
+    what it loses is no mistake of the DALLE. Held-out ones are looked at both ways."""
+    decoded: float = 0.5
+    """Share of a batch that passes through ``vae``; in [0, 1]."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -38,8 +44,9 @@ class TrainProbeConfig(RunConfig):
         """
         super().__post_init__()
         at_least_one(self, "min_pictures")
-        if not 0 <= self.soft <= 1:
-            raise ValueError(f"soft must lie in [0, 1], got {self.soft}")
+        for name in ("soft", "decoded"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.model.classes:
             raise ValueError("model.classes is filled from the training split: leave it out")
 
@@ -52,6 +59,7 @@ class LitProbe(LitBase[Probe]):
         config: settings.
         train: factors of every training picture, in order.
         val: factors of every validation picture, in order.
+        reconstruct: gives pictures back as the image tokenizer of ``config.vae`` does.
     """
 
     monitor = "val/accuracy"
@@ -63,38 +71,48 @@ class LitProbe(LitBase[Probe]):
         config: TrainProbeConfig,
         train: Sequence[Mapping[str, str]],
         val: Sequence[Mapping[str, str]],
+        reconstruct: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(net, config.optim, config.seed)
-        self.soft, self.train_labels, self.val_labels = config.soft, net.labels(train), net.labels(val)
-        self.counts = torch.zeros(2, len(net.config.classes))
+        self.soft, self.decoded, self.reconstruct = config.soft, config.decoded, reconstruct
+        self.train_labels, self.val_labels = net.labels(train), net.labels(val)
+        self.counts: dict[str, Tensor] = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch."""
         generator = self.step_generator(batch_idx, batch["images"].device)
         images = softened(batch["images"], self.soft, generator)
+        if self.reconstruct is not None and (count := round(self.decoded * len(images))):
+            images = torch.cat([self.reconstruct(images[:count]), images[count:]])
         loss = self.net.loss(images, self.train_labels[batch["indices"].cpu()].to(images.device))
         self.log_losses("train", {"loss": loss}, len(images))
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts."""
-        self.counts = torch.zeros(2, len(self.net.config.classes), device=self.device)
+        ways = ("",) if self.reconstruct is None else ("", "_decoded")
+        self.counts = {way: torch.zeros(2, len(self.net.config.classes), device=self.device) for way in ways}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count pictures with a label, and those that it is seen in."""
         labels = self.val_labels[batch["indices"].cpu()].to(self.device)
-        seen = torch.stack([logits.argmax(dim=1) for logits in self.net(batch["images"]).values()], dim=1)
-        self.counts += torch.stack([(seen == labels).sum(dim=0), (labels != UNKNOWN).sum(dim=0)])
+        for way, counts in self.counts.items():
+            images = self.reconstruct(batch["images"]) if way and self.reconstruct else batch["images"]
+            seen = torch.stack([logits.argmax(dim=1) for logits in self.net(images).values()], dim=1)
+            counts += torch.stack([(seen == labels).sum(dim=0), (labels != UNKNOWN).sum(dim=0)])
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracy of each factor, and their mean."""
-        if self.trainer.world_size > 1:
-            self.counts = self.trainer.strategy.reduce(self.counts, reduce_op="sum")
-        right, total = self.counts
-        shares = right / total.clamp_min(1)
-        for name, share in zip(self.net.config.classes, shares, strict=True):
-            self.log(f"val/{name}", share, prog_bar=True, sync_dist=True)
-        self.log("val/accuracy", shares[total > 0].sum() / (total > 0).sum().clamp_min(1), sync_dist=True)
+        means = []
+        for way, counts in self.counts.items():
+            if self.trainer.world_size > 1:
+                counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            right, total = counts
+            shares = right / total.clamp_min(1)
+            for name, share in zip(self.net.config.classes, shares, strict=True):
+                self.log(f"val/{name}{way}", share, prog_bar=True, sync_dist=True)
+            means.append(shares[total > 0].sum() / (total > 0).sum().clamp_min(1))
+        self.log("val/accuracy", torch.stack(means).mean(), sync_dist=True)
 
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """Pictures that are seen as what they are in all factors, above others."""
@@ -105,6 +123,18 @@ class LitProbe(LitBase[Probe]):
         rows = [batch["images"][part][:SHOWN] for part in (~wrong, wrong)]
         blank = torch.ones_like(batch["images"][:1])
         return tile(torch.cat([torch.cat([row, blank.expand(SHOWN - len(row), -1, -1, -1)]) for row in rows]), SHOWN)
+
+
+def through(vae: nn.Module) -> Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b 3 H W"]]:
+    """What gives pictures back as an image tokenizer does, in its own precision; not part of what is saved."""
+    tokenizer = as_image_tokenizer(vae)
+
+    def reconstruct(images: Tensor) -> Tensor:
+        vae.to(images.device)
+        with eval_mode(vae), torch.autocast(images.device.type, enabled=False):
+            return tokenizer.decode(tokenizer.encode(images))
+
+    return reconstruct
 
 
 def softened(images: Float[Tensor, "b 3 H W"], share: float, generator: torch.Generator) -> Float[Tensor, "b 3 H W"]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dalle_pytorch import load, save
 from dalle_pytorch.header import weights_sha256
-from dalle_pytorch.models.probe import UNKNOWN, Probe, ProbeConfig
+from dalle_pytorch.models.probe import STEPS, UNKNOWN, Probe, ProbeConfig, histograms
 
 CLASSES = {"style": ["flat", "round"], "concept": ["apple", "cat", "dog"]}
 
@@ -31,6 +31,32 @@ def test_features_do_not_depend_on_the_other_pictures(probe):
     assert torch.allclose(probe.encode_image(images)[1:2], probe.encode_image(images[1:2]), atol=1e-6)
     assert probe.encode_image(images).shape == (4, 128)
     assert {name: logits.shape for name, logits in probe(images).items()} == {"style": (4, 2), "concept": (4, 3)}
+
+
+def test_histograms_count_colours_and_steps_but_not_places():
+    images = torch.rand(3, 3, 8, 8)
+    found = histograms(images, 4)
+    assert found.shape == (3, 4**3 + 2 * (len(STEPS) + 1))
+    colours, across, down = found.square().split([4**3, len(STEPS) + 1, len(STEPS) + 1], dim=1)
+    for part in (colours, across, down):
+        assert torch.allclose(part.sum(dim=1), torch.ones(3))
+    assert torch.equal(histograms(images.flip(2, 3), 4), found)
+    assert torch.equal(histograms(images.mT, 4)[:, 4**3 :], torch.cat([down, across], dim=1).sqrt())
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(1, 3, 8, 8)
+    assert histograms(red, 2)[0].nonzero().flatten().tolist() == [4, 8, 8 + len(STEPS) + 1]  # one colour, no steps
+    shaded = red * torch.linspace(0.9, 1, 8)  # steps of 0.014 across, none downwards, nor in green and blue
+    kinds = histograms(shaded, 2)[0].square()[8:].view(2, -1)
+    assert kinds[0].tolist() == pytest.approx([2 / 3, 0, 1 / 3, *[0] * (len(STEPS) - 2)])
+    assert kinds[1].tolist() == pytest.approx([1, *[0] * len(STEPS)])
+
+
+def test_histograms_reach_the_features(probe):
+    images = torch.rand(2, 3, 16, 16)
+    torch.manual_seed(0)
+    net = Probe(ProbeConfig(**{**vars(probe.config), "colours": 3})).eval()
+    with torch.no_grad():
+        net.to_features.weight.zero_()
+    assert not torch.allclose(net.encode_image(images)[0], net.encode_image(images)[1])
 
 
 def test_other_sizes_are_scaled(probe):

@@ -10,8 +10,9 @@ from dalle_pytorch import checkpoint
 from dalle_pytorch.commands import train_probe
 from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.header import weights_sha256
 from dalle_pytorch.models.probe import Probe, ProbeConfig
-from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, softened
+from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, softened, through
 
 SMALL = [
     "model.image_size=16", "model.width=8", "model.stages=2", "trainer=cpu", "data.batch_size=8", "data.jitter=1",
@@ -77,6 +78,27 @@ def test_a_resumed_probe_ends_as_one_that_did_not_stop(factor_shards, tmp_path, 
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_pictures_pass_through_the_image_tokenizer_of_the_judged(factor_shards, tmp_path, run_command, tiny_vae):
+    """Half of a batch, and held-out pictures both ways; the tokenizer stays as it is."""
+    path = tmp_path / "vae.safetensors"
+    dalle_pytorch.save(tiny_vae, path)
+    before = weights_sha256(tiny_vae)
+    arguments = small(factor_shards, tmp_path / "run", 10, f"vae={path}", "callbacks.picture_every=0")
+    assert dalle_pytorch.load(run_command(train_probe.main, *arguments), kind="probe").config.colours == 12
+    rows = [{"style": "fluent"}, {"style": "noto"}] * 2
+    net = Probe(ProbeConfig(image_size=16, width=8, stages=2, classes={"style": ["fluent", "noto"]}))
+    lit = LitProbe(net, TrainProbeConfig(), rows, rows, through(tiny_vae.train()))
+    images = torch.rand(4, 3, 16, 16)
+    lit.on_validation_epoch_start()
+    lit.validation_step({"images": images, "indices": torch.arange(4)}, 0)
+    assert {way: counts[1].item() for way, counts in lit.counts.items()} == {"": 4, "_decoded": 4}
+    decoded = through(tiny_vae)(images)
+    assert tiny_vae.training
+    assert torch.equal(decoded, tiny_vae.eval().decode(tiny_vae.encode(images)))
+    assert weights_sha256(tiny_vae) == before
+    assert {id(p) for p in lit.parameters()}.isdisjoint(map(id, tiny_vae.parameters()))
+
+
 def test_data_without_factors_end_with_one_line(shards, tmp_path, run_command):
     code, error = run_command(train_probe.main, *small(shards, tmp_path / "run", 2))
     assert code == 1
@@ -90,6 +112,7 @@ def test_data_without_factors_end_with_one_line(shards, tmp_path, run_command):
     [
         ({"min_pictures": 0}, "min_pictures must be at least 1, got 0"),
         ({"soft": 1.5}, "soft must lie in"),
+        ({"decoded": -0.1}, "decoded must lie in"),
         ({"model": ProbeConfig(classes={"a": ["b", "c"]})}, "model.classes is filled from the training split"),
     ],
 )
