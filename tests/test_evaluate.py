@@ -341,6 +341,7 @@ def test_the_page_holds_pictures_that_open(place, call):
     for path in galleries:
         with Image.open(path) as picture:
             assert picture.width > 6 * 128  # six columns
+            assert json.loads(picture.text["dalle_pytorch"])["split"] == "val"
 
 
 def test_standard_weight_files_bring_the_plain_names(place, call):

@@ -25,7 +25,7 @@ from dalle_pytorch.header import role, weights_sha256
 
 
 def judge(config: EvaluateConfig, processes: Processes) -> None:
-    """Judge in shares; the first process writes both files and prints the numbers."""
+    """Judge in shares; the first process writes the files and prints the numbers."""
     if is_stream(config.data.path):
         raise ValueError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
     shards = open_split(config.data.path, config.split, "data.path")
@@ -50,15 +50,15 @@ def judge(config: EvaluateConfig, processes: Processes) -> None:
     report.write(record, folder / "metrics.json")
     title = f"{head['kind']} on {shards.index['name']}, split {shards.split}"
     page.write(record, found.sections, folder / "report.html", title=title)
-    page.write_galleries(found.sections, folder / "pictures", asdict(record.subject))
+    page.write_galleries(found.sections, folder / "pictures", {**asdict(record.subject), **page.common(record)})
     for name, metric in found.metrics.items():
         print(f"{name:32} {compare.with_interval(metric)}")
-    print(f"{folder / 'metrics.json'}, {folder / 'report.html'}")
+    print(", ".join(str(path) for path in sorted(folder.iterdir())))
 
 
 @entry("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    """Judge, write both files, print the numbers; with siblings where torchrun started this."""
+    """Judge, write the files, print the numbers; with siblings where torchrun started this."""
     processes = Processes()
     try:
         judge(config, processes)

@@ -19,6 +19,15 @@ def main(config: TrainProbeConfig) -> None:
     """Train; the result is <out>/probe.safetensors, which carries its classes."""
     if launch("probe", config, "dalle_pytorch.commands.train_probe"):
         return
+    reconstruct = None
+    if config.vae is not None:
+        vae = load(config.vae, kind="vae")
+        if vae.image_size != config.model.image_size:
+            raise ValueError(
+                f"vae={config.vae} is for {vae.image_size} pixels, the probe for {config.model.image_size}; "
+                f"set model.image_size={vae.image_size}"
+            )
+        reconstruct = through(vae)
     run = Run("probe", config)
     train, val = open_splits(config.data)
     data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed, shards=(train, val))
@@ -33,7 +42,6 @@ def main(config: TrainProbeConfig) -> None:
     for name, values in config.model.classes.items():
         there = {row[name] for row in known if name in row}
         log.info("%s: %d values of %d have %d pictures or more", name, len(values), len(there), config.min_pictures)
-    reconstruct = None if config.vae is None else through(load(config.vae, kind="vae"))
     lit = LitProbe(Probe(config.model), config, known, [factors_of(meta) for meta in val.metas()], reconstruct)
     run.fit(lit, data)
 

@@ -99,6 +99,11 @@ def write(record: Record, sections: Sequence[Section], path: str | Path, *, titl
 def write_galleries(sections: Sequence[Section], folder: Path, settings: dict[str, Any]) -> None:
     """Write every gallery as a PNG too, named after its title, for model cards and papers.
 
+    Args:
+        sections: of the page.
+        folder: made if there are galleries.
+        settings: kept in each PNG's text field.
+
     Raises:
         FileExistsError: such a file is there already.
     """
@@ -106,7 +111,14 @@ def write_galleries(sections: Sequence[Section], folder: Path, settings: dict[st
         if isinstance(part, Gallery):
             folder.mkdir(exist_ok=True)
             name = re.sub(r"[^a-z0-9]+", "_", part.title.lower()).strip("_")
-            save_png(picture_grid(part.rows), folder / f"{name}.png", settings)
+            width = part.rows[0].images[0].shape[-1]
+            grid = picture_grid(part.rows, cell=width * enlarged(width))
+            save_png(grid, folder / f"{name}.png", settings)
+
+
+def enlarged(width: int) -> int:
+    """The whole factor by which a picture of so many pixels is shown."""
+    return max(1, round(SIDE / width))
 
 
 def facts(record: Record) -> str:
@@ -261,7 +273,7 @@ def gallery_html(gallery: Gallery) -> str:
     """Rows of pictures in their own pixels, so that the browser may draw them sharp at any size."""
     columns = max(len(row.images) for row in gallery.rows)
     width = gallery.rows[0].images[0].shape[-1]
-    factor = max(1, round(SIDE / width))
+    factor = enlarged(width)
     style, side = ("row small", factor * width) if factor > 1 else ("row", min(width, SIDE))
     found = []
     for row in gallery.rows:

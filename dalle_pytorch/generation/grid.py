@@ -47,21 +47,40 @@ def picture_grid(rows: Sequence[GridRow], *, cell: int = 128) -> Image.Image:
             raise ValueError(f"row {row.title!r} has {len(row.images)} pictures and {len(row.labels)} labels")
     font = ImageFont.load_default(13)
     columns = max(len(row.images) for row in rows)
-    heights = [LINE + cell + 2 * MARGIN + (LINE if row.labels else 0) for row in rows]
-    canvas = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
+    width = columns * (cell + MARGIN) + MARGIN
+    titles = [wrapped(row.title, width - 2 * MARGIN, font) for row in rows]
+    labels = [[wrapped(label, cell, font) for label in row.labels] for row in rows]
+    heads = [LINE * len(title) for title in titles]
+    heights = [
+        head + cell + 2 * MARGIN + LINE * max(map(len, under), default=0)
+        for head, under in zip(heads, labels, strict=True)
+    ]
+    canvas = Image.new("RGB", (width, sum(heights) + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
     top = MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        pen.text((MARGIN, top), row.title, fill="black", font=font)
+    for row, title, head, under, height in zip(rows, titles, heads, labels, heights, strict=True):
+        pen.text((MARGIN, top), "\n".join(title), fill="black", font=font)
         for column, image in enumerate(row.images):
             left = MARGIN + column * (cell + MARGIN)
             picture = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left, top + LINE))
-            pen.rectangle((left - 1, top + LINE - 1, left + cell, top + LINE + cell), outline="#dddddd")
-            if row.labels:
-                pen.text((left, top + LINE + cell + 2), row.labels[column], fill="#555555", font=font)
+            canvas.paste(picture, (left, top + head))
+            pen.rectangle((left - 1, top + head - 1, left + cell, top + head + cell), outline="#dddddd")
+            if under:
+                pen.text((left, top + head + cell + 2), "\n".join(under[column]), fill="#555555", font=font)
         top += height
     return canvas
+
+
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Lines of whole words, each no wider than so many pixels, unless a word alone is; at least one line."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:

@@ -46,7 +46,8 @@ class ProbeConfig:
     num_features: int = 128
     """Width of the features."""
     colours: int = 0
-    """Shades of red, green and blue in the histogram of colours, which is of their cube; 0 = no histograms."""
+    """Shades of each channel in the histogram of colours, which is of their cube; 0 = neither that of colours nor those
+    of steps."""
     dropout: float = 0.2
     """Share of the features that training leaves out, in [0, 1)."""
     label_smoothing: float = 0.1
@@ -139,7 +140,9 @@ class Probe(nn.Module):
         if tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
         features = self.to_features(self.trunk(images * 2 - 1).flatten(1))
-        return features + self.palette(histograms(images, self.config.colours)) if self.config.colours else features
+        if not self.config.colours:
+            return features
+        return features + self.palette(histograms(images, self.config.colours).to(features.dtype))
 
     def forward(self, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _"]]:
         """Logits of each factor's values."""
@@ -169,19 +172,24 @@ class Probe(nn.Module):
         return torch.stack(losses).mean()
 
 
-def histograms(images: Float[Tensor, "b 3 H W"], colours: int) -> Float[Tensor, "b _"]:
-    """Square roots of the shares of pixels of each colour, and of each kind of step to the right and downwards.
+def histograms(images: Float[Tensor, "b 3 H W"], colours: int) -> Float[Tensor, "b e"]:
+    """Square roots of the shares of pixels of each colour, and of the steps to the right and downwards of each kind.
 
     Args:
         images: in [0, 1].
         colours: shades of each channel.
+
+    Returns:
+        fp32, e = colours ** 3 + 2 * (len(STEPS) + 1): the cube, red slowest; the steps to the right, those downwards,
+        of all channels together, small ones first.
     """
     with torch.no_grad():
-        shades = (images.float() * colours).long().clamp(0, colours - 1)
+        images = images.float()
+        shades = (images * colours).long().clamp(0, colours - 1)
         found = [shares((shades[:, 0] * colours + shades[:, 1]) * colours + shades[:, 2], colours**3)]
-        bounds = torch.tensor(STEPS, device=images.device)
+        bounds = torch.tensor(STEPS, device=images.device, dtype=torch.float32)
         for dim in (3, 2):
-            steps = images.float().diff(dim=dim).abs().contiguous()
+            steps = images.diff(dim=dim).abs().contiguous()
             found.append(shares(torch.bucketize(steps, bounds), len(STEPS) + 1))
         return torch.cat(found, dim=1).sqrt()
 
@@ -189,5 +197,8 @@ def histograms(images: Float[Tensor, "b 3 H W"], colours: int) -> Float[Tensor, 
 def shares(kinds: Int[Tensor, "b ..."], count: int) -> Float[Tensor, "b k"]:
     """How many of a picture's values are 0, 1, …, ``count`` - 1, of 1."""
     flat = kinds.flatten(1)
-    ones = torch.ones(flat.shape, device=flat.device)
-    return torch.zeros(len(flat), count, device=flat.device).scatter_add_(1, flat, ones) / flat.shape[1]
+    ones = torch.ones(flat.shape, device=flat.device, dtype=torch.float32)
+    return (
+        torch.zeros(len(flat), count, device=flat.device, dtype=torch.float32).scatter_add_(1, flat, ones)
+        / (flat.shape[1])
+    )

@@ -32,7 +32,7 @@ class TrainProbeConfig(RunConfig):
     """Share of the training pictures that are scaled down to half and up again, as soft as a DALLE draws; in [0, 1]."""
     vae: str | None = None
     """Checkpoint of the image tokenizer of the DALLE that is to be judged: pictures of training pass through it, for
-    what it loses is no mistake of the DALLE. Held-out ones are looked at both ways."""
+    what it loses is no mistake of the DALLE. Held-out ones are looked at both ways, and the mean accuracy chooses."""
     decoded: float = 0.5
     """Share of a batch that passes through ``vae``; in [0, 1]."""
 
@@ -80,13 +80,18 @@ class LitProbe(LitBase[Probe]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch."""
-        generator = self.step_generator(batch_idx, batch["images"].device)
-        images = softened(batch["images"], self.soft, generator)
-        if self.reconstruct is not None and (count := round(self.decoded * len(images))):
-            images = torch.cat([self.reconstruct(images[:count]), images[count:]])
+        images = self.blurred(batch["images"], self.step_generator(batch_idx, batch["images"].device))
         loss = self.net.loss(images, self.train_labels[batch["indices"].cpu()].to(images.device))
         self.log_losses("train", {"loss": loss}, len(images))
         return loss
+
+    def blurred(self, images: Float[Tensor, "b 3 H W"], generator: torch.Generator) -> Float[Tensor, "b 3 H W"]:
+        """Some pictures softened, and the first ones (batches are shuffled) through the image tokenizer."""
+        images = softened(images, self.soft, generator)
+        count = round(self.decoded * len(images))
+        if self.reconstruct is None or not count:
+            return images
+        return torch.cat([self.reconstruct(images[:count]), images[count:]])
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts."""
@@ -102,7 +107,7 @@ class LitProbe(LitBase[Probe]):
             counts += torch.stack([(seen == labels).sum(dim=0), (labels != UNKNOWN).sum(dim=0)])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the accuracy of each factor, and their mean."""
+        """Log the accuracy of each factor, as it is and through the image tokenizer, and the mean of all."""
         means = []
         for way, counts in self.counts.items():
             if self.trainer.world_size > 1:
@@ -126,13 +131,17 @@ class LitProbe(LitBase[Probe]):
 
 
 def through(vae: nn.Module) -> Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b 3 H W"]]:
-    """What gives pictures back as an image tokenizer does, in its own precision; not part of what is saved."""
+    """What gives pictures back as an image tokenizer does, in fp32; not part of what is saved.
+
+    Raises:
+        ValueError: it is no image tokenizer.
+    """
     tokenizer = as_image_tokenizer(vae)
 
     def reconstruct(images: Tensor) -> Tensor:
         vae.to(images.device)
         with eval_mode(vae), torch.autocast(images.device.type, enabled=False):
-            return tokenizer.decode(tokenizer.encode(images))
+            return tokenizer.decode(tokenizer.encode(images.float())).to(images.dtype)
 
     return reconstruct
 

@@ -57,6 +57,9 @@ def test_histograms_reach_the_features(probe):
     with torch.no_grad():
         net.to_features.weight.zero_()
     assert not torch.allclose(net.encode_image(images)[0], net.encode_image(images)[1])
+    assert net.bfloat16().encode_image(images.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="colours must not be negative, got -1"):
+        ProbeConfig(colours=-1)
 
 
 def test_other_sizes_are_scaled(probe):

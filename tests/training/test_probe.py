@@ -85,18 +85,43 @@ def test_pictures_pass_through_the_image_tokenizer_of_the_judged(factor_shards, 
     before = weights_sha256(tiny_vae)
     arguments = small(factor_shards, tmp_path / "run", 10, f"vae={path}", "callbacks.picture_every=0")
     assert dalle_pytorch.load(run_command(train_probe.main, *arguments), kind="probe").config.colours == 12
+    assert weights_sha256(dalle_pytorch.load(path)) == before
+    code, error = run_command(
+        train_probe.main, *small(factor_shards, tmp_path / "other", 1, f"vae={path}", "model.image_size=32")
+    )
+    assert code == 1
+    assert "is for 16 pixels, the probe for 32; set model.image_size=16" in error
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 2), (1.0, 4)])
+def test_a_share_of_a_batch_is_reconstructed_in_its_place(share, count):
     rows = [{"style": "fluent"}, {"style": "noto"}] * 2
     net = Probe(ProbeConfig(image_size=16, width=8, stages=2, classes={"style": ["fluent", "noto"]}))
-    lit = LitProbe(net, TrainProbeConfig(), rows, rows, through(tiny_vae.train()))
+    lit = LitProbe(net, TrainProbeConfig(decoded=share, soft=0.0), rows, rows, lambda images: 1 - images)
     images = torch.rand(4, 3, 16, 16)
+    seen = lit.blurred(images, torch.Generator())
+    assert torch.equal(seen, torch.cat([1 - images[:count], images[count:]]))
+
+
+def test_held_out_pictures_are_looked_at_both_ways(monkeypatch):
+    """A probe that takes dark pictures for "noto", and a tokenizer that turns light to dark."""
+    net = Probe(ProbeConfig(image_size=16, width=8, stages=2, classes={"style": ["fluent", "noto"]}))
+    monkeypatch.setattr(net, "forward", lambda images: {"style": torch.stack([images, 1 - images], 1).mean((2, 3, 4))})
+    rows = [{"style": "fluent"}] * 3 + [{"style": "noto"}]
+    lit = LitProbe(net, TrainProbeConfig(), rows, rows, lambda images: 1 - images)
     lit.on_validation_epoch_start()
-    lit.validation_step({"images": images, "indices": torch.arange(4)}, 0)
-    assert {way: counts[1].item() for way, counts in lit.counts.items()} == {"": 4, "_decoded": 4}
-    decoded = through(tiny_vae)(images)
+    lit.validation_step({"images": torch.full((4, 3, 16, 16), 0.9), "indices": torch.arange(4)}, 0)
+    assert {way: counts.flatten().tolist() for way, counts in lit.counts.items()} == {"": [3, 4], "_decoded": [1, 4]}
+
+
+def test_what_a_tokenizer_gives_back_leaves_it_as_it_is(tiny_vae):
+    before = weights_sha256(tiny_vae)
+    images = torch.rand(2, 3, 16, 16)
+    decoded = through(tiny_vae.train())(images)
     assert tiny_vae.training
     assert torch.equal(decoded, tiny_vae.eval().decode(tiny_vae.encode(images)))
     assert weights_sha256(tiny_vae) == before
-    assert {id(p) for p in lit.parameters()}.isdisjoint(map(id, tiny_vae.parameters()))
 
 
 def test_data_without_factors_end_with_one_line(shards, tmp_path, run_command):
