@@ -198,7 +198,5 @@ def shares(kinds: Int[Tensor, "b ..."], count: int) -> Float[Tensor, "b k"]:
     """How many of a picture's values are 0, 1, …, ``count`` - 1, of 1."""
     flat = kinds.flatten(1)
     ones = torch.ones(flat.shape, device=flat.device, dtype=torch.float32)
-    return (
-        torch.zeros(len(flat), count, device=flat.device, dtype=torch.float32).scatter_add_(1, flat, ones)
-        / (flat.shape[1])
-    )
+    counts = torch.zeros(len(flat), count, device=flat.device, dtype=torch.float32).scatter_add_(1, flat, ones)
+    return counts / flat.shape[1]

@@ -76,16 +76,19 @@ class LitProbe(LitBase[Probe]):
         super().__init__(net, config.optim, config.seed)
         self.soft, self.decoded, self.reconstruct = config.soft, config.decoded, reconstruct
         self.train_labels, self.val_labels = net.labels(train), net.labels(val)
+        self.ways: dict[str, Callable[[Tensor], Tensor]] = {"": lambda images: images}
+        if reconstruct is not None:
+            self.ways["_decoded"] = reconstruct
         self.counts: dict[str, Tensor] = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch."""
-        images = self.blurred(batch["images"], self.step_generator(batch_idx, batch["images"].device))
+        images = self.degraded(batch["images"], self.step_generator(batch_idx, batch["images"].device))
         loss = self.net.loss(images, self.train_labels[batch["indices"].cpu()].to(images.device))
         self.log_losses("train", {"loss": loss}, len(images))
         return loss
 
-    def blurred(self, images: Float[Tensor, "b 3 H W"], generator: torch.Generator) -> Float[Tensor, "b 3 H W"]:
+    def degraded(self, images: Float[Tensor, "b 3 H W"], generator: torch.Generator) -> Float[Tensor, "b 3 H W"]:
         """Some pictures softened, and the first ones (batches are shuffled) through the image tokenizer."""
         images = softened(images, self.soft, generator)
         count = round(self.decoded * len(images))
@@ -95,15 +98,14 @@ class LitProbe(LitBase[Probe]):
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts."""
-        ways = ("",) if self.reconstruct is None else ("", "_decoded")
-        self.counts = {way: torch.zeros(2, len(self.net.config.classes), device=self.device) for way in ways}
+        self.counts = {way: torch.zeros(2, len(self.net.config.classes), device=self.device) for way in self.ways}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count pictures with a label, and those that it is seen in."""
         labels = self.val_labels[batch["indices"].cpu()].to(self.device)
         for way, counts in self.counts.items():
-            images = self.reconstruct(batch["images"]) if way and self.reconstruct else batch["images"]
-            seen = torch.stack([logits.argmax(dim=1) for logits in self.net(images).values()], dim=1)
+            logits = self.net(self.ways[way](batch["images"])).values()
+            seen = torch.stack([scores.argmax(dim=1) for scores in logits], dim=1)
             counts += torch.stack([(seen == labels).sum(dim=0), (labels != UNKNOWN).sum(dim=0)])
 
     def on_validation_epoch_end(self) -> None:
