@@ -33,9 +33,23 @@ def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
-def pick_caption(captions: Sequence[str], rng: random.Random) -> str:
-    """The caption that a picture is learnt with this time."""
-    return rng.choice(captions)
+def pick_caption(captions: Sequence[str], rng: random.Random, weights: Sequence[float] = ()) -> str:
+    """The caption that a picture is learnt with this time.
+
+    Args:
+        captions: of the picture, at least one.
+        rng: of the choice.
+        weights: of its first, second, ... caption, 0 for those beyond; empty = all alike.
+
+    Raises:
+        ValueError: no caption has a weight.
+    """
+    if not weights:
+        return rng.choice(captions)
+    known = [*weights, *[0.0] * len(captions)][: len(captions)]
+    if not any(known):
+        raise ValueError(f"data.caption_weights={list(weights)} leaves none of its {len(captions)} captions")
+    return rng.choices(captions, known)[0]
 
 
 def pick_variant(tokens: Int[Tensor, "variants n"], rng: random.Random) -> Int[Tensor, " n"]:
@@ -159,7 +173,7 @@ class Captioned(Dataset[Batch]):
             rng = sample_rng(self.seed, epoch, place)
             try:
                 captions = self.captions_of(place)
-                caption = pick_caption(captions, rng) if self.train else captions[0]
+                caption = pick_caption(captions, rng, self.config.caption_weights) if self.train else captions[0]
                 return {"index": place, "caption": caption, "rng": rng, **self.load(place, rng)}
             except ValueError as error:
                 self.bad.add(place, error)

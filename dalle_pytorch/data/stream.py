@@ -214,7 +214,7 @@ class Stream:
 
     def _load(self, raw: RawSample, rng: random.Random) -> Batch:
         """A sample as `Captioned` gives it in training."""
-        sample = {"caption": pick_caption(read_captions(raw), rng), "rng": rng}
+        sample = {"caption": pick_caption(read_captions(raw), rng, self.config.caption_weights), "rng": rng}
         if self.num_image_tokens is None:
             image = augmented(partial(self._decode, raw), self.config, image_size=self.image_size, rng=rng)
             return {**sample, "image": image}

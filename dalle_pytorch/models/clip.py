@@ -210,16 +210,38 @@ def contrastive_loss(
     image: Float[Tensor, "b e"],
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""] | None,
+    wrong_text: Float[Tensor, "b e"] | None = None,
 ) -> CLIPLoss:
-    """InfoNCE both ways, or SigLIP's sum over pairs / batch where a bias is given; features have unit length."""
+    """InfoNCE both ways, or SigLIP's sum over pairs / batch where a bias is given; features have unit length.
+
+    Args:
+        text: of the captions.
+        image: of the pictures.
+        logit_scale: factor of the cosines.
+        logit_bias: SigLIP's.
+        wrong_text: of one caption more for each picture, to be told from its own; all 0 where there is none.
+
+    Source:
+        Wrong captions: Yuksekgonul et al. 2023 (NegCLIP), https://arxiv.org/abs/2210.01936. Deviation: each is a
+        negative for its own picture only, since it may be right for another one.
+    """
+    wrong = None
     with torch.autocast(text.device.type, enabled=False):  # 8 bits of mantissa would tie scores of up to 100
         logits = logit_scale * text.float() @ image.float().T
+        if wrong_text is not None:
+            told = wrong_text.any(dim=1)
+            wrong = logit_scale * (wrong_text.float() * image.float()).sum(dim=1)
+            wrong = wrong.masked_fill(~told, -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
     if logit_bias is None:
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        of_images = logits.T if wrong is None else torch.cat([logits.T, wrong[:, None]], dim=1)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(of_images, target)) / 2
     else:
         sign = 2 * torch.eye(len(logits), device=logits.device) - 1
-        loss = -F.logsigmoid(sign * (logits + logit_bias)).sum() / len(logits)
+        pairs = -F.logsigmoid(sign * (logits + logit_bias)).sum()
+        if wrong is not None:
+            pairs = pairs + F.softplus(wrong + logit_bias).sum()
+        loss = pairs / len(logits)
     return CLIPLoss(
         loss,
         (logits.argmax(dim=1) == target).float().mean(),

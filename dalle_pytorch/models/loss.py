@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.models.linear import Linear, linear
 
@@ -40,6 +41,20 @@ def linear_cross_entropy(
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
     parts = zip(x.to(dtype).split(ROWS), targets.split(ROWS), strict=True)
     return torch.stack([_sum(part, weight, bias, target, z_loss) for part, target in parts]).sum() / len(x)
+
+
+def linear_nats(x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Cross entropy of each row of ``head(x)`` in fp32, nats; logits are computed in chunks, and again in backward."""
+
+    def nats(part: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        dtype = _product_type(part.device.type, weight)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(part.device.type, enabled=False):
+            logits = linear(part.to(dtype)[None], weight.to(dtype), bias)[0].float()
+        return F.cross_entropy(logits, target, reduction="none")
+
+    parts = zip(x.split(ROWS), targets.split(ROWS), strict=True)
+    return torch.cat([checkpoint(nats, x, head.weight, head.bias, y, use_reentrant=False) for x, y in parts])
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -108,12 +108,14 @@ class LitBase(pl.LightningModule, Generic[Net]):
         """Random source of the loss in one step."""
         return torch.Generator(device).manual_seed(self.step_seed(batch_idx, "loss"))
 
-    def log_losses(self, stage: str, values: Mapping[str, Tensor | float], size: int, bar: str = "loss") -> None:
-        """Log values as ``stage/name``, means over all processes; ``bar`` also goes to the progress bar."""
+    def log_losses(self, stage: str, values: Mapping[str, Tensor | float | None], size: int, bar: str = "loss") -> None:
+        """Log values that are there as ``stage/name``, means over all processes; ``bar`` also goes to the bar."""
         # Every key needs the same arguments in all calls, so in training we average ourselves; between two entries of
         # the logs the bar may show the first process's values.
         average = self.mean_over_processes() if stage == "train" and is_logged(self.trainer) else None
         for name, value in values.items():
+            if value is None:
+                continue
             if average is not None:
                 value = average(torch.as_tensor(value, dtype=torch.float32, device=self.device).detach())
             shown = name == bar

@@ -1,9 +1,10 @@
 """Training of the CLIP that ranks candidates."""
 
+import random
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.data.batches import Batch
@@ -12,6 +13,7 @@ from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
+from dalle_pytorch.training.wrong_captions import check_phrases, swap_phrase
 
 SHOWN_CAPTIONS = 8  # captions in a retrieval grid, a row each
 SHOWN_MATCHES = 5  # best pictures of each, after the true one
@@ -25,6 +27,18 @@ class TrainCLIPConfig(RunConfig):
     """Sizes of the CLIP; text_vocab_size is filled from the text tokenizer."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
+    contrast_phrases: list[str] = field(default_factory=list)
+    """Phrases that exclude each other, such as the names of styles: every picture is told from its own caption with one
+    of them in place of another, too. Among the captions of a batch hardly any differ from it by that alone."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: phrases that cannot take each other's place.
+        """
+        super().__post_init__()
+        check_phrases(self.contrast_phrases)
 
 
 class LitCLIP(LitBase[CLIP]):
@@ -34,20 +48,34 @@ class LitCLIP(LitBase[CLIP]):
 
     def __init__(self, net: CLIP, config: TrainCLIPConfig) -> None:
         super().__init__(net, config.optim, config.seed)
+        self.contrast_phrases = config.contrast_phrases
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of the pairs of a batch."""
-        result = self.loss(batch)
+        result = self.loss(batch, self.wrong_text(batch, batch_idx) if self.contrast_phrases else None)
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss
 
-    def loss(self, batch: Batch) -> CLIPLoss:
+    def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
+        """Tokens of every caption with another phrase; of one without a phrase no tokens, all 0."""
+        rng = random.Random(self.step_seed(batch_idx, "contrast"))
+        captions = [swap_phrase(caption, self.contrast_phrases, rng) or "" for caption in batch["captions"]]
+        assert self.net.text_tokenizer is not None  # set before training
+        tokens = self.net.text_tokenizer.tokenize(captions, self.net.config.text_len, truncate=True)
+        told = torch.tensor([bool(caption) for caption in captions])
+        return (tokens * told[:, None]).to(batch["text_tokens"].device)
+
+    def loss(self, batch: Batch, wrong_text: Int[Tensor, "b t"] | None = None) -> CLIPLoss:
         """Loss of the pairs of all processes, in each; the mean of their gradients is that of one big batch."""
-        text, image = self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])
+        features = [self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])]
+        if wrong_text is not None:
+            # features of length 0, which count as none
+            features.append(self.net.encode_text(wrong_text) * wrong_text.any(dim=1, keepdim=True))
         if self.trainer.world_size > 1:
-            text, image = (self.gather(x) for x in (text, image))
-        return contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias)
+            features = [self.gather(x) for x in features]
+        text, image, *wrong = features
+        return contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias, *wrong)
 
     def gather(self, features: Float[Tensor, "b e"]) -> Float[Tensor, "all e"]:
         """Features of all processes, with gradients."""

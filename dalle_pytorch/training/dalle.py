@@ -1,5 +1,6 @@
 """Training of the DALLE on captions and the tokens of a frozen VAE."""
 
+import random
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, draw
-from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
@@ -19,6 +20,7 @@ from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.plan import ClusterConfig
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
+from dalle_pytorch.training.wrong_captions import check_phrases, wrong_captions
 
 SHOWN_PROMPTS = 6  # prompts in a picture of samples
 SHOWN_EACH = 4  # samples of each, one row
@@ -49,6 +51,9 @@ class TrainDALLEConfig(RunConfig):
     """Which codes of a picture are learned: "likeliest" (the ones that are cached), "sampled" (drawn anew every time by
     the image tokenizer's probabilities), or "soft" (drawn likewise, and their probabilities predicted). The last two
     hold back a network that is large for its data (the paper, footnote 6); validation is always on the likeliest."""
+    contrast_phrases: list[str] = field(default_factory=list)
+    """Phrases that exclude each other, such as the names of styles. With model.contrast_weight half of the wrong
+    captions are the right ones with one phrase in place of another, the rest are those of other pictures."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -58,11 +63,12 @@ class TrainDALLEConfig(RunConfig):
         """Validate.
 
         Raises:
-            ValueError: no such image_codes.
+            ValueError: no such image_codes, or phrases that cannot take each other's place.
         """
         super().__post_init__()
         if self.image_codes not in IMAGE_CODES:
             raise ValueError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
+        check_phrases(self.contrast_phrases)
 
     def sizes(self) -> DALLEConfig | DALLEBartConfig:
         """The settings of the network that is trained."""
@@ -77,7 +83,7 @@ class LitDALLE(LitBase[AnyDALLE]):
     def __init__(self, net: AnyDALLE, config: TrainDALLEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.prompts, self.sampling = config.callbacks.prompts, config.sampling
-        self.image_codes = config.image_codes
+        self.image_codes, self.contrast_phrases = config.image_codes, config.contrast_phrases
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
@@ -90,9 +96,19 @@ class LitDALLE(LitBase[AnyDALLE]):
             image_tokens, probabilities = sampled_codes(vae, batch["images"], generator)
             if self.image_codes == "soft":
                 settings["image_targets"] = probabilities
+        if isinstance(self.net, DALLE) and self.net.config.contrast_weight:
+            settings["wrong_text"] = self.wrong_text(batch, batch_idx)
         result = self.net.loss(batch["text_tokens"], image_tokens, **settings)
         self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
+
+    def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
+        """Tokens of a wrong caption for each picture of a batch."""
+        rng = random.Random(self.step_seed(batch_idx, "contrast"))
+        captions = wrong_captions(batch["captions"], self.contrast_phrases, rng)
+        assert self.net.text_tokenizer is not None  # set before training
+        tokens = self.net.text_tokenizer.tokenize(captions, self.net.config.text_len, truncate=True)
+        return tokens.to(batch["text_tokens"].device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss without dropout, nats per token."""

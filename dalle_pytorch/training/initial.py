@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from dalle_pytorch.training.run import Run
 
 FREE = ("attn_dropout", "ff_dropout", "dropout", "stable", "checkpoint_activations", "gradient_scaling",
-        "loss_img_weight", "caption_dropout", "token_dropout", "z_loss")  # fmt: skip
+        "loss_img_weight", "caption_dropout", "token_dropout", "z_loss", "contrast_weight",
+        "contrast_scale")  # fmt: skip
 """Settings of a model that say how it is trained, not what its weights mean."""
 FILLED = ("text_vocab_size", "image_vocab_size", "grid_size", "bos_id")
 """Settings that come from the tokenizers."""

@@ -199,3 +199,18 @@ def test_captions_read_one_by_one_are_the_same(path, monkeypatch):
     assert len(list(data.train_set.some_captions())) == 2 * 4  # two captions of every fourth of 13
     read = list(data.train_dataloader())
     assert [batch["captions"] for batch in read] == [batch["captions"] for batch in kept]
+
+
+def test_captions_are_drawn_by_their_weights(path):
+    drawn = [module(path, text=False, caption_weights=weights) for weights in ([0.0, 1.0], [1.0], [3.0, 1.0])]
+    found = [[data.train_set[epoch, 4]["caption"] for epoch in range(400)] for data in drawn]
+    assert set(found[0]) == {"number 4 of the greys"}
+    assert set(found[1]) == {"grey 4"}  # those beyond the list are not used
+    assert 250 < found[2].count("grey 4") < 350  # 300, and five standard deviations of 9 on either side
+
+
+def test_caption_weights_that_leave_none_are_named(path):
+    with pytest.raises(ValueError, match="caption_weights must not be negative"):
+        DataConfig(path=path, caption_weights=[1.0, -1.0])
+    with pytest.raises(ValueError, match=r"caption_weights=\[0.0, 0.0, 1.0\] leaves none of its 2 captions"):
+        module(path, text=False, caption_weights=[0.0, 0.0, 1.0]).train_set[0, 4]

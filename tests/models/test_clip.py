@@ -22,6 +22,22 @@ def test_loss_of_perfect_and_of_equal_features():
     torch.testing.assert_close(contrastive_loss(unit, unit, zero, zero).loss, torch.tensor(4 * math.log(2)))
 
 
+def test_a_wrong_caption_is_one_more_to_choose_among_for_its_picture():
+    unit, scale = torch.eye(4), torch.tensor(2.0)
+    plain = contrastive_loss(unit, unit, scale, None)
+    torch.testing.assert_close(contrastive_loss(unit, unit, scale, None, torch.zeros(4, 4)).loss, plain.loss)
+    # a wrong caption as good as the right one, for the first picture only: exp(2) once more in one of four softmaxes
+    wrong = torch.zeros(4, 4)
+    wrong[0, 0] = 1
+    total = math.exp(2) + 3
+    more = math.log((total + math.exp(2)) / total) / 4 / 2
+    torch.testing.assert_close(contrastive_loss(unit, unit, scale, None, wrong).loss, plain.loss + more)
+    bias = torch.tensor(-1.0)  # SigLIP: one pair more
+    siglip = contrastive_loss(unit, unit, scale, bias).loss
+    expected = siglip + math.log(1 + math.exp(2 - 1)) / 4
+    torch.testing.assert_close(contrastive_loss(unit, unit, scale, bias, wrong).loss, expected)
+
+
 def test_scale_starts_as_the_papers_and_is_clamped(tiny_clip):
     assert tiny_clip.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 
 from dalle_pytorch.models import loss as loss_module
 from dalle_pytorch.models.linear import Linear, linear
-from dalle_pytorch.models.loss import linear_cross_entropy
+from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,6 +41,19 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, z
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, head, targets, z_loss=z_loss), plain)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_rows_nats_and_gradients_are_those_of_all_logits_at_once(monkeypatch, bias):
+    monkeypatch.setattr(loss_module, "ROWS", 4)
+    head, x, targets = Linear(6, 9, bias=bias), torch.randn(10, 6).requires_grad_(), torch.randint(0, 9, (10,))
+    inputs, upper = [x, *head.parameters()], torch.randn(10)
+    plain = F.cross_entropy(F.linear(x, head.weight, head.bias), targets, reduction="none")
+    ours = linear_nats(x, head, targets)
+    torch.testing.assert_close(ours, plain)
+    gradients = [torch.autograd.grad(nats @ upper, inputs) for nats in (ours, plain)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_probabilities_as_targets_are_an_average_over_classes():
