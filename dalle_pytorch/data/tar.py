@@ -28,6 +28,7 @@ class TarReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._closer: weakref.finalize | None = None  # closes it with the reader, or before the interpreter ends
         self._memory: bytes | None = None
 
     def scan(self) -> list[tuple[str, int, int]]:
@@ -61,6 +62,7 @@ class TarReader:
         else:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_RDONLY)
+                self._closer = weakref.finalize(self, os.close, self._descriptor)
                 _opened.append(weakref.ref(self))
                 while len(_opened) > MOST_OPEN:
                     if (oldest := _opened.popleft()()) is not None:
@@ -85,14 +87,10 @@ class TarReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open file and the memory behind: another process opens its own."""
-        return {**self.__dict__, "_descriptor": None, "_memory": None}
+        return {**self.__dict__, "_descriptor": None, "_closer": None, "_memory": None}
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
-        descriptor, self._descriptor = self.__dict__.get("_descriptor"), None
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        """Close the file."""
-        self.close()
+        if self._closer is not None:
+            self._closer()
+        self._descriptor = self._closer = None

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -187,6 +189,17 @@ def test_few_files_are_open_at_a_time(path, monkeypatch):
     contents = [reader.read(0, 100) for reader in readers]
     assert sum(reader._descriptor is not None for reader in readers) <= 2
     assert [reader.read(0, 100) for reader in readers] == contents
+
+
+def test_a_file_that_is_open_when_the_interpreter_ends_is_closed_in_silence(path):
+    """The module that holds the reader outlives those that its methods call."""
+    script = (
+        "import os, pathlib, sys; from dalle_pytorch.data.tar import TarReader; "
+        "os.kept = TarReader(pathlib.Path(sys.argv[1])); os.kept.read(0, 100)"
+    )
+    file = next(Path(path).glob("*.tar"))
+    done = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_captions_read_one_by_one_are_the_same(path, monkeypatch):
