@@ -74,11 +74,12 @@ def test_the_command_writes_every_figure_once(place, monkeypatch, capsys):
 
 def test_rows_hold_what_their_titles_say(place):
     drawer = artist(place)
-    every, order, _ = drawer.draw("a red one")
-    best, first = drawer.sheet("a red one")
+    drawn = drawer.draw("a red one")
+    every, order, _ = drawn
+    best, first = drawer.sheet("a red one", drawn)
     assert all(torch.equal(image, every.images[i]) for image, i in zip(best.images, order[:2], strict=True))
     assert all(torch.equal(image, every.images[i]) for i, image in enumerate(first.images))
-    top, bottom = drawer.best_and_worst("a red one")
+    top, bottom = drawer.best_and_worst("a red one", drawn)
     assert torch.equal(bottom.images[-1], every.images[order[-1]])
     scores = [float(label.split()[-1]) for row in (top, bottom) for label in row.labels]
     assert scores == sorted(scores, reverse=True)

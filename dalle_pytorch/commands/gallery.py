@@ -8,6 +8,7 @@ the upper half of held-out pictures; ``guidance.png`` and ``ranking.png`` show w
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 from dalle_pytorch.commands.generate import read_lines
 from dalle_pytorch.commands.results import file_stem, new_folder
@@ -71,6 +72,16 @@ class GalleryConfig:
             raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
 
 
+class Drawn(NamedTuple):
+    """Candidates of a prompt."""
+
+    candidates: Candidates
+    order: list[int]
+    """Their places from best to worst."""
+    labels: list[str]
+    """Of each: its index and its score."""
+
+
 @dataclass(frozen=True)
 class Artist:
     """Draws the rows of figures."""
@@ -85,8 +96,8 @@ class Artist:
         given: Given | None = None,
         sampling: SamplingConfig | None = None,
         count: int | None = None,
-    ) -> tuple[Candidates, list[int], list[str]]:
-        """The first ``count`` candidates of a prompt (None = all), their places from best to worst, a label each."""
+    ) -> Drawn:
+        """The first ``count`` candidates of a prompt; None = all."""
         count = count or self.config.num_candidates
         candidates, ranking = self.generator.generate(
             prompt, num_candidates=count, num_keep=count, seed=self.config.seed,
@@ -94,7 +105,7 @@ class Artist:
         )  # fmt: skip
         assert ranking.all_scores is not None  # a CLIP ranks
         labels = [f"#{index}  {score:.3f}" for index, score in enumerate(ranking.all_scores.tolist())]
-        return candidates, ranking.indices.tolist(), labels
+        return Drawn(candidates, ranking.indices.tolist(), labels)
 
     def row(self, title: str, candidates: Candidates, labels: Sequence[str], places: Sequence[int]) -> GridRow:
         """The candidates at some places."""
@@ -131,18 +142,18 @@ class Artist:
             rows.append(self.row(f"{prompt}: cfg_scale={scale:g}, unranked", candidates, labels, range(count)))
         return rows
 
-    def best_and_worst(self, prompt: str) -> list[GridRow]:
+    def best_and_worst(self, prompt: str, drawn: Drawn) -> list[GridRow]:
         """Both ends of the ranking."""
-        candidates, order, labels = self.draw(prompt)
+        candidates, order, labels = drawn
         kept, count = self.config.num_keep, self.config.num_candidates
         return [
             self.row(f"{prompt}: best of {count}", candidates, labels, order[:kept]),
             self.row(f"{prompt}: worst of {count}", candidates, labels, order[-kept:]),
         ]
 
-    def sheet(self, prompt: str) -> list[GridRow]:
+    def sheet(self, prompt: str, drawn: Drawn) -> list[GridRow]:
         """The best candidates, and the first ones as they came."""
-        candidates, order, labels = self.draw(prompt)
+        candidates, order, labels = drawn
         kept, count = self.config.num_keep, self.config.num_candidates
         return [
             self.row(f"{prompt}: best {kept} of {count}", candidates, labels, order[:kept]),
@@ -168,9 +179,12 @@ class Artist:
         yield "held_out", self.beside_real(held_out)
         yield "completion", self.completions(held_out)
         yield "guidance", [row for prompt in prompts[:SHOWN] for row in self.guided(prompt)]
-        yield "ranking", [row for prompt in prompts[:SHOWN] for row in self.best_and_worst(prompt)]
+        ranking: list[GridRow] = []
         for number, prompt in enumerate(prompts):
-            yield file_stem(number, prompt), self.sheet(prompt)
+            drawn = self.draw(prompt)
+            yield file_stem(number, prompt), self.sheet(prompt, drawn)
+            ranking += self.best_and_worst(prompt, drawn) if number < SHOWN else []
+        yield "ranking", ranking
 
 
 @entry("gallery", GalleryConfig)
