@@ -80,6 +80,19 @@ def test_a_probe_beside_and_by_itself(place, call, tiny_clip):
     assert not any(name.startswith("follows") for name in metrics)
 
 
+@pytest.mark.parametrize("kind", ["dalle", "judge"])
+def test_phrases_are_told_apart_by_models_that_read_captions(place, call, kind):
+    phrases = ",".join(WORDS)
+    code, error = call(*common(place, kind, "out"), f"phrases=[{phrases}]")
+    assert code == 0, error
+    told = read(place / "out/metrics.json").metrics["phrases_told"]
+    assert (told.count, told.protocol["phrases"]) == (12, ", ".join(WORDS))
+    assert "Phrases told apart" in (place / "out/report.html").read_text()
+    code, error = call(*common(place, "vae", "other"), f"phrases=[{phrases}]")
+    assert code == 1
+    assert error.startswith("error: phrases= is for dalle and clip checkpoints, and this is a vae")
+
+
 def test_unreadable_pictures_do_not_shift_what_the_others_show(place):
     """The next readable picture takes the place of a broken one, and brings its own caption along."""
     with ShardWriter(place / "broken", name="broken", image_size=16) as writer:
@@ -292,6 +305,8 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["sweep.top_k=[1]"], "sweep needs judge="),
         (["complete.rows=[0.01]"], "complete.rows=0.01 gives 0 of 4"),
         (["memorisation=true", "split=train+val"], "'train' is data.train_split too"),
+        (["phrases=[noto]"], "phrases must be two or more"),
+        (["phrases=[noto,twemoji]"], "0 of 12 captions hold one of phrases"),
     ],
 )
 def test_what_cannot_be_judged_ends_with_one_line(place, call, arguments, said):

@@ -7,6 +7,7 @@ from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.sweep import SweepConfig
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.ranges import at_least_one, not_negative
+from dalle_pytorch.text.phrases import check_phrases
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,9 @@ class EvaluateConfig:
     """torchvision's vgg16-397923af.pth: LPIPS of an image tokenizer, and of what a DALLE completes."""
     lpips_heads: str | None = None
     """LPIPS' own weights, vgg.pth of version 0.1; null = those of torchmetrics."""
+    phrases: list[str] = field(default_factory=list)
+    """Phrases that exclude each other, as [noto emoji,twemoji]: how often a DALLE finds a picture likelier, or a CLIP
+    nearer, with its own than with another one in its caption."""
     num_prompts: int = 16
     """Captions that a DALLE draws, all different; 0 = it draws nothing."""
     num_candidates: int = 16
@@ -78,6 +82,7 @@ class EvaluateConfig:
         if any(radius < 0 for radius in self.blurs):
             raise ValueError(f"blurs must not be negative, got {self.blurs}")
         at_least_one(self, "num_candidates", "threads")
+        check_phrases(self.phrases, "phrases")
         if self.rounds < 2 or self.halves == 1:
             raise ValueError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
         if self.ranker is not None and self.judge is None:
@@ -119,5 +124,7 @@ def check_files(config: EvaluateConfig, kind: str) -> None:
         raise ValueError(
             f"sweep, complete and memorisation are for dalle checkpoints, and this is a {kind}: leave them out"
         )
+    if config.phrases and kind not in ("dalle", "clip"):
+        raise ValueError(f"phrases= is for dalle and clip checkpoints, and this is a {kind}: leave it out")
     if config.lpips_heads is not None and config.vgg is None:
         raise ValueError("lpips_heads= goes on top of a VGG: give vgg= too")

@@ -21,6 +21,7 @@ from dalle_pytorch.evaluation.completion import Eyes, complete, evaluate_complet
 from dalle_pytorch.evaluation.dalle import Draw, Pairs, draw, evaluate_drawn, evaluate_likelihood
 from dalle_pytorch.evaluation.features import (
     Extractor,
+    caption_features,
     clip_extractor,
     inception_extractor,
     inception_logits,
@@ -29,9 +30,11 @@ from dalle_pytorch.evaluation.features import (
     probe_extractor,
 )
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
+from dalle_pytorch.evaluation.likelihood import likelihoods
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
+from dalle_pytorch.evaluation.phrases import evaluate_phrases
 from dalle_pytorch.evaluation.probe import KEPT, evaluate_following, evaluate_probe
 from dalle_pytorch.evaluation.report import Protocol
 from dalle_pytorch.evaluation.samples import Samples, chosen, distinct_pairs, read_samples
@@ -129,7 +132,15 @@ def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure:
     samples = samples_of(shards, config, clip.config.image_size)
     found = evaluate_clip(clip, samples.captions, samples.images, measure)
     classes = class_captions(samples.metas)
-    return join([found, evaluate_zero_shot(clip, samples.images, samples.factors, classes, measure)])
+    found = join([found, evaluate_zero_shot(clip, samples.images, samples.factors, classes, measure)])
+    if not config.phrases:
+        return found
+    pictures = clip_extractor(clip)(samples.images)
+
+    def cosines(places: Sequence[int], captions: Sequence[str]) -> Tensor:
+        return (caption_features(clip, captions) * pictures[list(places)]).sum(dim=1)
+
+    return join([found, evaluate_phrases(cosines, samples.captions, config.phrases, measure)])
 
 
 def judge_probe(probe: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
@@ -218,7 +229,15 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
     trained: dict[str, Any] = {"unigram_split": train.split, "unigram_sha256": data_sha256(train)}
     if len(known.captions) < len(train):
         trained["unigram_seed"] = config.seed
-    found = [evaluate_likelihood(dalle, pairs(samples), known, measure, trained=trained)]
+    held_out = pairs(samples)
+    found = [evaluate_likelihood(dalle, held_out, known, measure, trained=trained)]
+    if config.phrases:
+
+        def log_likelihoods(places: Sequence[int], captions: Sequence[str]) -> Tensor:
+            text = tokenizer.tokenize(list(captions), dalle.config.text_len, truncate=True)
+            return -likelihoods(dalle, text, held_out.image_tokens[list(places)]).image
+
+        found.append(evaluate_phrases(log_likelihoods, samples.captions, config.phrases, measure))
     own = samples.take(distinct_pairs(samples.captions, len(samples.captions), config.seed))
     if config.complete.parts(dalle.grid_size, margin_of(dalle.vae)):
         found = [*completions(dalle, config, own, networks, measure), *found]

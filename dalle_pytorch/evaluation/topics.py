@@ -44,6 +44,7 @@ TOPICS = (  # the first that fits has a number
     Topic("Right first guesses", r"accuracy_.+", "Of values that the probe knows."),
     Topic("Retrieval", r"(text_to_image|image_to_text)_r\d+", "Among all pairs that were looked at."),
     Topic("Zero-shot classes", r"zero_shot_.+"),
+    Topic("Phrases told apart", r"phrases_told", "Of captions that differ by one phrase only."),
     Topic("Calibration", r"logit_scale.*|caption_nats.*|calibration_.+", "The choice of a caption as probabilities."),
     Topic("Other numbers", r".+"),
 )
@@ -60,6 +61,7 @@ ASIDE = {"_real": "real pictures", "_unigram": "frequencies alone"}
 """Endings of numbers that a headline is read beside."""
 
 WORDS = {
+    r"phrases_told": "the own phrase fits better than each other one",
     r"psnr": "peak signal-to-noise ratio",
     r"l1": "mean absolute difference of pixels",
     r"ssim": "structural similarity",

@@ -10,10 +10,11 @@ from torch import Tensor
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.clip import CLIP, CLIPConfig, CLIPLoss, contrastive_loss
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
-from dalle_pytorch.training.wrong_captions import check_phrases, swap_phrase
+from dalle_pytorch.training.wrong_captions import swap_phrase
 
 SHOWN_CAPTIONS = 8  # captions in a retrieval grid, a row each
 SHOWN_MATCHES = 5  # best pictures of each, after the true one
@@ -38,7 +39,7 @@ class TrainCLIPConfig(RunConfig):
             ValueError: phrases that cannot take each other's place.
         """
         super().__post_init__()
-        check_phrases(self.contrast_phrases)
+        check_phrases(self.contrast_phrases, "contrast_phrases")
 
 
 class LitCLIP(LitBase[CLIP]):

@@ -16,11 +16,12 @@ from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.plan import ClusterConfig
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
-from dalle_pytorch.training.wrong_captions import check_phrases, wrong_captions
+from dalle_pytorch.training.wrong_captions import wrong_captions
 
 SHOWN_PROMPTS = 6  # prompts in a picture of samples
 SHOWN_EACH = 4  # samples of each, one row
@@ -68,7 +69,7 @@ class TrainDALLEConfig(RunConfig):
         super().__post_init__()
         if self.image_codes not in IMAGE_CODES:
             raise ValueError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
-        check_phrases(self.contrast_phrases)
+        check_phrases(self.contrast_phrases, "contrast_phrases")
 
     def sizes(self) -> DALLEConfig | DALLEBartConfig:
         """The settings of the network that is trained."""

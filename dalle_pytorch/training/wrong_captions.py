@@ -3,16 +3,18 @@
 import random
 from collections.abc import Sequence
 
+from dalle_pytorch.text.phrases import held_phrase
+
 
 def swap_phrase(caption: str, phrases: Sequence[str], rng: random.Random) -> str | None:
     """The caption with another phrase in place of the one that it holds; None where it holds none.
 
     Args:
         caption: right for its picture.
-        phrases: two or more that exclude each other; of several that it holds the longest counts.
+        phrases: two or more that exclude each other.
         rng: of the choice.
     """
-    held = max((phrase for phrase in phrases if phrase in caption), key=len, default=None)
+    held = held_phrase(caption, phrases)
     return None if held is None else caption.replace(held, rng.choice([other for other in phrases if other != held]))
 
 
@@ -32,13 +34,3 @@ def wrong_captions(captions: Sequence[str], phrases: Sequence[str], rng: random.
         swapped = swap_phrase(caption, phrases, rng) if rng.random() < 0.5 else None
         wrong.append(swapped or rng.choice([other for other in captions if other != caption] or [caption]))
     return wrong
-
-
-def check_phrases(phrases: Sequence[str]) -> None:
-    """Refuse phrases that cannot take each other's place.
-
-    Raises:
-        ValueError: one only, an empty one, or one twice.
-    """
-    if phrases and (len(phrases) == 1 or not all(phrases) or len(set(phrases)) < len(phrases)):
-        raise ValueError(f"contrast_phrases must be two or more different phrases, or none, got {list(phrases)}")

@@ -1,0 +1,22 @@
+"""Phrases of captions that exclude each other, such as the names of styles."""
+
+from collections.abc import Sequence
+
+
+def held_phrase(caption: str, phrases: Sequence[str]) -> str | None:
+    """The phrase that a caption holds, the longest of several; None if it holds none."""
+    return max((phrase for phrase in phrases if phrase in caption), key=len, default=None)
+
+
+def check_phrases(phrases: Sequence[str], name: str) -> None:
+    """Refuse phrases that cannot take each other's place.
+
+    Args:
+        phrases: two or more, or none.
+        name: of the setting.
+
+    Raises:
+        ValueError: one only, an empty one, or one twice.
+    """
+    if phrases and (len(phrases) == 1 or not all(phrases) or len(set(phrases)) < len(phrases)):
+        raise ValueError(f"{name} must be two or more different phrases, or none, got {list(phrases)}")
