@@ -210,7 +210,7 @@ def contrastive_loss(
     image: Float[Tensor, "b e"],
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""] | None,
-    wrong_text: Float[Tensor, "b e"] | None = None,
+    wrong_text: Float[Tensor, "b w e"] | None = None,
 ) -> CLIPLoss:
     """InfoNCE both ways, or SigLIP's sum over pairs / batch where a bias is given; features have unit length.
 
@@ -219,7 +219,7 @@ def contrastive_loss(
         image: of the pictures.
         logit_scale: factor of the cosines.
         logit_bias: SigLIP's.
-        wrong_text: of one caption more for each picture, to be told from its own; all 0 where there is none.
+        wrong_text: of more captions for each picture, to be told from its own; all 0 where there is none.
 
     Source:
         Wrong captions: Yuksekgonul et al. 2023 (NegCLIP), https://arxiv.org/abs/2210.01936. Deviation: each is a
@@ -229,12 +229,11 @@ def contrastive_loss(
     with torch.autocast(text.device.type, enabled=False):  # 8 bits of mantissa would tie scores of up to 100
         logits = logit_scale * text.float() @ image.float().T
         if wrong_text is not None:
-            told = wrong_text.any(dim=1)
-            wrong = logit_scale * (wrong_text.float() * image.float()).sum(dim=1)
-            wrong = wrong.masked_fill(~told, -torch.inf)
+            wrong = logit_scale * (wrong_text.float() @ image.float()[..., None]).squeeze(2)
+            wrong = wrong.masked_fill(~wrong_text.any(dim=2), -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
     if logit_bias is None:
-        of_images = logits.T if wrong is None else torch.cat([logits.T, wrong[:, None]], dim=1)
+        of_images = logits.T if wrong is None else torch.cat([logits.T, wrong], dim=1)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(of_images, target)) / 2
     else:
         sign = 2 * torch.eye(len(logits), device=logits.device) - 1

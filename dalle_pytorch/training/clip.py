@@ -1,6 +1,5 @@
 """Training of the CLIP that ranks candidates."""
 
-import random
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +13,7 @@ from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
-from dalle_pytorch.training.wrong_captions import swap_phrase
+from dalle_pytorch.training.wrong_captions import swapped_captions
 
 SHOWN_CAPTIONS = 8  # captions in a retrieval grid, a row each
 SHOWN_MATCHES = 5  # best pictures of each, after the true one
@@ -29,8 +28,8 @@ class TrainCLIPConfig(RunConfig):
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
     contrast_phrases: list[str] = field(default_factory=list)
-    """Phrases that exclude each other, such as the names of styles: every picture is told from its own caption with one
-    of them in place of another, too. Among the captions of a batch hardly any differ from it by that alone."""
+    """Phrases that exclude each other, such as the names of styles: a picture's caption is also told from the same with
+    each of the others in place of its own. Among the captions of a batch hardly any differ from it by that alone."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -53,26 +52,28 @@ class LitCLIP(LitBase[CLIP]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of the pairs of a batch."""
-        result = self.loss(batch, self.wrong_text(batch, batch_idx) if self.contrast_phrases else None)
+        result = self.loss(batch, self.wrong_text(batch) if self.contrast_phrases else None)
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss
 
-    def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
-        """Tokens of every caption with another phrase; of one without a phrase no tokens, all 0."""
-        rng = random.Random(self.step_seed(batch_idx, "contrast"))
-        captions = [swap_phrase(caption, self.contrast_phrases, rng) or "" for caption in batch["captions"]]
+    def wrong_text(self, batch: Batch) -> Int[Tensor, "b w t"]:
+        """Tokens of every caption with each other phrase; of one without a phrase no tokens, all 0."""
+        shape = (len(batch["captions"]), len(self.contrast_phrases) - 1, self.net.config.text_len)
+        tokens = torch.zeros(shape, dtype=torch.long)
         assert self.net.text_tokenizer is not None  # set before training
-        tokens = self.net.text_tokenizer.tokenize(captions, self.net.config.text_len, truncate=True)
-        told = torch.tensor([bool(caption) for caption in captions])
-        return (tokens * told[:, None]).to(batch["text_tokens"].device)
+        for place, caption in enumerate(batch["captions"]):
+            if captions := swapped_captions(caption, self.contrast_phrases):
+                tokens[place] = self.net.text_tokenizer.tokenize(captions, shape[2], truncate=True)
+        return tokens.to(batch["text_tokens"].device)
 
-    def loss(self, batch: Batch, wrong_text: Int[Tensor, "b t"] | None = None) -> CLIPLoss:
+    def loss(self, batch: Batch, wrong_text: Int[Tensor, "b w t"] | None = None) -> CLIPLoss:
         """Loss of the pairs of all processes, in each; the mean of their gradients is that of one big batch."""
         features = [self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])]
         if wrong_text is not None:
-            # features of length 0, which count as none
-            features.append(self.net.encode_text(wrong_text) * wrong_text.any(dim=1, keepdim=True))
+            told = wrong_text.any(dim=2)
+            wrong = features[0].new_zeros(*told.shape, features[0].shape[1])  # length 0 counts as none
+            features.append(wrong.index_put((told,), self.net.encode_text(wrong_text[told])) if told.any() else wrong)
         if self.trainer.world_size > 1:
             features = [self.gather(x) for x in features]
         text, image, *wrong = features

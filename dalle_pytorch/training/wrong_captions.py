@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dalle_pytorch.text.phrases import held_phrase
 
 
-def swap_phrase(caption: str, phrases: Sequence[str], rng: random.Random) -> str | None:
-    """The caption with another phrase in place of the one that it holds; None where it holds none.
+def swapped_captions(caption: str, phrases: Sequence[str]) -> list[str]:
+    """The caption with each other phrase in place of the one that it holds; none where it holds none.
 
     Args:
         caption: right for its picture.
         phrases: two or more that exclude each other.
-        rng: of the choice.
     """
     held = held_phrase(caption, phrases)
-    return None if held is None else caption.replace(held, rng.choice([other for other in phrases if other != held]))
+    return [] if held is None else [caption.replace(held, other) for other in phrases if other != held]
 
 
 def wrong_captions(captions: Sequence[str], phrases: Sequence[str], rng: random.Random) -> list[str]:
@@ -31,6 +30,6 @@ def wrong_captions(captions: Sequence[str], phrases: Sequence[str], rng: random.
     """
     wrong = []
     for caption in captions:
-        swapped = swap_phrase(caption, phrases, rng) if rng.random() < 0.5 else None
-        wrong.append(swapped or rng.choice([other for other in captions if other != caption] or [caption]))
+        swapped = swapped_captions(caption, phrases) if rng.random() < 0.5 else []
+        wrong.append(rng.choice(swapped or [other for other in captions if other != caption] or [caption]))
     return wrong

@@ -25,10 +25,10 @@ def test_loss_of_perfect_and_of_equal_features():
 def test_a_wrong_caption_is_one_more_to_choose_among_for_its_picture():
     unit, scale = torch.eye(4), torch.tensor(2.0)
     plain = contrastive_loss(unit, unit, scale, None)
-    torch.testing.assert_close(contrastive_loss(unit, unit, scale, None, torch.zeros(4, 4)).loss, plain.loss)
+    torch.testing.assert_close(contrastive_loss(unit, unit, scale, None, torch.zeros(4, 1, 4)).loss, plain.loss)
     # a wrong caption as good as the right one, for the first picture only: exp(2) once more in one of four softmaxes
-    wrong = torch.zeros(4, 4)
-    wrong[0, 0] = 1
+    wrong = torch.zeros(4, 2, 4)
+    wrong[0, 1, 0] = 1
     total = math.exp(2) + 3
     more = math.log((total + math.exp(2)) / total) / 4 / 2
     torch.testing.assert_close(contrastive_loss(unit, unit, scale, None, wrong).loss, plain.loss + more)

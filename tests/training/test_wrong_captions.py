@@ -6,7 +6,7 @@ import pytest
 
 import dalle_pytorch
 from dalle_pytorch.commands import train_clip, train_dalle
-from dalle_pytorch.training.wrong_captions import swap_phrase, wrong_captions
+from dalle_pytorch.training.wrong_captions import swapped_captions, wrong_captions
 
 STYLES = ["noto emoji", "twemoji", "big noto emoji"]
 
@@ -14,14 +14,14 @@ STYLES = ["noto emoji", "twemoji", "big noto emoji"]
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
-        ("a cat, noto emoji", {"a cat, twemoji", "a cat, big noto emoji"}),
-        ("noto emoji of a cat", {"twemoji of a cat", "big noto emoji of a cat"}),
-        ("a big noto emoji", {"a noto emoji", "a twemoji"}),  # the longest phrase is the one that it holds
-        ("a cat", {None}),
+        ("a cat, noto emoji", ["a cat, twemoji", "a cat, big noto emoji"]),
+        ("noto emoji of a cat", ["twemoji of a cat", "big noto emoji of a cat"]),
+        ("a big noto emoji", ["a noto emoji", "a twemoji"]),  # the longest phrase is the one that it holds
+        ("a cat", []),
     ],
 )
 def test_a_phrase_gives_way_to_every_other_one(caption, expected):
-    assert {swap_phrase(caption, STYLES, random.Random(seed)) for seed in range(50)} == expected
+    assert swapped_captions(caption, STYLES) == expected
 
 
 def test_a_wrong_caption_is_another_pictures_or_differs_by_its_phrase():
