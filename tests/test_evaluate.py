@@ -88,6 +88,19 @@ def test_phrases_are_told_apart_by_models_that_read_captions(place, call, kind):
     told = read(place / "out/metrics.json").metrics["phrases_told"]
     assert (told.count, told.protocol["phrases"]) == (12, ", ".join(WORDS))
     assert "Phrases told apart" in (place / "out/report.html").read_text()
+    model = dalle_pytorch.load(place / f"{kind}.safetensors", kind={"judge": "clip"}.get(kind, kind))
+    config = DataConfig(path=str(place / "data"))
+    samples = read_samples(ShardDataset(place / "data", "val"), config, 16, most=0, seed=0, caption=0)
+    right = []
+    for caption, image in zip(samples.captions, samples.images[:, None], strict=True):
+        texts = model.text_tokenizer.tokenize([f"a {word}" for word in WORDS], 12)
+        if kind == "judge":
+            fits = model.scores(texts, image)[:, 0]
+        else:
+            tokens = model.vae.encode(image)
+            fits = torch.stack([-model.loss(text[None], tokens).image for text in texts])
+        right.append(f"a {WORDS[fits.argmax()]}" == caption)
+    assert told.value == pytest.approx(sum(right) / 12)
     code, error = call(*common(place, "vae", "other"), f"phrases=[{phrases}]")
     assert code == 1
     assert error.startswith("error: phrases= is for dalle and clip checkpoints, and this is a vae")

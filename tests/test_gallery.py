@@ -88,6 +88,23 @@ def test_rows_hold_what_their_titles_say(place):
     assert not all(torch.equal(a, b) for a, b in zip(unguided.images, guided.images, strict=True))
 
 
+def test_no_prompt_is_drawn_twice_in_the_same_way(place, monkeypatch):
+    drawn = []
+    whole = Artist.draw
+
+    def draw(self, prompt, **settings):
+        drawn.append((prompt, str(settings)))
+        return whole(self, prompt, **settings)
+
+    monkeypatch.setattr(Artist, "draw", draw)
+    drawer = artist(place)
+    list(drawer.figures())
+    plain = [prompt for prompt, settings in drawn if settings == "{}"]
+    sheets = ["a red one", "a blue one", "a cat"]
+    assert plain[-3:] == sheets  # two figures of the first two, and a sheet of each
+    assert len(plain) == len(sheets) + 2 * drawer.config.rows
+
+
 def test_split_figures_show_real_pictures_with_the_asked_caption(place):
     figures = dict(artist(place).figures())
     assert set(figures) >= {"seen", "held_out", "completion"}

@@ -102,8 +102,9 @@ READ_BY = {
     "probe": ("vae", "dalle"),
     "vgg": ("vae", "dalle"),
     "lpips_heads": ("vae", "dalle"),
+    "phrases": ("dalle", "clip"),
 }
-"""Which kinds look at a file; given to another it would be passed over in silence."""
+"""Which kinds read a setting; given to another it would be passed over in silence."""
 
 
 def check_files(config: EvaluateConfig, kind: str) -> None:
@@ -113,7 +114,7 @@ def check_files(config: EvaluateConfig, kind: str) -> None:
         ValueError: names the setting.
     """
     for name, kinds in READ_BY.items():
-        if getattr(config, name) is not None and kind not in kinds:
+        if getattr(config, name) and kind not in kinds:
             raise ValueError(f"{name}= is for {' and '.join(kinds)} checkpoints, and this is a {kind}: leave it out")
     completed = bool(config.complete.rows or config.complete.hole)
     if kind == "dalle" and config.vgg is not None and not completed:
@@ -124,7 +125,5 @@ def check_files(config: EvaluateConfig, kind: str) -> None:
         raise ValueError(
             f"sweep, complete and memorisation are for dalle checkpoints, and this is a {kind}: leave them out"
         )
-    if config.phrases and kind not in ("dalle", "clip"):
-        raise ValueError(f"phrases= is for dalle and clip checkpoints, and this is a {kind}: leave it out")
     if config.lpips_heads is not None and config.vgg is None:
         raise ValueError("lpips_heads= goes on top of a VGG: give vgg= too")

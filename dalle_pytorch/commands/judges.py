@@ -230,14 +230,15 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
     if len(known.captions) < len(train):
         trained["unigram_seed"] = config.seed
     held_out = pairs(samples)
-    found = [evaluate_likelihood(dalle, held_out, known, measure, trained=trained)]
-    if config.phrases:
+    found: list[Evaluation] = []
+    if config.phrases:  # before the rest, which takes longer: it may find no phrase
 
         def log_likelihoods(places: Sequence[int], captions: Sequence[str]) -> Tensor:
             text = tokenizer.tokenize(list(captions), dalle.config.text_len, truncate=True)
             return -likelihoods(dalle, text, held_out.image_tokens[list(places)]).image
 
         found.append(evaluate_phrases(log_likelihoods, samples.captions, config.phrases, measure))
+    found = [evaluate_likelihood(dalle, held_out, known, measure, trained=trained), *found]
     own = samples.take(distinct_pairs(samples.captions, len(samples.captions), config.seed))
     if config.complete.parts(dalle.grid_size, margin_of(dalle.vae)):
         found = [*completions(dalle, config, own, networks, measure), *found]

@@ -7,6 +7,7 @@ from dalle_pytorch.training.clip import LitCLIP, TrainCLIPConfig
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
+from dalle_pytorch.training.wrong_captions import check_held
 
 
 @entry("train_clip", TrainCLIPConfig)
@@ -16,6 +17,7 @@ def main(config: TrainCLIPConfig) -> None:
         return
     run = Run("clip", config)
     data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
+    check_held(config.contrast_phrases, data.train_set.some_captions())
     tokenizer = make_tokenizer(config.text, data, run)
     config.model.text_vocab_size = tokenizer.vocab_size
     data.set_text(tokenizer, config.model.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)

@@ -7,12 +7,13 @@ from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.header import describe_tokenizer
 from dalle_pytorch.loading import load
 from dalle_pytorch.training import initial
-from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes
+from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes, check_contrast
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.network import make_network, of_config
 from dalle_pytorch.training.plan import make_plan
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
+from dalle_pytorch.training.wrong_captions import check_held
 
 
 @entry("train_dalle", TrainDALLEConfig)
@@ -34,6 +35,8 @@ def main(config: TrainDALLEConfig) -> None:
     vae = load(origin, kind="vae") if source is None else source.vae
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
     initial.check_can_encode(vae, data, origin)
+    check_contrast(config)
+    check_held(config.contrast_phrases, data.train_set.some_captions())
     check_codes(config, vae, cached=data.tokenizer is not None)
     if data.tokenizer is not None:
         data.check_tokenizer(describe_tokenizer(vae), origin)

@@ -1,6 +1,7 @@
 """The datamodule of the three trainings."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class DataConfig(AugmentationConfig):
     """DALLE: tokenise every training picture so often, each with its own augmentation; 0 = anew in every step, as
     also where ``image_codes`` draws them. Token shards have settled that already."""
     caption_weights: list[float] = field(default_factory=list)
-    """How often a picture is learnt with its first, second, ... caption, relative to each other; empty = all alike. A
-    picture's captions beyond the list are not used."""
+    """How often a picture is learnt with its first, second, ... caption, relative to each other; empty = all alike.
+    Captions beyond the list are not drawn. The BPE learns from all of them, and validation reads the first."""
     max_bad_share: float = 0.01
     """Samples that cannot be read are named and left out, up to this share of a split; more are an error."""
     verify: bool = True
@@ -70,8 +71,9 @@ class DataConfig(AugmentationConfig):
         at_least_one(self, "batch_size", "shuffle_buffer", "epoch_size")
         super().__post_init__()
         not_negative(self, "num_workers", "token_crops")
-        if any(weight < 0 for weight in self.caption_weights):
-            raise ValueError(f"caption_weights must not be negative, got {list(self.caption_weights)}")
+        weights = self.caption_weights
+        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            raise ValueError(f"caption_weights must not be negative, and one must be positive, got {list(weights)}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
         if self.crop and self.cache_decoded:

@@ -48,7 +48,7 @@ def pick_caption(captions: Sequence[str], rng: random.Random, weights: Sequence[
         return rng.choice(captions)
     known = [*weights, *[0.0] * len(captions)][: len(captions)]
     if not any(known):
-        raise ValueError(f"data.caption_weights={list(weights)} leaves none of its {len(captions)} captions")
+        raise ValueError(f"data.caption_weights={list(weights)} leaves none of a picture's {len(captions)} captions")
     return rng.choices(captions, known)[0]
 
 
@@ -329,17 +329,33 @@ class Collate:
         if "image_tokens" in batch:
             batch["image_tokens"] = batch["image_tokens"].long()
         if self.tokenizer is not None:
-            rows = [self._encode(sample["caption"], sample["rng"]) for sample in samples]
+            how = {"truncate": self.truncate, "dropout": self.dropout}
+            rows = [caption_ids(self.tokenizer, s["caption"], self.text_len, rng=s["rng"], **how) for s in samples]
             batch["text_tokens"] = torch.cat(rows)
         return batch
 
-    def _encode(self, caption: str, rng: random.Random) -> Int[Tensor, "1 t"]:
-        assert self.tokenizer is not None
-        if self.dropout:
-            ids = self.tokenizer.encode(caption, dropout=self.dropout, rng=rng)
-            # Dropout lengthens a caption: one that only then outgrows the context is taken without.
-            if len(ids) <= self.text_len:
-                row = torch.zeros(1, self.text_len, dtype=torch.long)
-                row[0, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-                return row
-        return self.tokenizer.tokenize(caption, self.text_len, truncate=self.truncate)
+
+def caption_ids(
+    tokenizer: TextTokenizer, caption: str, text_len: int, *, truncate: bool, dropout: float, rng: random.Random
+) -> Int[Tensor, "1 t"]:
+    """A caption as training reads it, 0 = padding.
+
+    Args:
+        tokenizer: of the model.
+        caption: what stands there.
+        text_len: columns.
+        truncate: cut a caption that is longer; otherwise it is an error.
+        dropout: share of BPE merges left out, in [0, 1).
+        rng: of the dropout.
+
+    Raises:
+        ValueError: the caption is too long and not to be cut.
+    """
+    if dropout:
+        ids = tokenizer.encode(caption, dropout=dropout, rng=rng)
+        # Dropout lengthens a caption: one that only then outgrows the context is taken without.
+        if len(ids) <= text_len:
+            row = torch.zeros(1, text_len, dtype=torch.long)
+            row[0, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+            return row
+    return tokenizer.tokenize(caption, text_len, truncate=truncate)

@@ -40,14 +40,17 @@ def evaluate_phrases(score: Score, captions: Sequence[str], phrases: Sequence[st
     scores = torch.stack(
         [score(places, [captions[place].replace(held[place], phrase) for place in places]) for phrase in phrases], dim=1
     )
-    own, best = torch.tensor([phrases.index(phrase) for phrase in held.values()]), scores.argmax(dim=1)
+    own = torch.tensor([phrases.index(phrase) for phrase in held.values()])
+    # a tie, as of captions that are cut before the phrase, counts against the model
+    others = scores.scatter(1, own[:, None], -torch.inf)
+    best = torch.where(scores.gather(1, own[:, None])[:, 0] > others.amax(dim=1), own, others.argmax(dim=1))
     told = measure.mean((best == own).float(), most=1, how={"phrases": ", ".join(phrases)})
     rows = []
     for number, phrase in enumerate(phrases):
         taken = best[own == number].bincount(minlength=len(phrases))
         rows.append((phrase, *(str(count) for count in taken.tolist())))
     note = (
-        f"A row for each phrase of the captions, a column for the one that fits the picture best: pictures. "
-        f"{shown(told.value)} of them are right, where chance is {shown(1 / len(phrases))}."
+        "Pictures: a row for the phrase of the caption, a column for the one that fits best. Right is a share of "
+        f"{shown(told.value)}; chance is {shown(1 / len(phrases))}."
     )
     return Evaluation({"phrases_told": told}, [Table("Phrases told apart", note, ("", *phrases), rows)])

@@ -132,7 +132,7 @@ class DALLEConfig(TransformerConfig):
 
 
 class DALLELoss(NamedTuple):
-    """Loss of a batch, nats per token."""
+    """Loss of a batch, nats per token but for the contrast."""
 
     loss: Float[Tensor, ""]
     """(text + w * image) / (1 + w) + v * contrast, w = config.loss_img_weight, v = config.contrast_weight."""
@@ -348,7 +348,7 @@ class DALLE(nn.Module):
             text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
             image_tokens: all n tokens, raster order.
             image_targets: probabilities of the codes at each position, to be predicted in place of ``image_tokens``;
-                the loss is then at least their entropy.
+                the loss is then at least their entropy. (The contrast is of ``image_tokens`` all the same.)
             wrong_text: a caption for each picture that is not its own, ids as in ``text_tokens``.
             generator: for caption_dropout and token_dropout (training mode only); None = torch's global one.
             mean: averages a number over the processes that share a batch. The text loss is then divided by their mean
@@ -380,8 +380,8 @@ class DALLE(nn.Module):
         else:
             padded, h = self.hidden(torch.cat([text_tokens, wrong_text]), torch.cat([inputs, inputs]))
             (padded, _), (h, wrong_h) = padded.chunk(2), h.chunk(2)
-            told = (text_tokens != wrong_text).any(dim=1) & text_tokens.any(dim=1)
-            contrast = self.contrast(h, wrong_h, image_tokens, told)
+            counted = (text_tokens != wrong_text).any(dim=1) & text_tokens.any(dim=1)
+            contrast = self.contrast(h, wrong_h, image_tokens, counted)
         last = self.config.text_length - 1
         targets = padded[:, self.config.text_len - last :]
 
@@ -407,7 +407,7 @@ class DALLE(nn.Module):
         h: Float[Tensor, "b q d"],
         wrong_h: Float[Tensor, "b q d"],
         image_tokens: Int[Tensor, "b n"],
-        told: Bool[Tensor, " b"],
+        counted: Bool[Tensor, " b"],
     ) -> Float[Tensor, ""]:
         """Contrastive loss from the transformer's outputs under right and wrong captions; see ``loss``.
 
@@ -415,7 +415,7 @@ class DALLE(nn.Module):
             h: outputs under the right captions.
             wrong_h: outputs under the wrong ones.
             image_tokens: all n tokens.
-            told: which pictures count.
+            counted: which pictures count.
         """
         last = self.config.text_length - 1
         right, wrong = (
@@ -423,7 +423,7 @@ class DALLE(nn.Module):
             for x in (h, wrong_h)
         )
         margin = (wrong - right).mean(dim=1)
-        return (F.softplus(-self.config.contrast_scale * margin) * told).mean()
+        return (F.softplus(-self.config.contrast_scale * margin) * counted).mean()
 
     def corrupt(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b n"], generator: torch.Generator | None

@@ -44,17 +44,22 @@ def linear_cross_entropy(
 
 
 def linear_nats(x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Cross entropy of each row of ``head(x)`` in fp32, nats; logits are computed in chunks, and again in backward."""
+    """Cross entropy of each row of ``head(x)`` in fp32, nats; logits are computed in chunks, and again in backward.
 
-    def nats(part: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        dtype = _product_type(part.device.type, weight)
+    Args:
+        x: inputs of the last layer.
+        head: the last layer.
+        targets: the right class of each position.
+    """
+
+    def nats(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        dtype = _product_type(rows.device.type, weight)
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(part.device.type, enabled=False):
-            logits = linear(part.to(dtype)[None], weight.to(dtype), bias)[0].float()
-        return F.cross_entropy(logits, target, reduction="none")
+        return _nats(rows.to(dtype), weight.to(dtype), bias, targets)[0]
 
     parts = zip(x.split(ROWS), targets.split(ROWS), strict=True)
-    return torch.cat([checkpoint(nats, x, head.weight, head.bias, y, use_reentrant=False) for x, y in parts])
+    how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
+    return torch.cat([checkpoint(nats, rows, head.weight, head.bias, wanted, **how) for rows, wanted in parts])
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -96,7 +101,13 @@ def _product_type(device: str, weight: Tensor) -> torch.dtype:
 
 def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float) -> Tensor:
     """Summed loss of a few positions; the product is of the type that its inputs have."""
+    nats, logits = _nats(x, weight, bias, targets)
+    loss = nats.sum()
+    return loss + z_loss * logits.logsumexp(dim=-1).square().sum() if z_loss else loss
+
+
+def _nats(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each position, and its logits in fp32."""
     with torch.autocast(x.device.type, enabled=False):
         logits = linear(x[None], weight, bias)[0].float()
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    return loss + z_loss * logits.logsumexp(dim=-1).square().sum() if z_loss else loss
+    return F.cross_entropy(logits, targets, reduction="none"), logits

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 
 
 def held_phrase(caption: str, phrases: Sequence[str]) -> str | None:
-    """The phrase that a caption holds, the longest of several; None if it holds none."""
+    """The phrase that a caption holds, letter by letter, the longest of several; None if it holds none."""
     return max((phrase for phrase in phrases if phrase in caption), key=len, default=None)
+
+
+def swapped_captions(caption: str, phrases: Sequence[str]) -> list[str]:
+    """The caption with each other phrase in place of the one that it holds; none where it holds none."""
+    held = held_phrase(caption, phrases)
+    return [] if held is None else [caption.replace(held, other) for other in phrases if other != held]
 
 
 def check_phrases(phrases: Sequence[str], name: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -103,6 +104,14 @@ class LitBase(pl.LightningModule, Generic[Net]):
         """A seed for one use in one step; accumulated batches and ranks differ."""
         name = f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}/{use}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+    def sample_rngs(self, batch: Batch, use: str) -> list[random.Random]:
+        """A random source for each sample of a batch in one step, whatever process it is in (but of streams)."""
+        if "indices" in batch:
+            names = [str(index) for index in batch["indices"].tolist()]
+        else:
+            names = [f"{self.global_rank}.{place}" for place in range(len(batch["captions"]))]
+        return [random.Random(f"{self.seed}/{self.global_step}/{name}/{use}") for name in names]
 
     def step_generator(self, batch_idx: int, device: torch.device | str) -> torch.Generator:
         """Random source of the loss in one step."""

@@ -9,11 +9,11 @@ from torch import Tensor
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.clip import CLIP, CLIPConfig, CLIPLoss, contrastive_loss
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.text.phrases import check_phrases
+from dalle_pytorch.text.phrases import check_phrases, swapped_captions
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
-from dalle_pytorch.training.wrong_captions import swapped_captions
+from dalle_pytorch.training.wrong_captions import read_wrong
 
 SHOWN_CAPTIONS = 8  # captions in a retrieval grid, a row each
 SHOWN_MATCHES = 5  # best pictures of each, after the true one
@@ -48,7 +48,7 @@ class LitCLIP(LitBase[CLIP]):
 
     def __init__(self, net: CLIP, config: TrainCLIPConfig) -> None:
         super().__init__(net, config.optim, config.seed)
-        self.contrast_phrases = config.contrast_phrases
+        self.contrast_phrases, self.bpe_dropout = config.contrast_phrases, config.text.bpe_dropout
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of the pairs of a batch."""
@@ -58,28 +58,29 @@ class LitCLIP(LitBase[CLIP]):
         return result.loss
 
     def wrong_text(self, batch: Batch) -> Int[Tensor, "b w t"]:
-        """Tokens of every caption with each other phrase; of one without a phrase no tokens, all 0."""
-        shape = (len(batch["captions"]), len(self.contrast_phrases) - 1, self.net.config.text_len)
-        tokens = torch.zeros(shape, dtype=torch.long)
-        assert self.net.text_tokenizer is not None  # set before training
-        for place, caption in enumerate(batch["captions"]):
-            if captions := swapped_captions(caption, self.contrast_phrases):
-                tokens[place] = self.net.text_tokenizer.tokenize(captions, shape[2], truncate=True)
-        return tokens.to(batch["text_tokens"].device)
+        """Tokens of every caption with each other phrase; all 0 where it holds none, or is cut before it."""
+        count, length = len(self.contrast_phrases) - 1, self.net.config.text_len
+        wrong, own, rngs = [], [], []
+        for caption, rng in zip(batch["captions"], self.sample_rngs(batch, "contrast"), strict=True):
+            wrong += swapped_captions(caption, self.contrast_phrases) or [caption] * count
+            own += [caption] * count
+            rngs += [rng] * count
+        tokens, differ = read_wrong(wrong, own, self.net.text_tokenizer, length, dropout=self.bpe_dropout, rngs=rngs)
+        return (tokens * differ[:, None]).view(-1, count, length).to(batch["text_tokens"].device)
 
     def loss(self, batch: Batch, wrong_text: Int[Tensor, "b w t"] | None = None) -> CLIPLoss:
         """Loss of the pairs of all processes, in each; the mean of their gradients is that of one big batch."""
         features = [self.net.encode_text(batch["text_tokens"]), self.net.encode_image(batch["images"])]
         if wrong_text is not None:
-            told = wrong_text.any(dim=2)
-            wrong = features[0].new_zeros(*told.shape, features[0].shape[1])  # length 0 counts as none
-            features.append(wrong.index_put((told,), self.net.encode_text(wrong_text[told])) if told.any() else wrong)
+            # all rows, wanted or not: every process must take the same way. Features of length 0 count as none.
+            wrong = self.net.encode_text(wrong_text.flatten(0, 1)).view(*wrong_text.shape[:2], -1)
+            features.append(wrong * wrong_text.any(dim=2, keepdim=True))
         if self.trainer.world_size > 1:
             features = [self.gather(x) for x in features]
         text, image, *wrong = features
         return contrastive_loss(text, image, self.net.logit_scale, self.net.logit_bias, *wrong)
 
-    def gather(self, features: Float[Tensor, "b e"]) -> Float[Tensor, "all e"]:
+    def gather(self, features: Float[Tensor, "b ... e"]) -> Float[Tensor, "all ... e"]:
         """Features of all processes, with gradients."""
         together = self.all_gather(features, sync_grads=True)
         assert isinstance(together, Tensor)

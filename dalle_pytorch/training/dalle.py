@@ -1,6 +1,6 @@
 """Training of the DALLE on captions and the tokens of a frozen VAE."""
 
-import random
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.plan import ClusterConfig
 from dalle_pytorch.training.run import RunConfig
 from dalle_pytorch.training.text import TextConfig
-from dalle_pytorch.training.wrong_captions import wrong_captions
+from dalle_pytorch.training.wrong_captions import read_wrong, wrong_caption
 
 SHOWN_PROMPTS = 6  # prompts in a picture of samples
 SHOWN_EACH = 4  # samples of each, one row
@@ -85,6 +85,7 @@ class LitDALLE(LitBase[AnyDALLE]):
         super().__init__(net, config.optim, config.seed)
         self.prompts, self.sampling = config.callbacks.prompts, config.sampling
         self.image_codes, self.contrast_phrases = config.image_codes, config.contrast_phrases
+        self.bpe_dropout = config.text.bpe_dropout
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
@@ -98,18 +99,28 @@ class LitDALLE(LitBase[AnyDALLE]):
             if self.image_codes == "soft":
                 settings["image_targets"] = probabilities
         if isinstance(self.net, DALLE) and self.net.config.contrast_weight:
-            settings["wrong_text"] = self.wrong_text(batch, batch_idx)
+            settings["wrong_text"] = self.wrong_text(batch)
         result = self.net.loss(batch["text_tokens"], image_tokens, **settings)
         self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
 
-    def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
-        """Tokens of a wrong caption for each picture of a batch."""
-        rng = random.Random(self.step_seed(batch_idx, "contrast"))
-        captions = wrong_captions(batch["captions"], self.contrast_phrases, rng)
-        assert self.net.text_tokenizer is not None  # set before training
-        tokens = self.net.text_tokenizer.tokenize(captions, self.net.config.text_len, truncate=True)
-        return tokens.to(batch["text_tokens"].device)
+    def wrong_text(self, batch: Batch) -> Int[Tensor, "b t"]:
+        """Tokens of a wrong caption for each picture of a batch; of its own where there is no other."""
+        captions, others = batch["captions"], [batch["captions"]]
+        if self.trainer.world_size > 1:
+            others = [[]] * self.trainer.world_size
+            torch.distributed.all_gather_object(others, captions)
+        everybodys = list(itertools.chain.from_iterable(others))
+        rngs = self.sample_rngs(batch, "contrast")
+        wrong = [
+            wrong_caption(caption, everybodys, self.contrast_phrases, rng)
+            for caption, rng in zip(captions, rngs, strict=True)
+        ]
+        tokens, differ = read_wrong(
+            wrong, captions, self.net.text_tokenizer, self.net.config.text_len, dropout=self.bpe_dropout, rngs=rngs
+        )
+        text_tokens = batch["text_tokens"]
+        return torch.where(differ[:, None].to(text_tokens.device), tokens.to(text_tokens.device), text_tokens)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss without dropout, nats per token."""
@@ -152,6 +163,24 @@ def sampled_codes(
     uniforms = torch.rand(logits.shape[:2], generator=generator).to(logits.device)
     tokens = draw(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
     return tokens, logits.softmax(dim=-1)
+
+
+def check_contrast(config: TrainDALLEConfig) -> None:
+    """Refuse settings of the contrastive loss that change nothing.
+
+    Raises:
+        ConfigError: the network has no such loss, or it has no weight, or no wrong captions.
+    """
+    if config.network == "dalle_bart":
+        if config.contrast_phrases:
+            raise ConfigError("contrast_phrases is not there for network=dalle_bart: leave it out")
+    elif config.contrast_phrases and not config.model.contrast_weight:
+        raise ConfigError("contrast_phrases changes nothing while model.contrast_weight is 0: set it, e.g. to 0.3")
+    elif config.model.contrast_weight and config.data.batch_size == 1 and not config.contrast_phrases:
+        raise ConfigError(
+            "model.contrast_weight with data.batch_size=1 has no other picture's caption to take: raise it, or give "
+            "contrast_phrases"
+        )
 
 
 def check_codes(config: TrainDALLEConfig, vae: ImageTokenizer, *, cached: bool) -> None:

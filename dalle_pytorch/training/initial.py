@@ -26,6 +26,8 @@ FREE = ("attn_dropout", "ff_dropout", "dropout", "stable", "checkpoint_activatio
         "loss_img_weight", "caption_dropout", "token_dropout", "z_loss", "contrast_weight",
         "contrast_scale")  # fmt: skip
 """Settings of a model that say how it is trained, not what its weights mean."""
+NOT_INHERITED = ("contrast_weight",)
+"""Those that a training on from there does not take over: it would double the cost, without its phrases."""
 FILLED = ("text_vocab_size", "image_vocab_size", "grid_size", "bos_id")
 """Settings that come from the tokenizers."""
 TOKENIZER = ("text.tokenizer", "text.path", "text.tokenizer_from", "text.vocab_size")
@@ -109,7 +111,8 @@ def take_sizes(config: "TrainDALLEConfig", asked: Collection[str]) -> Header:
             )
     if head["text_tokenizer"] is not None and (chosen := sorted(set(TOKENIZER) & set(asked))):
         raise ConfigError(f"init={config.init} brings its text tokenizer: leave {', '.join(chosen)} out")
-    setattr(config, section, replace(start, **{name: wanted[name] for name in names & set(FREE) & wanted.keys()}))
+    taken = {name for name in (*names, *NOT_INHERITED) if name in FREE and name in wanted}
+    setattr(config, section, replace(start, **{name: wanted[name] for name in taken}))
     return head
 
 

@@ -144,8 +144,14 @@ def flops(net: DALLE) -> tuple[float, float]:
     }
     attention = sum(4 * config.heads * config.head_dim * pairs[net.pattern(layer)] for layer in range(config.depth))
     text, image = net.text_head.weight.numel(), net.image_head.weight.numel()
-    heads = 2 * (text * (text_length - 1) + image * net.num_image_tokens)
-    return 3.0 * (2 * matrices(net) * length + attention), 3.0 * heads
+    # under wrong captions everything but the text head once more; the image head of the contrast for itself, twice
+    heads = 2 * (text * (text_length - 1) + (3 if config.contrast_weight else 1) * image * net.num_image_tokens)
+    return 3.0 * captions_each(net) * (2 * matrices(net) * length + attention), 3.0 * heads
+
+
+def captions_each(net: DALLE) -> int:
+    """Captions that a picture is looked at under in one step: its own, and with contrast a wrong one."""
+    return 2 if net.config.contrast_weight else 1
 
 
 def saved(net: DALLE, batch: int, *, half: bool) -> tuple[int, int]:
@@ -228,6 +234,7 @@ def memory(
     frozen = sum(p.numel() for p in net.vae.parameters())
     share = gpus if sharded else 1
     config, length = net.config, net.config.text_length - 1 + net.num_image_tokens
+    batch *= captions_each(net)
     activations, largest = saved(net, batch, half=half)
     copies = 2 * matrices(net) if half else 0
     if checkpointing:  # the input of every block, and one block at a time

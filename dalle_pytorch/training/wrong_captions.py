@@ -1,35 +1,78 @@
 """Captions that are wrong for their pictures, for losses that tell right from wrong."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from dalle_pytorch.text.phrases import held_phrase
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dalle_pytorch.config import ConfigError
+from dalle_pytorch.data.samples import caption_ids
+from dalle_pytorch.text import TextTokenizer
+from dalle_pytorch.text.phrases import swapped_captions
 
 
-def swapped_captions(caption: str, phrases: Sequence[str]) -> list[str]:
-    """The caption with each other phrase in place of the one that it holds; none where it holds none.
+def wrong_caption(caption: str, others: Iterable[str], phrases: Sequence[str], rng: random.Random) -> str:
+    """A caption that is not the picture's own.
+
+    Half the time it is the own one with another phrase, where it holds one; otherwise another picture's, which may be
+    true of this one by accident. Where there is no other it is the own one.
 
     Args:
         caption: right for its picture.
-        phrases: two or more that exclude each other.
-    """
-    held = held_phrase(caption, phrases)
-    return [] if held is None else [caption.replace(held, other) for other in phrases if other != held]
-
-
-def wrong_captions(captions: Sequence[str], phrases: Sequence[str], rng: random.Random) -> list[str]:
-    """A caption for each picture of a batch that is not its own.
-
-    Half the time the own one with another phrase, where it holds one; otherwise another picture's. A picture keeps its
-    own where all captions of the batch are equal.
-
-    Args:
-        captions: of the batch.
+        others: of all pictures of the batch; neither their order nor their number counts.
         phrases: that exclude each other; may be empty.
         rng: of the choice.
     """
-    wrong = []
+    swapped = swapped_captions(caption, phrases) if rng.random() < 0.5 else []
+    return rng.choice(swapped or sorted({*others} - {caption}) or [caption])
+
+
+def read_wrong(
+    captions: Sequence[str],
+    own: Sequence[str],
+    tokenizer: TextTokenizer | None,
+    text_len: int,
+    *,
+    dropout: float,
+    rngs: Sequence[random.Random],
+) -> tuple[Int[Tensor, "n t"], Bool[Tensor, " n"]]:
+    """Tokens of wrong captions, and which of them differ from the right ones.
+
+    They are read as the right ones are, BPE dropout included: otherwise it would tell which is which. Too long ones are
+    cut, for nobody wrote them.
+
+    Args:
+        captions: the wrong ones.
+        own: the right one beside each.
+        tokenizer: of the model.
+        text_len: columns of the tokens.
+        dropout: share of BPE merges left out, in [0, 1).
+        rngs: of the dropout, of each.
+    """
+    assert tokenizer is not None  # set before training
+    tokens = [
+        caption_ids(tokenizer, caption, text_len, truncate=True, dropout=dropout, rng=rng)
+        for caption, rng in zip(captions, rngs, strict=True)
+    ]
+    plain, right = (tokenizer.tokenize(list(texts), text_len, truncate=True) for texts in (captions, own))
+    return torch.cat(tokens), (plain != right).any(dim=1)
+
+
+def check_held(phrases: Sequence[str], captions: Iterable[str]) -> None:
+    """Refuse phrases that the data do not have.
+
+    Raises:
+        ConfigError: names those that no caption holds.
+    """
+    missing = list(phrases)
     for caption in captions:
-        swapped = swapped_captions(caption, phrases) if rng.random() < 0.5 else []
-        wrong.append(rng.choice(swapped or [other for other in captions if other != caption] or [caption]))
-    return wrong
+        if not missing:
+            return
+        missing = [phrase for phrase in missing if phrase not in caption]
+    if missing:
+        raise ConfigError(
+            f"contrast_phrases: no caption of the training data holds {', '.join(map(repr, missing))}, letter by "
+            "letter: name phrases as they stand there, or leave them out"
+        )

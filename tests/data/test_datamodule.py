@@ -223,7 +223,8 @@ def test_captions_are_drawn_by_their_weights(path):
 
 
 def test_caption_weights_that_leave_none_are_named(path):
-    with pytest.raises(ValueError, match="caption_weights must not be negative"):
-        DataConfig(path=path, caption_weights=[1.0, -1.0])
-    with pytest.raises(ValueError, match=r"caption_weights=\[0.0, 0.0, 1.0\] leaves none of its 2 captions"):
+    for weights in ([1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="caption_weights must not be negative"):
+            DataConfig(path=path, caption_weights=weights)
+    with pytest.raises(ValueError, match=r"caption_weights=\[0.0, 0.0, 1.0\] leaves none of a picture's 2 captions"):
         module(path, text=False, caption_weights=[0.0, 0.0, 1.0]).train_set[0, 4]

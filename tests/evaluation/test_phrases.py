@@ -39,3 +39,9 @@ def test_the_share_and_the_confusions_by_hand():
 def test_captions_without_phrases_are_named():
     with pytest.raises(ValueError, match=r"0 of 2 captions hold one of phrases=.*caption="):
         evaluate_phrases(lambda places, captions: torch.zeros(2), ["a cat", "a dog"], STYLES, MEASURE)
+
+
+def test_a_tie_counts_against_the_model():
+    metrics, (table,) = evaluate_phrases(lambda places, captions: torch.zeros(4), CAPTIONS, STYLES, MEASURE)
+    assert metrics["phrases_told"].value == 0
+    assert [sum(map(int, row[1:])) for row in table.rows] == [1, 2, 1]

@@ -75,6 +75,14 @@ def test_settings_of_training_may_be_given(shards, start, tmp_path, run_command)
     assert (config.dim, config.loss_img_weight) == (24, 3.0)
 
 
+def test_wrong_captions_are_not_taken_over(shards, start, tmp_path, run_command):
+    """They double the cost, and the phrases of the training before are not known."""
+    path = start(contrast_weight=0.3, contrast_scale=2.0)
+    printed = run_command(train_dalle.main, *arguments(shards, tmp_path / "run", path))
+    config = dalle_pytorch.load(printed, kind="dalle").config
+    assert (config.contrast_weight, config.contrast_scale) == (0.0, 2.0)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -98,6 +98,14 @@ def test_arithmetic_has_a_closed_form():
     assert heads == 3 * 2 * 64 * (57 * 7 + 20 * 16)
 
 
+def test_wrong_captions_double_the_blocks_and_what_they_keep():
+    plain, contrast = (skeleton(make(contrast_weight=weight)[0], None, make()[1]) for weight in (0.0, 0.3))
+    assert flops(contrast)[0] == 2 * flops(plain)[0]
+    assert flops(contrast)[1] - flops(plain)[1] == 3 * 2 * 64 * 2 * 20 * 16  # the image head twice more
+    how = {"gpus": 1, "sharded": False, "half": False, "checkpointing": False, "averaged": True}
+    assert memory(contrast, 4, **how).activations == memory(plain, 8, **how).activations
+
+
 def test_sharding_divides_and_checkpointing_saves():
     config, cluster = make(depth=8, dim=256)
     net = skeleton(config, None, cluster)

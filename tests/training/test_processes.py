@@ -13,6 +13,7 @@ from dalle_pytorch.commands import train_vae
 from dalle_pytorch.training.strategies import SHARDED, PowerSGDStrategy, check_strategy
 
 STEPS = 8
+PHRASES = "contrast_phrases=[red,green,blue]"
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 
 
@@ -41,7 +42,9 @@ def losses(out, name="train/loss"):
 
 @pytest.fixture(scope="module")
 def dalle(vae_file):
-    return [f"vae={vae_file}", "text.vocab_size=270", "model.caption_dropout=0"]
+    """With wrong captions: each picture's depends on the others of the batch, wherever they are."""
+    contrast = ["model.contrast_weight=0.5", PHRASES]
+    return [f"vae={vae_file}", "text.vocab_size=270", "model.caption_dropout=0", *contrast]
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +134,9 @@ def test_compressed_gradients_stay_near(odd_shards, dalle, one, tmp_path):
 
 
 def test_clip_contrasts_the_pairs_of_all_processes(shards, tmp_path):
+    """And the captions with other phrases."""
     for name, more in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp", *TWO])):
-        train("train_clip", *settings(shards, tmp_path / name, "text.vocab_size=270", *more))
+        train("train_clip", *settings(shards, tmp_path / name, "text.vocab_size=270", PHRASES, *more))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     a, b = (dalle_pytorch.load(tmp_path / name / "clip.safetensors").state_dict() for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)

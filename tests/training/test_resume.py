@@ -15,6 +15,7 @@ import dalle_pytorch
 from dalle_pytorch.training.resume import damage, find_last
 
 STEPS = 24
+PHRASES = "contrast_phrases=[red,green,blue]"
 
 
 def command(data, vae, out, *more):
@@ -25,7 +26,7 @@ def command(data, vae, out, *more):
         "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "callbacks.picture_every=0",
         "callbacks.checkpoint_every=4", "callbacks.keep=last", "text.vocab_size=270", "text.bpe_dropout=0.3",
         "model.caption_dropout=0.3", "model.token_dropout=0.3", "model.ff_dropout=0.2", "data.token_crops=0",
-        "data.jitter=2", "resume=true", *more,
+        "data.jitter=2", "data.caption_weights=[1,2]", "model.contrast_weight=0.5", PHRASES, "resume=true", *more,
     ]  # fmt: skip
 
 

@@ -173,10 +173,11 @@ def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, tmp_path, run_comma
 
 
 def test_a_resumed_dalle_ends_as_one_that_did_not_stop(shards, vae_file, tmp_path, run_command):
-    """With every source of randomness on: BPE, caption and token dropout, dropout, augmented pictures."""
+    """With every source of randomness on: BPE, caption and token dropout, dropout, augmented pictures, captions."""
     more = [f"vae={vae_file}", "callbacks.keep=last", "optim.schedule=constant", "callbacks.checkpoint_every=1"]
     more += ["text.bpe_dropout=0.3", "model.caption_dropout=0.3", "model.token_dropout=0.3", "model.ff_dropout=0.2"]
-    more += ["data.token_crops=0", "data.jitter=2"]
+    more += ["data.token_crops=0", "data.jitter=2", "data.caption_weights=[1,2]"]
+    more += ["model.contrast_weight=0.5", "contrast_phrases=[red,green,blue]"]
     whole = run_command(train_dalle.main, *small(shards, tmp_path / "whole", 5, *more))
     out = tmp_path / "parts"
     run_command(train_dalle.main, *small(shards, out, 2, *more))

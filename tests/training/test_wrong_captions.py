@@ -1,14 +1,23 @@
-"""Captions that are wrong for their pictures."""
+"""Captions that are wrong for their pictures: which, how they are read, what trainings make of them."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dalle_pytorch
+from dalle_pytorch import CLIP, CLIPConfig
 from dalle_pytorch.commands import train_clip, train_dalle
-from dalle_pytorch.training.wrong_captions import swapped_captions, wrong_captions
+from dalle_pytorch.config import ConfigError
+from dalle_pytorch.text import BPETokenizer
+from dalle_pytorch.text.phrases import swapped_captions
+from dalle_pytorch.training.clip import LitCLIP, TrainCLIPConfig
+from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig
+from dalle_pytorch.training.wrong_captions import check_held, read_wrong, wrong_caption
 
 STYLES = ["noto emoji", "twemoji", "big noto emoji"]
+BATCH = ["a cat, twemoji", "a dog", "a house, noto emoji", "a dog"]
 
 
 @pytest.mark.parametrize(
@@ -25,23 +34,109 @@ def test_a_phrase_gives_way_to_every_other_one(caption, expected):
 
 
 def test_a_wrong_caption_is_another_pictures_or_differs_by_its_phrase():
-    captions = ["a cat, twemoji", "a dog", "a house, noto emoji", "a dog"]
-    found = [set() for _ in captions]
-    for seed in range(200):
-        for row, wrong in zip(found, wrong_captions(captions, STYLES, random.Random(seed)), strict=True):
-            row.add(wrong)
-    assert found[0] == {"a cat, noto emoji", "a cat, big noto emoji", "a dog", "a house, noto emoji"}
-    assert found[1] == found[3] == {"a cat, twemoji", "a house, noto emoji"}
+    found = {
+        caption: {wrong_caption(caption, BATCH, STYLES, random.Random(seed)) for seed in range(100)}
+        for caption in BATCH
+    }
+    assert found["a cat, twemoji"] == {"a cat, noto emoji", "a cat, big noto emoji", "a dog", "a house, noto emoji"}
+    assert found["a dog"] == {"a cat, twemoji", "a house, noto emoji"}
 
 
-def test_half_the_wrong_captions_differ_by_the_phrase():
+def test_half_the_wrong_captions_of_those_with_a_phrase_differ_by_it():
     captions = [f"thing {i}, twemoji" for i in range(1000)]
-    swapped = sum("noto" in wrong for wrong in wrong_captions(captions, STYLES, random.Random(0)))
+    swapped = sum("noto" in wrong_caption(c, captions, STYLES, random.Random(c)) for c in captions)
     assert 420 < swapped < 580  # five standard deviations of 16
 
 
 def test_equal_captions_have_no_wrong_one():
-    assert wrong_captions(["a cat"] * 3, [], random.Random(0)) == ["a cat"] * 3
+    assert wrong_caption("a cat", ["a cat"] * 3, [], random.Random(0)) == "a cat"
+
+
+def test_wrong_captions_are_read_as_right_ones():
+    """With dropout as with it, cut where too long; those that a cut makes equal do not differ."""
+    tokenizer = BPETokenizer.train(BATCH * 9, 400)
+    captions, own = ["a cat, noto emoji", "a dog"], ["a cat, twemoji", "a dog"]
+
+    def read(length, dropout):
+        rngs = [random.Random(place) for place in range(2)]
+        return read_wrong(captions, own, tokenizer, length, dropout=dropout, rngs=rngs)
+
+    plain, differ = read(24, 0.0)
+    assert differ.tolist() == [True, False]
+    assert torch.equal(plain, tokenizer.tokenize(captions, 24))
+    dropped, differ = read(24, 0.999)
+    assert ((dropped > 0).sum(dim=1) > (plain > 0).sum(dim=1)).all()
+    assert [tokenizer.decode(row) for row in dropped.tolist()] == captions
+    assert differ.tolist() == [True, False]
+    cut = len(tokenizer.encode("a cat,"))
+    assert read(cut, 0.0)[1].tolist() == [False, False]
+
+
+def batch_of(captions, tokenizer):
+    return {
+        "captions": list(captions),
+        "indices": torch.arange(len(captions)) + 7,
+        "text_tokens": tokenizer.tokenize(list(captions), 24),
+    }
+
+
+def test_wrong_text_of_a_dalle_is_a_function_of_seed_step_and_sample(make_dalle, monkeypatch):
+    tokenizer = BPETokenizer.train(BATCH * 9, 400)
+    dalle = make_dalle(text_vocab_size=400, text_len=24)
+    dalle.text_tokenizer = tokenizer
+    step = [0]
+    monkeypatch.setattr(LitDALLE, "global_step", property(lambda self: step[0]))
+    module = LitDALLE(dalle, TrainDALLEConfig(contrast_phrases=STYLES, out="x"))
+    module.trainer = SimpleNamespace(world_size=1)
+    batch = batch_of(BATCH, tokenizer)
+    first = module.wrong_text(batch)
+    assert torch.equal(first, module.wrong_text(batch))
+    back = {key: value.flip(0) if torch.is_tensor(value) else value[::-1] for key, value in batch.items()}
+    assert torch.equal(module.wrong_text(back).flip(0), first)
+    found = set()
+    for step[0] in range(60):
+        rows = module.wrong_text(batch)
+        assert (rows != batch["text_tokens"]).any(dim=1).all()
+        found.add(tokenizer.decode(rows[0].tolist()))
+    assert found == {"a cat, noto emoji", "a cat, big noto emoji", "a dog", "a house, noto emoji"}
+    alone = batch_of(["a dog"], tokenizer)
+    assert torch.equal(module.wrong_text(alone), alone["text_tokens"])
+
+
+def test_wrong_text_of_a_clip_stands_beside_its_own_picture(monkeypatch):
+    tokenizer = BPETokenizer.train(BATCH * 9, 400)
+    sizes = {"dim_text": 16, "dim_image": 16, "dim_latent": 16, "text_enc_depth": 1, "text_heads": 2}
+    clip = CLIP(
+        CLIPConfig(
+            **sizes, visual_enc_depth=1, visual_heads=2, image_size=16, patch_size=8, text_len=24, text_vocab_size=400
+        )
+    )
+    clip.text_tokenizer = tokenizer
+    monkeypatch.setattr(LitCLIP, "global_step", 0)
+    module = LitCLIP(clip, TrainCLIPConfig(contrast_phrases=STYLES, out="x"))
+    module.trainer = SimpleNamespace(world_size=1)
+    batch = {**batch_of(BATCH, tokenizer), "images": torch.rand(4, 3, 16, 16)}
+    wrong = module.wrong_text(batch)
+    assert torch.equal(wrong[0], tokenizer.tokenize(["a cat, noto emoji", "a cat, big noto emoji"], 24))
+    assert torch.equal(wrong[2], tokenizer.tokenize(["a house, twemoji", "a house, big noto emoji"], 24))
+    assert not wrong[[1, 3]].any()
+    # the loss by hand: a picture chooses among all captions and its own wrong ones, a caption among all pictures
+    scores = clip.logit_scale * clip.scores(batch["text_tokens"], batch["images"])
+    expected = 0.0
+    for place in range(4):
+        more = (
+            [] if not wrong[place].any() else [clip.logit_scale * clip.scores(wrong[place], batch["images"])[:, place]]
+        )
+        choice = torch.cat([scores[:, place], *more])
+        expected += choice.logsumexp(0) + scores[place].logsumexp(0) - 2 * scores[place, place]
+    torch.testing.assert_close(module.loss(batch, wrong).loss, expected / 8)
+
+
+def test_phrases_that_no_caption_holds_are_named():
+    check_held([], [])
+    check_held(["a dog", "noto emoji"], BATCH)
+    with pytest.raises(ConfigError, match=r"no caption of the training data holds 'Twemoji', 'openmoji'"):
+        check_held(["noto emoji", "Twemoji", "openmoji"], BATCH)
 
 
 @pytest.mark.parametrize("phrases", ["[twemoji]", "[twemoji,twemoji]", "[twemoji,'']"])
@@ -57,17 +152,34 @@ COMMON += ["trainer.log_every_n_steps=1"]
 PHRASES = "contrast_phrases=[red,green,blue]"
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([PHRASES], "changes nothing while model.contrast_weight is 0"),
+        ([PHRASES, "model=dalle_mini"], "contrast_phrases is not there for network=dalle_bart"),
+        (["model.contrast_weight=0.3", "data.batch_size=1"], "no other picture's caption"),
+        (["model.contrast_weight=0.3", "contrast_phrases=[red,pink]"], "no caption of the training data holds 'pink'"),
+        (["model.contrast_weight=-1"], "contrast_weight must not be negative"),
+        (["model.contrast_scale=0"], "contrast_scale must be positive"),
+    ],
+)
+def test_settings_without_effect_are_refused(shards, vae_file, tmp_path, run_command, more, message):
+    where = [f"data.path={shards}", f"out={tmp_path}/run", f"vae={vae_file}", "text.vocab_size=270"]
+    code, error = run_command(train_dalle.main, *COMMON, *where, *more)
+    assert code in (1, 2)
+    assert message in error
+
+
 def test_a_dalle_learns_from_wrong_captions(shards, vae_file, tmp_path, run_command):
     """Both trainings see the same batches and random numbers: what differs comes from the wrong captions."""
     results = []
-    for name, weight in (("plain", 0), ("contrast", 0.5)):
+    for name, more in (("plain", []), ("contrast", ["model.contrast_weight=0.5", PHRASES])):
         sizes = ["model.dim=16", "model.depth=1", "model.heads=2", "model.head_dim=8", "model.text_len=16"]
-        out = tmp_path / name
-        more = [f"vae={vae_file}", "text.vocab_size=270", f"model.contrast_weight={weight}", PHRASES]
-        path = run_command(train_dalle.main, *COMMON, f"data.path={shards}", f"out={out}", *sizes, *more)
+        where = [f"data.path={shards}", f"out={tmp_path / name}", f"vae={vae_file}", "text.vocab_size=270"]
+        path = run_command(train_dalle.main, *COMMON, *where, *sizes, *more)
         results.append(dalle_pytorch.load(path, kind="dalle"))
-        (log,) = out.glob("csv/*/metrics.csv")
-        assert ("train/contrast" in log.read_text().splitlines()[0]) == bool(weight)
+        (log,) = (tmp_path / name).glob("csv/*/metrics.csv")
+        assert ("train/contrast" in log.read_text().splitlines()[0]) == bool(more)
     plain, contrast = results
     assert contrast.config.contrast_weight == 0.5
     assert not plain.image_emb.weight.equal(contrast.image_emb.weight)
@@ -79,9 +191,7 @@ def test_a_clip_learns_from_wrong_captions(shards, tmp_path, run_command):
         sizes = ["model.dim_text=16", "model.dim_image=16", "model.dim_latent=16", "model.text_enc_depth=1"]
         sizes += ["model.text_heads=2", "model.visual_enc_depth=1", "model.visual_heads=2", "model.text_len=16"]
         sizes += ["model.image_size=16", "model.patch_size=4", "text.vocab_size=270"]
-        out = f"out={tmp_path / name}"
-        results.append(
-            dalle_pytorch.load(run_command(train_clip.main, *COMMON, f"data.path={shards}", out, *sizes, *more))
-        )
+        where = [f"data.path={shards}", f"out={tmp_path / name}"]
+        results.append(dalle_pytorch.load(run_command(train_clip.main, *COMMON, *where, *sizes, *more)))
     plain, contrast = results
     assert not plain.text_emb.weight.equal(contrast.text_emb.weight)
