@@ -11,7 +11,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-WATCHED = {"vae": ("val/psnr", "dB"), "dalle": ("val/image", "nats per image token"), "clip": ("val/loss", "nats")}
+IMAGE_NATS = ("val/image", "nats per image token")
+WATCHED = {"vae": ("val/psnr", "dB"), "dalle": IMAGE_NATS, "dalle_contrast": IMAGE_NATS, "clip": ("val/loss", "nats")}
 
 
 def column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:

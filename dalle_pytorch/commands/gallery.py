@@ -52,7 +52,7 @@ class GalleryConfig:
     """Pictures drawn for each caption."""
     num_keep: int = 8
     """Pictures shown of them."""
-    guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0])
+    guidance: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     """Values of sampling.cfg_scale in guidance.png."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How all the others are drawn."""
