@@ -88,7 +88,7 @@ def test_rows_hold_what_their_titles_say(place):
     assert not all(torch.equal(a, b) for a, b in zip(unguided.images, guided.images, strict=True))
 
 
-def test_no_prompt_is_drawn_twice_in_the_same_way(place, monkeypatch):
+def test_sheets_and_the_ranking_share_what_is_drawn(place, monkeypatch):
     drawn = []
     whole = Artist.draw
 
@@ -101,7 +101,7 @@ def test_no_prompt_is_drawn_twice_in_the_same_way(place, monkeypatch):
     list(drawer.figures())
     plain = [prompt for prompt, settings in drawn if settings == "{}"]
     sheets = ["a red one", "a blue one", "a cat"]
-    assert plain[-3:] == sheets  # two figures of the first two, and a sheet of each
+    assert plain[-3:] == sheets  # the ranking is of the first two
     assert len(plain) == len(sheets) + 2 * drawer.config.rows
 
 

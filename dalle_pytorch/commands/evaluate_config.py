@@ -108,7 +108,7 @@ READ_BY = {
 
 
 def check_files(config: EvaluateConfig, kind: str) -> None:
-    """Refuse files that nobody reads, and pictures that nobody draws.
+    """Refuse settings that nobody reads, and pictures that nobody draws.
 
     Raises:
         ValueError: names the setting.

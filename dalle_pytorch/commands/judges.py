@@ -34,7 +34,7 @@ from dalle_pytorch.evaluation.likelihood import likelihoods
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
-from dalle_pytorch.evaluation.phrases import evaluate_phrases
+from dalle_pytorch.evaluation.phrases import check_held_out, evaluate_phrases
 from dalle_pytorch.evaluation.probe import KEPT, evaluate_following, evaluate_probe
 from dalle_pytorch.evaluation.report import Protocol
 from dalle_pytorch.evaluation.samples import Samples, chosen, distinct_pairs, read_samples
@@ -130,6 +130,7 @@ def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, meas
 def judge_clip(clip: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
     """A CLIP."""
     samples = samples_of(shards, config, clip.config.image_size)
+    check_held_out(samples.captions, config.phrases)
     found = evaluate_clip(clip, samples.captions, samples.images, measure)
     classes = class_captions(samples.metas)
     found = join([found, evaluate_zero_shot(clip, samples.images, samples.factors, classes, measure)])
@@ -224,21 +225,21 @@ def judge_dalle(dalle: Any, config: EvaluateConfig, shards: ShardDataset, measur
     check(dalle, config)
     networks = networks_of(config, next(dalle.parameters()).device)
     samples = samples_of(shards, config, size)
+    check_held_out(samples.captions, config.phrases)
     train = open_split(config.data.path, config.data.train_split, "data.path")
     known = pairs(samples_of(train, config, size, config.max_train))
     trained: dict[str, Any] = {"unigram_split": train.split, "unigram_sha256": data_sha256(train)}
     if len(known.captions) < len(train):
         trained["unigram_seed"] = config.seed
     held_out = pairs(samples)
-    found: list[Evaluation] = []
-    if config.phrases:  # before the rest, which takes longer: it may find no phrase
+    found = [evaluate_likelihood(dalle, held_out, known, measure, trained=trained)]
+    if config.phrases:
 
         def log_likelihoods(places: Sequence[int], captions: Sequence[str]) -> Tensor:
             text = tokenizer.tokenize(list(captions), dalle.config.text_len, truncate=True)
             return -likelihoods(dalle, text, held_out.image_tokens[list(places)]).image
 
         found.append(evaluate_phrases(log_likelihoods, samples.captions, config.phrases, measure))
-    found = [evaluate_likelihood(dalle, held_out, known, measure, trained=trained), *found]
     own = samples.take(distinct_pairs(samples.captions, len(samples.captions), config.seed))
     if config.complete.parts(dalle.grid_size, margin_of(dalle.vae)):
         found = [*completions(dalle, config, own, networks, measure), *found]

@@ -23,6 +23,7 @@ def main(config: TrainDALLEConfig) -> None:
     if config.init is not None:
         initial.take_sizes(config, initial.asked_for(overrides))
     initial.check_network(config.network, overrides, plan=config.plan)
+    check_contrast(config)
     if config.plan:
         print(make_plan(config))
         return
@@ -35,7 +36,6 @@ def main(config: TrainDALLEConfig) -> None:
     vae = load(origin, kind="vae") if source is None else source.vae
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
     initial.check_can_encode(vae, data, origin)
-    check_contrast(config)
     check_held(config.contrast_phrases, data.train_set.some_captions())
     check_codes(config, vae, cached=data.tokenizer is not None)
     if data.tokenizer is not None:

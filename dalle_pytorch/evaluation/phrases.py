@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Table
 from dalle_pytorch.evaluation.report import shown
-from dalle_pytorch.text.phrases import held_phrase
+from dalle_pytorch.text.phrases import exchange, held_phrase
 
 Score = Callable[[Sequence[int], Sequence[str]], Float[Tensor, " b"]]
 """How well captions fit pictures, given by their places; more is better."""
@@ -23,23 +23,14 @@ def evaluate_phrases(score: Score, captions: Sequence[str], phrases: Sequence[st
 
     Args:
         score: of the model.
-        captions: of the pictures; those without a phrase do not count.
+        captions: of the pictures, as check_held_out lets pass; those without a phrase do not count.
         phrases: two or more.
         measure: the protocol.
-
-    Raises:
-        ValueError: fewer than two captions hold a phrase.
     """
     held = {place: phrase for place, caption in enumerate(captions) if (phrase := held_phrase(caption, phrases))}
-    if len(held) < 2:
-        raise ValueError(
-            f"{len(held)} of {len(captions)} captions hold one of phrases={list(phrases)}: give those of the data, "
-            "and caption= for the captions that have them"
-        )
     places = list(held)
-    scores = torch.stack(
-        [score(places, [captions[place].replace(held[place], phrase) for place in places]) for phrase in phrases], dim=1
-    )
+    asked = [[exchange(captions[place], held[place], phrase) for place in places] for phrase in phrases]
+    scores = torch.stack([score(places, texts) for texts in asked], dim=1)
     own = torch.tensor([phrases.index(phrase) for phrase in held.values()])
     # a tie, as of captions that are cut before the phrase, counts against the model
     others = scores.scatter(1, own[:, None], -torch.inf)
@@ -54,3 +45,17 @@ def evaluate_phrases(score: Score, captions: Sequence[str], phrases: Sequence[st
         f"{shown(told.value)}; chance is {shown(1 / len(phrases))}."
     )
     return Evaluation({"phrases_told": told}, [Table("Phrases told apart", note, ("", *phrases), rows)])
+
+
+def check_held_out(captions: Sequence[str], phrases: Sequence[str]) -> None:
+    """Refuse captions that hold hardly any of the phrases.
+
+    Raises:
+        ValueError: fewer than two do.
+    """
+    count = sum(held_phrase(caption, phrases) is not None for caption in captions)
+    if phrases and count < 2:
+        raise ValueError(
+            f"{count} of {len(captions)} captions hold one of phrases={list(phrases)}: give those of the data, "
+            "and caption= for the captions that have them"
+        )

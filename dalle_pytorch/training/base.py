@@ -32,7 +32,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
     Args:
         net: the model.
         optim: optimiser settings.
-        seed: all randomness of a training step is a function of (seed, step, rank), so that a resumed run
+        seed: all randomness of a training step is a function of (seed, step, rank or sample), so that a resumed run
             goes on as if it had not stopped.
     """
 
@@ -105,12 +105,12 @@ class LitBase(pl.LightningModule, Generic[Net]):
         name = f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}/{use}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
-    def sample_rngs(self, batch: Batch, use: str) -> list[random.Random]:
-        """A random source for each sample of a batch in one step, whatever process it is in (but of streams)."""
+    def sample_rngs(self, batch: Batch, batch_idx: int, use: str) -> list[random.Random]:
+        """A random source for each sample of a batch in one step, whatever process it is in; streams apart."""
         if "indices" in batch:
             names = [str(index) for index in batch["indices"].tolist()]
         else:
-            names = [f"{self.global_rank}.{place}" for place in range(len(batch["captions"]))]
+            names = [f"{self.global_rank}.{batch_idx}.{place}" for place in range(len(batch["captions"]))]
         return [random.Random(f"{self.seed}/{self.global_step}/{name}/{use}") for name in names]
 
     def step_generator(self, batch_idx: int, device: torch.device | str) -> torch.Generator:

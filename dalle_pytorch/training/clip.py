@@ -52,16 +52,16 @@ class LitCLIP(LitBase[CLIP]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of the pairs of a batch."""
-        result = self.loss(batch, self.wrong_text(batch) if self.contrast_phrases else None)
+        result = self.loss(batch, self.wrong_text(batch, batch_idx) if self.contrast_phrases else None)
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss
 
-    def wrong_text(self, batch: Batch) -> Int[Tensor, "b w t"]:
+    def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b w t"]:
         """Tokens of every caption with each other phrase; all 0 where it holds none, or is cut before it."""
         count, length = len(self.contrast_phrases) - 1, self.net.config.text_len
         wrong, own, rngs = [], [], []
-        for caption, rng in zip(batch["captions"], self.sample_rngs(batch, "contrast"), strict=True):
+        for caption, rng in zip(batch["captions"], self.sample_rngs(batch, batch_idx, "contrast"), strict=True):
             wrong += swapped_captions(caption, self.contrast_phrases) or [caption] * count
             own += [caption] * count
             rngs += [rng] * count

@@ -36,7 +36,8 @@ class TrainDALLEConfig(RunConfig):
     """Checkpoint of the image tokenizer; it says the size of pictures, grid and codebook. Only a plan does without."""
     init: str | None = None
     """Checkpoint of a DALLE whose weights to start from, with a new optimiser. It brings its sizes, image tokenizer and
-    text tokenizer; model settings that say how to train (dropouts, weights of losses) may still be given."""
+    text tokenizer; model settings that say how to train (dropouts, weights of losses) may still be given, and
+    model.contrast_weight is not taken over."""
     plan: bool = False
     """Only print what the training would cost: parameters, arithmetic, memory, days."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -53,8 +54,8 @@ class TrainDALLEConfig(RunConfig):
     the image tokenizer's probabilities), or "soft" (drawn likewise, and their probabilities predicted). The last two
     hold back a network that is large for its data (the paper, footnote 6); validation is always on the likeliest."""
     contrast_phrases: list[str] = field(default_factory=list)
-    """Phrases that exclude each other, such as the names of styles. With model.contrast_weight half of the wrong
-    captions are the right ones with one phrase in place of another, the rest are those of other pictures."""
+    """Phrases that exclude each other, such as the names of styles. With model.contrast_weight a picture's wrong
+    caption is half the time its own with another phrase, where it holds one, and otherwise another picture's."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -99,19 +100,19 @@ class LitDALLE(LitBase[AnyDALLE]):
             if self.image_codes == "soft":
                 settings["image_targets"] = probabilities
         if isinstance(self.net, DALLE) and self.net.config.contrast_weight:
-            settings["wrong_text"] = self.wrong_text(batch)
+            settings["wrong_text"] = self.wrong_text(batch, batch_idx)
         result = self.net.loss(batch["text_tokens"], image_tokens, **settings)
         self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
 
-    def wrong_text(self, batch: Batch) -> Int[Tensor, "b t"]:
+    def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
         """Tokens of a wrong caption for each picture of a batch; of its own where there is no other."""
         captions, others = batch["captions"], [batch["captions"]]
         if self.trainer.world_size > 1:
             others = [[]] * self.trainer.world_size
             torch.distributed.all_gather_object(others, captions)
         everybodys = list(itertools.chain.from_iterable(others))
-        rngs = self.sample_rngs(batch, "contrast")
+        rngs = self.sample_rngs(batch, batch_idx, "contrast")
         wrong = [
             wrong_caption(caption, everybodys, self.contrast_phrases, rng)
             for caption, rng in zip(captions, rngs, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.samples import caption_ids
 from dalle_pytorch.text import TextTokenizer
-from dalle_pytorch.text.phrases import swapped_captions
+from dalle_pytorch.text.phrases import held_phrase, swapped_captions
 
 
 def wrong_caption(caption: str, others: Iterable[str], phrases: Sequence[str], rng: random.Random) -> str:
@@ -52,27 +52,35 @@ def read_wrong(
         rngs: of the dropout, of each.
     """
     assert tokenizer is not None  # set before training
-    tokens = [
-        caption_ids(tokenizer, caption, text_len, truncate=True, dropout=dropout, rng=rng)
-        for caption, rng in zip(captions, rngs, strict=True)
-    ]
     plain, right = (tokenizer.tokenize(list(texts), text_len, truncate=True) for texts in (captions, own))
-    return torch.cat(tokens), (plain != right).any(dim=1)
+    tokens = plain
+    if dropout:
+        rows = [
+            caption_ids(tokenizer, caption, text_len, truncate=True, dropout=dropout, rng=rng)
+            for caption, rng in zip(captions, rngs, strict=True)
+        ]
+        tokens = torch.cat(rows)
+    return tokens, (plain != right).any(dim=1)
 
 
 def check_held(phrases: Sequence[str], captions: Iterable[str]) -> None:
     """Refuse phrases that the data do not have.
 
+    Args:
+        phrases: of the settings; without any no caption is read.
+        captions: of the training data, or of a part of them where they are many.
+
     Raises:
         ConfigError: names those that no caption holds.
     """
-    missing = list(phrases)
-    for caption in captions:
+    missing, seen = set(phrases), 0
+    for caption in captions if phrases else ():
+        missing.discard(held_phrase(caption, phrases))
+        seen += 1
         if not missing:
             return
-        missing = [phrase for phrase in missing if phrase not in caption]
     if missing:
         raise ConfigError(
-            f"contrast_phrases: no caption of the training data holds {', '.join(map(repr, missing))}, letter by "
-            "letter: name phrases as they stand there, or leave them out"
+            f"contrast_phrases: none of {seen:,} training captions holds {', '.join(map(repr, sorted(missing)))} "
+            "(whole words, letter by letter): name phrases as they stand there, or leave them out"
         )

@@ -1,5 +1,6 @@
 """Captions that are wrong for their pictures: which, how they are read, what trainings make of them."""
 
+import csv
 import random
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ BATCH = ["a cat, twemoji", "a dog", "a house, noto emoji", "a dog"]
         ("noto emoji of a cat", ["twemoji of a cat", "big noto emoji of a cat"]),
         ("a big noto emoji", ["a noto emoji", "a twemoji"]),  # the longest phrase is the one that it holds
         ("a cat", []),
+        ("a twemojist", []),  # whole words
     ],
 )
 def test_a_phrase_gives_way_to_every_other_one(caption, expected):
@@ -89,18 +91,18 @@ def test_wrong_text_of_a_dalle_is_a_function_of_seed_step_and_sample(make_dalle,
     module = LitDALLE(dalle, TrainDALLEConfig(contrast_phrases=STYLES, out="x"))
     module.trainer = SimpleNamespace(world_size=1)
     batch = batch_of(BATCH, tokenizer)
-    first = module.wrong_text(batch)
-    assert torch.equal(first, module.wrong_text(batch))
+    first = module.wrong_text(batch, 0)
+    assert torch.equal(first, module.wrong_text(batch, 0))
     back = {key: value.flip(0) if torch.is_tensor(value) else value[::-1] for key, value in batch.items()}
-    assert torch.equal(module.wrong_text(back).flip(0), first)
+    assert torch.equal(module.wrong_text(back, 0).flip(0), first)
     found = set()
     for step[0] in range(60):
-        rows = module.wrong_text(batch)
+        rows = module.wrong_text(batch, 0)
         assert (rows != batch["text_tokens"]).any(dim=1).all()
         found.add(tokenizer.decode(rows[0].tolist()))
     assert found == {"a cat, noto emoji", "a cat, big noto emoji", "a dog", "a house, noto emoji"}
     alone = batch_of(["a dog"], tokenizer)
-    assert torch.equal(module.wrong_text(alone), alone["text_tokens"])
+    assert torch.equal(module.wrong_text(alone, 0), alone["text_tokens"])
 
 
 def test_wrong_text_of_a_clip_stands_beside_its_own_picture(monkeypatch):
@@ -116,7 +118,7 @@ def test_wrong_text_of_a_clip_stands_beside_its_own_picture(monkeypatch):
     module = LitCLIP(clip, TrainCLIPConfig(contrast_phrases=STYLES, out="x"))
     module.trainer = SimpleNamespace(world_size=1)
     batch = {**batch_of(BATCH, tokenizer), "images": torch.rand(4, 3, 16, 16)}
-    wrong = module.wrong_text(batch)
+    wrong = module.wrong_text(batch, 0)
     assert torch.equal(wrong[0], tokenizer.tokenize(["a cat, noto emoji", "a cat, big noto emoji"], 24))
     assert torch.equal(wrong[2], tokenizer.tokenize(["a house, twemoji", "a house, big noto emoji"], 24))
     assert not wrong[[1, 3]].any()
@@ -135,7 +137,9 @@ def test_wrong_text_of_a_clip_stands_beside_its_own_picture(monkeypatch):
 def test_phrases_that_no_caption_holds_are_named():
     check_held([], [])
     check_held(["a dog", "noto emoji"], BATCH)
-    with pytest.raises(ConfigError, match=r"no caption of the training data holds 'Twemoji', 'openmoji'"):
+    with pytest.raises(ConfigError, match="holds 'emoji'"):
+        check_held(["noto emoji", "emoji"], BATCH)  # it stands in the longer one only
+    with pytest.raises(ConfigError, match=r"none of 4 training captions holds 'Twemoji', 'openmoji'"):
         check_held(["noto emoji", "Twemoji", "openmoji"], BATCH)
 
 
@@ -158,7 +162,7 @@ PHRASES = "contrast_phrases=[red,green,blue]"
         ([PHRASES], "changes nothing while model.contrast_weight is 0"),
         ([PHRASES, "model=dalle_mini"], "contrast_phrases is not there for network=dalle_bart"),
         (["model.contrast_weight=0.3", "data.batch_size=1"], "no other picture's caption"),
-        (["model.contrast_weight=0.3", "contrast_phrases=[red,pink]"], "no caption of the training data holds 'pink'"),
+        (["model.contrast_weight=0.3", "contrast_phrases=[red,pink]"], "training captions holds 'pink'"),
         (["model.contrast_weight=-1"], "contrast_weight must not be negative"),
         (["model.contrast_scale=0"], "contrast_scale must be positive"),
     ],
@@ -170,19 +174,18 @@ def test_settings_without_effect_are_refused(shards, vae_file, tmp_path, run_com
     assert message in error
 
 
-def test_a_dalle_learns_from_wrong_captions(shards, vae_file, tmp_path, run_command):
-    """Both trainings see the same batches and random numbers: what differs comes from the wrong captions."""
-    results = []
-    for name, more in (("plain", []), ("contrast", ["model.contrast_weight=0.5", PHRASES])):
-        sizes = ["model.dim=16", "model.depth=1", "model.heads=2", "model.head_dim=8", "model.text_len=16"]
-        where = [f"data.path={shards}", f"out={tmp_path / name}", f"vae={vae_file}", "text.vocab_size=270"]
-        path = run_command(train_dalle.main, *COMMON, *where, *sizes, *more)
-        results.append(dalle_pytorch.load(path, kind="dalle"))
-        (log,) = (tmp_path / name).glob("csv/*/metrics.csv")
-        assert ("train/contrast" in log.read_text().splitlines()[0]) == bool(more)
-    plain, contrast = results
-    assert contrast.config.contrast_weight == 0.5
-    assert not plain.image_emb.weight.equal(contrast.image_emb.weight)
+def test_a_dalles_loss_holds_the_contrast(shards, vae_file, tmp_path, run_command):
+    sizes = ["model.dim=16", "model.depth=1", "model.heads=2", "model.head_dim=8", "model.text_len=16"]
+    where = [f"data.path={shards}", f"out={tmp_path}/run", f"vae={vae_file}", "text.vocab_size=270"]
+    path = run_command(train_dalle.main, *COMMON, *where, *sizes, "model.contrast_weight=0.5", PHRASES)
+    assert dalle_pytorch.load(path, kind="dalle").config.contrast_weight == 0.5
+    (log,) = (tmp_path / "run").glob("csv/*/metrics.csv")
+    with log.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    for row in rows:
+        loss, text, image, contrast = (float(row[f"train/{name}"]) for name in ("loss", "text", "image", "contrast"))
+        assert contrast > 0.5  # untrained: softplus of next to nothing, 0.69
+        assert loss == pytest.approx((text + 7 * image) / 8 + 0.5 * contrast, rel=1e-5)
 
 
 def test_a_clip_learns_from_wrong_captions(shards, tmp_path, run_command):
