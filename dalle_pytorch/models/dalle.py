@@ -75,7 +75,8 @@ class DALLEConfig(TransformerConfig):
     Doubles the arithmetic of a step."""
     contrast_scale: float = 5.0
     """Steepness of the contrastive loss: the weight of a picture halves for every log(2) / contrast_scale nats a token
-    by which its own caption explains it better than the wrong one, once that is much."""
+    by which its own caption explains it better than the wrong one, once that is much. 5, not tuned, keeps wrong
+    captions in play until they cost some 0.6 nats a token."""
 
     def __post_init__(self) -> None:
         """Validate.

@@ -107,14 +107,14 @@ class LitDALLE(LitBase[AnyDALLE]):
 
     def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
         """Tokens of a wrong caption for each picture of a batch; of its own where there is no other."""
-        captions, others = batch["captions"], [batch["captions"]]
+        captions, parts = batch["captions"], [batch["captions"]]
         if self.trainer.world_size > 1:
-            others = [[]] * self.trainer.world_size
-            torch.distributed.all_gather_object(others, captions)
-        everybodys = list(itertools.chain.from_iterable(others))
+            parts = [[]] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, captions)
+        everyones = sorted(set(itertools.chain.from_iterable(parts)))
         rngs = self.sample_rngs(batch, batch_idx, "contrast")
         wrong = [
-            wrong_caption(caption, everybodys, self.contrast_phrases, rng)
+            wrong_caption(caption, everyones, self.contrast_phrases, rng)
             for caption, rng in zip(captions, rngs, strict=True)
         ]
         tokens, differ = read_wrong(

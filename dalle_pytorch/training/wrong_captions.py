@@ -13,7 +13,7 @@ from dalle_pytorch.text import TextTokenizer
 from dalle_pytorch.text.phrases import held_phrase, swapped_captions
 
 
-def wrong_caption(caption: str, others: Iterable[str], phrases: Sequence[str], rng: random.Random) -> str:
+def wrong_caption(caption: str, everyones: Sequence[str], phrases: Sequence[str], rng: random.Random) -> str:
     """A caption that is not the picture's own.
 
     Half the time it is the own one with another phrase, where it holds one; otherwise another picture's, which may be
@@ -21,12 +21,16 @@ def wrong_caption(caption: str, others: Iterable[str], phrases: Sequence[str], r
 
     Args:
         caption: right for its picture.
-        others: of all pictures of the batch; neither their order nor their number counts.
+        everyones: the different captions of the batch, sorted, this one among them.
         phrases: that exclude each other; may be empty.
         rng: of the choice.
     """
-    swapped = swapped_captions(caption, phrases) if rng.random() < 0.5 else []
-    return rng.choice(swapped or sorted({*others} - {caption}) or [caption])
+    if rng.random() < 0.5 and (swapped := swapped_captions(caption, phrases)):
+        return rng.choice(swapped)
+    if len(everyones) < 2:
+        return caption
+    place = rng.randrange(len(everyones) - 1)
+    return everyones[place + (everyones[place] >= caption)]  # passes its own over
 
 
 def read_wrong(
