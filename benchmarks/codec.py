@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from sampling import ceilings
 from torch import Tensor, nn
 
-from dalle_pytorch import checkpoint
-from dalle_pytorch.importers.openai_dvae import convert
+from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.checkpoints.importers.openai_dvae import convert
 from dalle_pytorch.models.openai_dvae import Conv2d, OpenAIDVAE, OpenAIDVAEConfig
 
 Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]

@@ -77,7 +77,7 @@ def measure(program: str, folder: Path, peer: str, grid_size: int, calls: int, t
         decode = model.detokenizer.forward
         model.detokenizer.forward = lambda seamless, tokens: drawn.append(tokens.clone()) or decode(seamless, tokens)
     else:
-        from dalle_pytorch.min_dalle import MinDalle
+        from dalle_pytorch.compat.min_dalle import MinDalle
 
         precision, _, compiled = program.partition("+")
         dtype = DETOKENIZERS[precision]

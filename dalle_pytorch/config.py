@@ -1,41 +1,62 @@
-"""From Hydra's YAML and the command line to typed settings; the one decorator of all entry scripts."""
+"""Typed Hydra settings: the decorator of all commands, "did you mean", and errors in one line."""
 
+import contextlib
 import difflib
-import functools
 import inspect
+import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import TaskFunction
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from dalle_pytorch.errors import ConfigError, UserError
+from dalle_pytorch.files import append_row
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-CONFIG_PATH = "pkg://dalle_pytorch.configs"
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError, FloatingPointError)
-"""What a person can mend from the message alone; anything else is a defect and keeps its traceback."""
+CONFIGS = next(
+    folder for folder in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+    if (folder / "train_vae.yaml").is_file()
+)  # fmt: skip
+"""The YAML files: inside the package in a wheel, at the top of a checkout."""
+RENAMED: dict[str, str] = {}
+"""Settings, or sections, of earlier versions, and what they are called now; ``rename`` adds to it."""
 
 
-class ConfigError(ValueError):
-    """Settings that cannot be: a misspelt key, an unknown option, a wrong type or value."""
+def register(name: str, config_class: type, group: str | None = None) -> None:
+    """Make a schema known to Hydra.
 
-
-def register(name: str, config_class: type) -> None:
-    """Make the schema of one entry script known to Hydra, as ``<name>_schema``."""
-    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+    Args:
+        name: of a command, whose schema is ``<name>_schema``; or of an option of ``group``.
+        config_class: the dataclass.
+        group: config group whose options choose among schemas, ``schema/<group>/<name>``.
+    """
+    if group is None:
+        ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+    else:
+        ConfigStore.instance().store(group=f"schema/{group}", name=name, node=config_class)
 
 
 def typed(node: DictConfig | ListConfig, cls: type[T]) -> T:
-    """The dataclass that a composed node was checked against, built and validated.
+    """The dataclass that a composed node was checked against, built and validated; ``~`` in paths is expanded.
 
     Args:
         node: what Hydra composed.
@@ -45,21 +66,31 @@ def typed(node: DictConfig | ListConfig, cls: type[T]) -> T:
         An instance; its ``__post_init__`` and those of its sections have run.
 
     Raises:
-        ConfigError: a value is out of range, or ``+key=`` added a key that the dataclass lacks.
+        ConfigError: a value is out of range or missing, or ``+key=`` added a key that the dataclass lacks.
         TypeError: the node was composed without a schema, or with another one.
     """
+    expand_user(node)
     try:
         value = OmegaConf.to_object(node)
     except MissingMandatoryValue as error:
-        found = re.search(r"full_key: (\S+)", str(error))
-        raise ConfigError(f"{found[1] if found else error}= is missing: this command cannot do without it") from error
+        raise ConfigError(f"{error.full_key}= is missing: this command cannot do without it") from error
     except (ValueError, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).splitlines()[0]) from error
     if not isinstance(value, cls):
         raise TypeError(f"expected a {cls.__name__} config, got {type(value).__name__}")
     for key in _surplus(value):
-        raise ConfigError(_unknown(key, cls))
+        raise ConfigError(unknown_key(key, list(_keys(node))))
     return value
+
+
+def expand_user(node: Any) -> None:
+    """Replace a leading ``~/`` of every text in a composed node, as a shell does where it is not quoted."""
+    items = node.items_ex(resolve=False) if isinstance(node, DictConfig) else enumerate(node._iter_ex(resolve=False))
+    for key, value in list(items):
+        if isinstance(value, str) and value.startswith("~/"):
+            node[key] = os.path.expanduser(value)
+        elif isinstance(value, DictConfig | ListConfig) and not value._is_none() and not value._is_missing():
+            expand_user(value)
 
 
 def nearest(name: str, names: Sequence[str], *, prefix: str = "") -> str:
@@ -69,13 +100,14 @@ def nearest(name: str, names: Sequence[str], *, prefix: str = "") -> str:
     return f"did you mean {' or '.join(shown)}?" if close else f"there are: {', '.join(shown)}"
 
 
-def build(section: dict[str, Any], name: str, **extra: Any) -> Any:
+def build(section: Mapping[str, Any], name: str, *arguments: Any, **extra: Any) -> Any:
     """Instantiate a third-party object from its ``_target_`` section.
 
     Args:
         section: ``_target_`` and keyword arguments.
         name: what the section is called, for errors.
-        **extra: arguments given by code; they win over the section's.
+        *arguments: positional arguments given by code.
+        **extra: keyword arguments given by code; they win over the section's.
 
     Returns:
         The object.
@@ -85,128 +117,188 @@ def build(section: dict[str, Any], name: str, **extra: Any) -> Any:
     """
     if "_target_" not in section:
         raise ConfigError(f"{name} needs _target_, the class to build")
-    target = hydra.utils.get_object(section["_target_"])
+    try:
+        target = hydra.utils.get_object(section["_target_"])
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{name}._target_={section['_target_']} cannot be imported: {error}") from error
     parameters = inspect.signature(target).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in section:
             if key not in parameters and not key.startswith("_"):
                 short = section["_target_"].rpartition(".")[2]
                 raise ConfigError(f"{name}.{key} is not an argument of {short}: {nearest(key, list(parameters))}")
-    return hydra.utils.instantiate({**section, **extra}, _convert_="all")
+    return hydra.utils.instantiate({**section, **extra}, *arguments, _convert_="all")
 
 
-def entry(
-    name: str, config_class: type[T], *, unless: Mapping[str, Sequence[str]] = MappingProxyType({})
-) -> Callable[[Callable[[T], None]], Callable[[], None]]:
-    """Turn ``main(config)`` into a command: ``configs/<name>.yaml``, overrides, short errors.
+def explicit_overrides() -> set[str]:
+    """Dotted names of the settings and groups that the command line of this run gives."""
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return {override.key_or_group for override in overrides}
 
-    Settings that cannot be end with exit code 2, mistakes found later (a missing file, a folder in use) with 1;
-    both in one message without a traceback. ``HYDRA_FULL_ERROR=1`` brings the tracebacks back.
+
+def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
+    """Turn ``main(config)`` into a command: ``configs/<name>.yaml``, overrides, sweeps, errors in one line.
+
+    A `UserError` and an error of the system (no such file, disk full) end with one line and exit code 1, settings that
+    cannot be with 2. Anything else is a defect and keeps its traceback. ``HYDRA_FULL_ERROR=1`` shows all tracebacks.
 
     Args:
         name: of the primary YAML file, and of the schema: ``<name>_schema`` in its defaults list.
         config_class: the dataclass that the settings are checked against and turned into.
-        unless: overrides that hold unless the command line has one of certain keys, by override.
 
     Returns:
-        A decorator; the function that it makes takes no arguments and reads ``sys.argv``.
+        A decorator; the function that it makes takes no arguments and reads ``sys.argv``. What ``main`` returns is the
+        score that a sweeper optimises.
     """
     register(name, config_class)
 
-    def decorate(main: Callable[[T], None]) -> Callable[[], None]:
-        @functools.wraps(main)
-        def run() -> None:
-            with_traceback = os.environ.get("HYDRA_FULL_ERROR")
-            full_error = with_traceback == "1"
-
-            def task(node: DictConfig) -> None:
-                _set_environment("HYDRA_FULL_ERROR", with_traceback)
-                try:
-                    main(typed(node, config_class))
-                except USER_ERRORS as error:
-                    if full_error:
-                        raise
-                    sys.exit(_complain(error))
-
-            # Hydra prints composition errors itself unless told to raise them; we word them shorter.
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            given = sys.argv
-            sys.argv = [given[0], *implied(given[1:], unless)]
-            command: Callable[[], None] = hydra.main(config_path=CONFIG_PATH, config_name=name, version_base="1.3")(
-                _named(task, main)
-            )
+    def decorate(main: Callable[[T], Any]) -> Callable[[], None]:
+        def command() -> None:
+            full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            given, sys.argv = sys.argv, arguments_of(sys.argv)
+            task = Task(main, config_class, full_error)
+            run: Callable[[], None] = hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(task)
             try:
-                command()
-            except (HydraException, OmegaConfBaseException, MissingConfigException) as error:
+                with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises its errors, and we word them
+                    run()
+            except (HydraException, OmegaConfBaseException) as error:
                 if full_error:
                     raise
-                sys.exit(_complain(ConfigError(explain(error, config_class))))
+                sys.exit(report(ConfigError(explain(error))))
+            except (UserError, OSError) as error:
+                if full_error or not is_for_people(error):
+                    raise
+                sys.exit(report(error))
             finally:
                 sys.argv = given
-                _set_environment("HYDRA_FULL_ERROR", with_traceback)
 
-        return run
+        command.__doc__, command.__module__ = main.__doc__, main.__module__
+        return command
 
     return decorate
 
 
-def implied(arguments: Sequence[str], unless: Mapping[str, Sequence[str]]) -> list[str]:
-    """A command line with the overrides of ``unless`` of whose keys it has none.
+@dataclass
+class Task:
+    """What Hydra runs, once or for each point of a sweep, in this process or in one that a launcher starts."""
 
-    They come before its first override: Hydra's parser takes overrides from one place, between its flags.
+    main: Callable[[Any], Any]
+    config_class: type[Any]
+    full_error: bool
+
+    def __post_init__(self) -> None:
+        """Stand in for ``main`` where Hydra asks a function for its name and module."""
+        self.__name__, self.__module__, self.__doc__ = "main", self.main.__module__, self.main.__doc__
+
+    def __call__(self, node: DictConfig) -> Any:
+        """Check the settings and run; of a sweep's point also note score or error."""
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN:
+            return self.point(node)
+        try:
+            return self.main(self.configure(node))
+        except (UserError, OSError) as error:
+            if self.full_error or not is_for_people(error):
+                raise
+            with contextlib.suppress(OSError):  # it holds something
+                Path(settings.runtime.output_dir).rmdir()
+            sys.exit(report(error))
+
+    def point(self, node: DictConfig) -> Any:
+        """One point of a sweep. An error is raised again: Hydra runs the other points first."""
+        settings = HydraConfig.get()
+        overrides = list(settings.overrides.task)
+        # What Lightning starts the other processes of a training with: this point's command line, not the sweep's.
+        given, sys.argv = sys.argv, [sys.argv[0], *overrides]
+        with open_dict(HydraConfig.instance().cfg):  # type: ignore[bad-argument-type]
+            HydraConfig.instance().cfg.hydra.run.dir = settings.runtime.output_dir  # type: ignore[missing-attribute]
+        log.info("#%s: %s", settings.job.num, " ".join(overrides))
+        try:
+            score = self.main(self.configure(node))
+        except Exception as error:
+            log.error("#%s failed: %s", settings.job.num, error)
+            raise
+        finally:
+            sys.argv = given
+        if isinstance(score, int | float) and int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+            row = {"point": settings.job.num, "score": score, "overrides": " ".join(overrides)}
+            append_row(Path(settings.sweep.dir) / "scores.csv", row)
+        return score
+
+    def configure(self, node: DictConfig) -> Any:
+        """The typed settings; where Hydra makes a folder for the run, ``out`` is that folder."""
+        settings = HydraConfig.get()
+        if "out" in node and settings.run.dir != ".":
+            node.out = settings.runtime.output_dir
+        return typed(node, self.config_class)
+
+
+def arguments_of(argv: Sequence[str]) -> list[str]:
+    """A command line as Hydra reads it.
+
+    ``config=runs/x/config.yaml``, settings that a run wrote, becomes the flags for them; and where no sweep is asked
+    for, a launcher takes ``out`` as the folder of its one run.
     """
-    given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
-    added = [override for override, keys in unless.items() if not given.intersection(keys)]
-    is_override = [("=" in item or item.startswith("~")) and not item.startswith("-") for item in arguments]
-    place = is_override.index(True) if any(is_override) else len(arguments)
-    return [*arguments[:place], *added, *arguments[place:]]
+    arguments = []
+    for item in argv[1:]:
+        if item.startswith("config="):
+            path = Path(item.removeprefix("config=").strip("'\"")).expanduser().absolute()
+            if not path.is_file():
+                sys.exit(report(FileNotFoundError(f"config={path} does not exist: give the config.yaml of a run")))
+            if "defaults" not in (OmegaConf.load(path) or {}):
+                sys.exit(report(ConfigError(f"{path} names no defaults: it was written before a run's could be used")))
+            arguments += ["--config-dir", str(path.parent), "--config-name", path.stem]
+        else:
+            arguments.append(item)
+    if not {"-m", "--multirun"} & set(arguments):
+        arguments.append("hydra.sweep.subdir=.")
+    return [argv[0], *arguments]
 
 
-def explain(error: BaseException, config_class: type) -> str:
+def explain(error: BaseException) -> str:
     """Word a composition error of Hydra: the key, what is wrong, the nearest valid names."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: no such option; {nearest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    message = str(cause)
-    found = re.search(r"full_key: (\S+)", message)
-    first_line = message.strip().splitlines()[0]
+    first_line = str(cause).strip().splitlines()[0]
     if isinstance(error, OverrideParseException) or first_line.startswith("Ambiguous value"):
         return f"{first_line} (quote values of several words or signs twice: 'prompt=\"a cat, sitting\"')"
-    if found is None:
-        return first_line
-    key = found[1]
-    if re.search(r"Key '\S+' (is )?not in ", message):
-        where = re.match(r"In '(\S+)':", message)
-        siblings = getattr(cause, "parent_node", None)
-        known = [str(name) for name in siblings] if isinstance(siblings, DictConfig) else None
-        return _unknown(key, config_class, known) + (f" (in configs/{where[1]}.yaml)" if where else "")
+    key = getattr(cause, "full_key", None)
+    if not key:
+        group = first_line.partition("Could not override '")[2].partition("'")[0]
+        return f"{group} is no setting or group; {RENAMED[group]}" if group in RENAMED else first_line
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        root = cause.parent_node._get_root() if isinstance(cause.parent_node, DictConfig) else None
+        where = first_line.removeprefix("In '").partition("'")[0] if first_line.startswith("In '") else ""
+        return unknown_key(key, list(_keys(root))) + (f" (in configs/{where}.yaml)" if where else "")
     return f"{key}: {first_line}"
 
 
-def _unknown(key: str, config_class: type, siblings: list[str] | None = None) -> str:
-    """Message for a key that is not there: near names beside it, else the same word elsewhere."""
+def unknown_key(key: str, keys: Sequence[str]) -> str:
+    """Message for a setting that does not exist: its new name, names like it beside it, or the same word elsewhere."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{key} is no setting any more; {new}"
     section, _, leaf = key.rpartition(".")
-    keys = list(_dotted(config_class))
     prefix = f"{section}." if section else ""
-    if siblings is None:
-        siblings = [k.removeprefix(prefix) for k in keys if k.startswith(prefix)]
-        siblings = [k for k in siblings if "." not in k]
+    siblings = [name.removeprefix(prefix) for name in keys if name.startswith(prefix)]
+    siblings = [name for name in siblings if "." not in name and not name.startswith("_")]
     if not difflib.get_close_matches(leaf, siblings, cutoff=0.6):
-        elsewhere = [k for k in keys if difflib.get_close_matches(leaf, [k.rpartition(".")[2]], cutoff=0.8)]
+        elsewhere = [name for name in keys if difflib.get_close_matches(leaf, [name.rpartition(".")[2]], cutoff=0.8)]
         if elsewhere:
             return f"{key} is no setting; did you mean {' or '.join(elsewhere[:3])}?"
     return f"{key} is no setting; {nearest(leaf, siblings, prefix=prefix)}"
 
 
-def _dotted(config_class: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a dataclass and of the dataclasses in it, dotted."""
-    hints = get_type_hints(config_class)
-    for item in fields(config_class):
-        yield prefix + item.name
-        for kind in (hints[item.name], *get_args(hints[item.name])):
-            if is_dataclass(kind) and isinstance(kind, type):
-                yield from _dotted(kind, f"{prefix}{item.name}.")
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a composed node, dotted, but for Hydra's own."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    for key, value in node.items_ex(resolve=False):
+        if prefix or key != "hydra":
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 def _surplus(value: Any, prefix: str = "") -> Iterator[str]:
@@ -218,24 +310,48 @@ def _surplus(value: Any, prefix: str = "") -> Iterator[str]:
             yield from _surplus(getattr(value, name), f"{prefix}{name}.")
 
 
-def _named(task: Callable[[DictConfig], None], main: Callable[..., None]) -> TaskFunction:
-    """Give the inner function the module of ``main``, without ``__wrapped__``: Hydra reads both."""
-    task.__module__, task.__name__, task.__doc__ = main.__module__, main.__name__, main.__doc__
-    return task
+def is_for_people(error: Exception) -> bool:
+    """Whether an error says all that a person needs: ours, or one of the system that names what failed."""
+    return isinstance(error, UserError | FileNotFoundError | FileExistsError) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
 
 
-def _complain(error: Exception) -> int:
+def report(error: Exception) -> int:
     """Print an error in one line; return the exit code."""
-    if isinstance(error, OSError) and error.filename is not None:  # raised by the system, not by us
-        error_text = f"{error.strerror}: {error.filename}"
-    else:
-        error_text = str(error)
-    sys.stderr.write(f"error: {error_text}\n")
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # raised by the system, not by us
+        text = f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror)
+    sys.stderr.write(f"error: {text}\n")
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def _set_environment(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+def _run_folder(*, _root_: DictConfig) -> str:
+    """``out`` as an absolute path."""
+    return os.path.abspath(os.path.expanduser(str(_root_.out)))
+
+
+def _names_each_point(root: DictConfig) -> bool:
+    """Whether ``out`` differs from point to point of a sweep, as out='runs/${hydra:job.num}' does."""
+    raw = str(OmegaConf.to_container(root, resolve=False)["out"])  # type: ignore[bad-index]
+    return "${" in raw.replace("${now:", "")
+
+
+def _sweep_folder(now: str, *, _root_: DictConfig) -> str:
+    """Folder of a sweep: ``out``, or where that names each point, ``runs/sweeps/<now>`` for what the points share."""
+    return os.path.abspath(f"runs/sweeps/{now}") if _names_each_point(_root_) else _run_folder(_root_=_root_)
+
+
+def _point_folder(*, _root_: DictConfig) -> str:
+    """Folder of a point inside that of its sweep: its number; or an absolute path where ``out`` names each point."""
+    return _run_folder(_root_=_root_) if _names_each_point(_root_) else str(_root_.hydra.job.num)
+
+
+for _name, _resolver in {
+    "configs": lambda: str(CONFIGS),
+    "when": lambda value, expected, then, otherwise: then if value == expected else otherwise,
+    "run_folder": _run_folder,
+    "sweep_folder": _sweep_folder,
+    "point_folder": _point_folder,
+}.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)

@@ -9,10 +9,10 @@ from PIL import Image
 from dalle_pytorch import Generator, load, save
 from dalle_pytorch.commands.gallery import Artist, GalleryConfig, main
 from dalle_pytorch.data.datamodule import DataConfig
-from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.data.svg import encode_webp
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.images import to_pil
 from dalle_pytorch.text import BPETokenizer
 
 WORDS = ("red", "blue", "green", "cat")

@@ -14,9 +14,9 @@ from PIL import Image
 from dalle_pytorch import DALLE, DALLEConfig, Generator, load, save
 from dalle_pytorch.commands import generate as generate_command
 from dalle_pytorch.commands.generate import GenerateConfig, file_stem, main, to_complete
-from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.generation import generator as generator_module
 from dalle_pytorch.generation.grid import save_animation
+from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.text import BPETokenizer
 

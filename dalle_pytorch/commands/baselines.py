@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
 from dalle_pytorch.evaluation.baselines import (
@@ -19,7 +20,6 @@ from dalle_pytorch.evaluation.baselines import (
 )
 from dalle_pytorch.evaluation.samples import distinct_pairs
 from dalle_pytorch.generation.generator import text_tokenizer_of
-from dalle_pytorch.loading import load
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ For the folders that trainer=fsdp writes; the ``.ckpt`` files of other runs are 
 import logging
 from dataclasses import dataclass
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.config import entry
 
 log = logging.getLogger(__name__)

@@ -10,24 +10,25 @@ from pathlib import Path
 
 import torch
 
-from dalle_pytorch import checkpoint, loading
-from dalle_pytorch.commands.evaluate_config import EvaluateConfig, check_files
-from dalle_pytorch.commands.judges import JUDGES, protocol
-from dalle_pytorch.commands.results import new_folder
+from dalle_pytorch.checkpoints import checkpoint, loading
+from dalle_pytorch.checkpoints.checkpoint import role, weights_sha256
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import open_split
 from dalle_pytorch.data.stream import is_stream
+from dalle_pytorch.distributed import Processes
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation import compare, page, report
+from dalle_pytorch.evaluation.config import EvaluateConfig, check_files
+from dalle_pytorch.evaluation.judges import JUDGES, protocol
 from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.shares import shared_by
-from dalle_pytorch.generation.processes import Processes
-from dalle_pytorch.header import role, weights_sha256
+from dalle_pytorch.generation.results import new_folder
 
 
 def judge(config: EvaluateConfig, processes: Processes) -> None:
     """Judge in shares; the first process writes the files and prints the numbers."""
     if is_stream(config.data.path):
-        raise ValueError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
+        raise UserError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
     shards = open_split(config.data.path, config.split, "data.path")
     torch.set_num_threads(config.threads)
     step = loading.read_header(config.checkpoint)["training"].get("step")

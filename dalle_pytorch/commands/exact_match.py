@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
 from dalle_pytorch.evaluation.baselines import psnr
 from dalle_pytorch.evaluation.exact_match import greedy_matches
 from dalle_pytorch.generation.generator import text_tokenizer_of
-from dalle_pytorch.loading import load
 
 
 @dataclass(kw_only=True)

@@ -15,13 +15,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
-from dalle_pytorch import checkpoint
-from dalle_pytorch.commands.results import new_folder
+from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.checkpoints.checkpoint import Header, role
+from dalle_pytorch.checkpoints.hub import NetworkError
+from dalle_pytorch.checkpoints.loading import load_with_header
 from dalle_pytorch.config import entry
-from dalle_pytorch.header import Header, role
-from dalle_pytorch.importers.errors import first_line
-from dalle_pytorch.importers.hub import NetworkError
-from dalle_pytorch.loading import load_with_header
+from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.generation.results import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ExportConfig:
             ValueError: no such precision.
         """
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 @entry("export", ExportConfig)
@@ -96,7 +96,7 @@ def check_finite(model: nn.Module, config: ExportConfig) -> None:
     """
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{config.weights}: {name} is not finite with precision={config.precision}: choose bf16 or fp32, whose "
                 "range is wider, unless it is not finite there either"
             )
@@ -148,7 +148,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
     except (HfHubHTTPError, HFValidationError, NetworkError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"push={repo} failed ({first_line(error)}); {folder} is complete: set HF_TOKEN to a token that may write, "
             f"and then: hf upload {repo} {folder}"
         ) from error

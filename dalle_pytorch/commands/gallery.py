@@ -10,19 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
+from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.commands.generate import read_lines
-from dalle_pytorch.commands.results import file_stem, new_folder
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import DataConfig, open_splits
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.samples import Samples, read_samples
 from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Candidates, Generator
 from dalle_pytorch.generation.grid import GridRow, picture_grid, save_png
+from dalle_pytorch.generation.results import file_stem, new_folder
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.loading import load
 from dalle_pytorch.models.image_tokenizer import margin_of
-from dalle_pytorch.ranges import at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class GalleryConfig:
         """
         at_least_one(self, "rows")
         if not 1 <= self.num_keep <= self.num_candidates:
-            raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
+            raise UserError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
 
 
 class Drawn(NamedTuple):

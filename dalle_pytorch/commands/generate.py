@@ -13,14 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle_pytorch.commands.results import Film, Results, file_stem
-from dalle_pytorch.config import ConfigError, entry
-from dalle_pytorch.data.images import decode_image
+from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.config import entry
+from dalle_pytorch.distributed import Processes
+from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.generation.engine import AnyDALLE, Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
-from dalle_pytorch.generation.processes import Processes
+from dalle_pytorch.generation.results import Film, Results, file_stem
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.loading import load
+from dalle_pytorch.images import decode_image
 from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
 
 RELEASED = {
@@ -95,19 +96,19 @@ class GenerateConfig:
             ValueError: counts that do not fit; names them.
         """
         if self.weights is not None and self.dalle is not None:
-            raise ValueError(f"weights={self.weights} and dalle={self.dalle} mean the same: give one")
+            raise UserError(f"weights={self.weights} and dalle={self.dalle} mean the same: give one")
         if not 1 <= self.num_keep <= self.num_candidates:
-            raise ValueError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
+            raise UserError(f"num_keep ({self.num_keep}) must lie in 1 to num_candidates ({self.num_candidates})")
         if not 0 <= self.min_distance <= 1:
-            raise ValueError(f"min_distance must lie in [0, 1] (0 = off), got {self.min_distance}")
+            raise UserError(f"min_distance must lie in [0, 1] (0 = off), got {self.min_distance}")
         if self.preview_rows < 1:
-            raise ValueError(f"preview_rows must be at least 1, got {self.preview_rows}")
+            raise UserError(f"preview_rows must be at least 1, got {self.preview_rows}")
         if self.indices is not None and (
             len(set(self.indices)) < len(self.indices) or min(self.indices, default=-1) < 0
         ):
-            raise ValueError(f"indices must be different numbers from 0 on, got {self.indices}")
+            raise UserError(f"indices must be different numbers from 0 on, got {self.indices}")
         if (self.image is None) == bool(self.keep_rows or self.keep_mask) or (self.keep_rows and self.keep_mask):
-            raise ValueError("completion needs image=FILE and one of keep_rows=ROWS and keep_mask=FILE")
+            raise UserError("completion needs image=FILE and one of keep_rows=ROWS and keep_mask=FILE")
 
     def model(self) -> str:
         """Where the model is.
@@ -131,11 +132,11 @@ class GenerateConfig:
             FileNotFoundError: no such file.
         """
         if (self.prompt is None) == (self.prompts_file is None):
-            raise ValueError('give the prompts one way: prompt="a red apple|a blue car" or prompts_file=FILE')
+            raise UserError('give the prompts one way: prompt="a red apple|a blue car" or prompts_file=FILE')
         lines = self.prompt.split("|") if self.prompt is not None else read_lines(str(self.prompts_file))
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
-            raise ValueError("there is no prompt in what was given: every line is empty")
+            raise UserError("there is no prompt in what was given: every line is empty")
         return prompts
 
 
@@ -178,15 +179,15 @@ def to_complete(config: GenerateConfig, generator: Generator, dalle: AnyDALLE) -
         lines = list(pairwise(token_edges(size, grid, margin_of(dalle.vae))))
         keep = torch.tensor([bool(mask[a:b, c:d].min() > 0.5) for a, b in lines for c, d in lines])
         if not keep.any():
-            raise ValueError(f"keep_mask={config.keep_mask} keeps no token: a token stays only if all of it is white")
+            raise UserError(f"keep_mask={config.keep_mask} keeps no token: a token stays only if all of it is white")
     else:
         if not 0 < config.keep_rows < grid:
-            raise ValueError(
+            raise UserError(
                 f"keep_rows must lie in 1 to {grid - 1} (the picture has {grid} token rows), got {config.keep_rows}"
             )
         keep = torch.arange(grid**2) < config.keep_rows * grid
     if keep.all():
-        raise ValueError(f"keep_mask={config.keep_mask} keeps every token: there is nothing to draw")
+        raise UserError(f"keep_mask={config.keep_mask} keeps every token: there is nothing to draw")
     return generator.given(picture, keep)
 
 
@@ -241,7 +242,7 @@ def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | N
     return ranked(candidates, scores[:, order], config.num_keep, config.min_distance)
 
 
-@entry("generate", GenerateConfig, unless=RELEASED)
+@entry("generate", GenerateConfig)
 def main(config: GenerateConfig) -> None:
     """Sample, rank, write PNGs, ``grid.png`` and ``ranking.json``; Ctrl-C of a lone process keeps what is finished."""
     prompts, processes = config.prompts(), Processes()

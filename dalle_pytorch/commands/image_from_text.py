@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dalle_pytorch.config import USER_ERRORS
+from dalle_pytorch.compat.min_dalle import MinDalle
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.linear import PRECISIONS
-from dalle_pytorch.min_dalle import MinDalle
 
 SHADES = " .:-=+*#%@"
 """From dark to light."""
@@ -59,7 +59,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb" if flags.overwrite else "xb") as file:
             image.save(file, format=Image.registered_extensions()[path.suffix.lower()])
-    except (*USER_ERRORS, PermissionError, IsADirectoryError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(in_letters(image))
     print(path)
@@ -79,7 +79,7 @@ def target(path: Path | None, *, overwrite: bool) -> Path:
     if not path.suffix:
         path = path.with_name(f"{path.name}.png")
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--image-path {path} is no picture; end it in one of {', '.join(SUFFIXES)}")
+        raise UserError(f"--image-path {path} is no picture; end it in one of {', '.join(SUFFIXES)}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another --image-path, or --overwrite it")
     if parents := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
@@ -94,7 +94,7 @@ def draw(flags: argparse.Namespace) -> Image.Image:
         ValueError: flags that do not fit, or weights that cannot be read.
     """
     if flags.exact and flags.precision not in (None, "fp32"):
-        raise ValueError(f"--exact draws as min-dalle does, in fp32: leave --precision {flags.precision} out")
+        raise UserError(f"--exact draws as min-dalle does, in fp32: leave --precision {flags.precision} out")
     dtype = torch.float16 if flags.fp16 else torch.bfloat16 if flags.bf16 else torch.float32
     options: dict[str, Any] = EXACT if flags.exact else {}
     model = MinDalle(flags.models_root, dtype, flags.device, flags.mega, precision=flags.precision, **options)

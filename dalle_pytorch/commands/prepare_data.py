@@ -19,6 +19,7 @@ from dalle_pytorch.data.img2dataset import pack_img2dataset
 from dalle_pytorch.data.npm import SETS, fetch_packages, packages_of
 from dalle_pytorch.data.packing import PackConfig
 from dalle_pytorch.data.rainbow import IMAGE_SIZE, TRAIN_SHARE, pack_rainbow
+from dalle_pytorch.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -96,27 +97,27 @@ class PrepareDataConfig:
         if self.encode:
             self.source = "shards"
         if self.source not in SOURCES:
-            raise ValueError(f"source={self.source} is not one of: {', '.join(SOURCES)}")
+            raise UserError(f"source={self.source} is not one of: {', '.join(SOURCES)}")
         if not self.out:
-            raise ValueError("out=FOLDER is missing: where to write the shards")
+            raise UserError("out=FOLDER is missing: where to write the shards")
         self._check_source(SOURCES[self.source])
         if self.source == "rainbow" and self.image_size not in (None, IMAGE_SIZE):
-            raise ValueError(f"the rainbow pictures have image_size={IMAGE_SIZE}; leave it out")
+            raise UserError(f"the rainbow pictures have image_size={IMAGE_SIZE}; leave it out")
         if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+            raise UserError(f"image_size must be at least 1, got {self.image_size}")
         if unknown := [style for style in self.styles if style not in SETS]:
-            raise ValueError(f"unknown styles {unknown}; there are: {', '.join(SETS)}")
+            raise UserError(f"unknown styles {unknown}; there are: {', '.join(SETS)}")
 
     def _check_source(self, source: "Source") -> None:
         """Ask for what the source needs, refuse what only others take."""
         for name, example in source.needs.items():
             if not getattr(self, name):
-                raise ValueError(f"source={self.source} needs {name}={example}")
+                raise UserError(f"source={self.source} needs {name}={example}")
         for item in fields(self):
             takers = [name for name, other in SOURCES.items() if item.name in (*other.needs, *other.takes)]
             default = item.default if item.default_factory is MISSING else item.default_factory()
             if takers and self.source not in takers and getattr(self, item.name) != default:
-                raise ValueError(f"{item.name} goes with source={' or '.join(takers)}, not with source={self.source}")
+                raise UserError(f"{item.name} goes with source={' or '.join(takers)}, not with source={self.source}")
 
 
 def _emoji(config: PrepareDataConfig, out: Path) -> dict[str, Any]:

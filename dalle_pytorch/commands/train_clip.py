@@ -1,8 +1,8 @@
 """Train a CLIP on image shards: ``train_clip.py data=emoji``."""
 
-from dalle_pytorch import CLIP
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.training.clip import LitCLIP, TrainCLIPConfig
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run

@@ -2,10 +2,11 @@
 
 from hydra.core.hydra_config import HydraConfig
 
-from dalle_pytorch.config import ConfigError, entry
+from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
+from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
-from dalle_pytorch.header import describe_tokenizer
-from dalle_pytorch.loading import load
+from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.training import initial
 from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes, check_contrast
 from dalle_pytorch.training.launch import launch

@@ -2,10 +2,11 @@
 
 import logging
 
+from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule, open_splits
 from dalle_pytorch.data.factors import factor_classes, factors_of
-from dalle_pytorch.loading import load
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, through
@@ -23,7 +24,7 @@ def main(config: TrainProbeConfig) -> None:
     if config.vae is not None:
         vae = load(config.vae, kind="vae")
         if vae.image_size != config.model.image_size:
-            raise ValueError(
+            raise UserError(
                 f"vae={config.vae} is for {vae.image_size} pixels, the probe for {config.model.image_size}; "
                 f"set model.image_size={vae.image_size}"
             )
@@ -34,7 +35,7 @@ def main(config: TrainProbeConfig) -> None:
     metas = train.metas()
     config.model.classes = factor_classes(metas, config.min_pictures)
     if not config.model.classes:
-        raise ValueError(
+        raise UserError(
             f"{config.data.path} knows no factor (style, concept or factors in its samples' JSON) with two values of "
             f"min_pictures={config.min_pictures} pictures each in {train.split!r}: nothing to probe"
         )

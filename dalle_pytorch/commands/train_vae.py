@@ -2,9 +2,9 @@
 
 from hydra.core.hydra_config import HydraConfig
 
-from dalle_pytorch import DiscreteVAE
 from dalle_pytorch.config import entry
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.models.discrete_vae import DiscreteVAE
 from dalle_pytorch.models.vq_vae import VQVAE
 from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.run import Run

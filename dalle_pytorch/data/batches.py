@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dalle_pytorch.errors import UserError
+
 Position: TypeAlias = tuple[int, int]
 """Epoch and index of a sample: what a batch sampler yields."""
 Batch: TypeAlias = dict[str, Any]
@@ -37,12 +39,12 @@ class EpochBatches(Sampler[list[Position]]):
 
     def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if size < batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the training split has {size} pictures, data.batch_size is {batch_size}; "
                 f"set data.batch_size={size} or less"
             )
         if batch_size % world_size:
-            raise ValueError(f"data.batch_size ({batch_size}) must be a multiple of the {world_size} processes")
+            raise UserError(f"data.batch_size ({batch_size}) must be a multiple of the {world_size} processes")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.local_size = rank, batch_size // world_size
         self.epoch, self.first = 0, 0
@@ -92,17 +94,17 @@ class ResumableLoader(DataLoader[Any]):
                 state is a stream's.
         """
         if "samples" not in state:
-            raise ValueError(
+            raise UserError(
                 "the run was trained on a stream, which says nothing of the place in local shards: "
                 "resume with the data.path= that it had, or start anew with another out="
             )
         if state["size"] != self.batches.size:
-            raise ValueError(
+            raise UserError(
                 f"the run was trained on {state['size']} samples, data.path= has {self.batches.size}, whose order is "
                 "another one: resume with the data that it had, or start anew with another out="
             )
         if state["samples"] % self.batches.batch_size or state["samples"] >= len(self) * self.batches.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the run was stopped after {state['samples']} samples of an epoch, no whole number of batches "
                 f"of data.batch_size={self.batches.batch_size}: resume with the batch size that it had"
             )

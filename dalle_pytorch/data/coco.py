@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, escaped, pack
+from dalle_pytorch.errors import UserError
 
 
 class _Annotations(NamedTuple):
@@ -50,7 +51,7 @@ def _read(path: Path) -> _Annotations:
         for annotation in content["annotations"]:
             captions[annotation["image_id"]] += captions_of(annotation["caption"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a COCO captions file, which has images with id and file_name, and annotations with "
             f"image_id and caption: {error!r}"
         ) from error

@@ -18,8 +18,8 @@ from dalle_pytorch.data.samples import AugmentationConfig, Captioned, Collate, P
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.stream import Stream, StreamLoader, expand, is_stream
 from dalle_pytorch.data.tokens import TokenShards, open_shards
+from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
-from dalle_pytorch.ranges import at_least_one, not_negative
 from dalle_pytorch.text import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -73,22 +73,22 @@ class DataConfig(AugmentationConfig):
         not_negative(self, "num_workers", "token_crops")
         weights = self.caption_weights
         if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            raise ValueError(f"caption_weights must not be negative, and one must be positive, got {list(weights)}")
+            raise UserError(f"caption_weights must not be negative, and one must be positive, got {list(weights)}")
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
+            raise UserError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
         if self.crop and self.cache_decoded:
-            raise ValueError("crop needs the whole pictures: set cache_decoded=false")
+            raise UserError("crop needs the whole pictures: set cache_decoded=false")
         if self.val_path is not None and is_stream(self.val_path):
-            raise ValueError(f"val_path={self.val_path} is a stream: validation needs a folder of shards")
+            raise UserError(f"val_path={self.val_path} is a stream: validation needs a folder of shards")
         if is_stream(self.path):
             self._check_stream()
 
     def _check_stream(self) -> None:
         expand(self.path)
         if self.cache_decoded:
-            raise ValueError(f"path={self.path} is a stream, which has no end: set cache_decoded=false")
+            raise UserError(f"path={self.path} is a stream, which has no end: set cache_decoded=false")
         if self.epoch_size < self.batch_size:
-            raise ValueError(f"epoch_size ({self.epoch_size}) must be at least batch_size ({self.batch_size})")
+            raise UserError(f"epoch_size ({self.epoch_size}) must be at least batch_size ({self.batch_size})")
 
 
 class TextImageDataModule(pl.LightningDataModule):
@@ -128,7 +128,7 @@ class TextImageDataModule(pl.LightningDataModule):
             train, val = shards or open_splits(config)
             for part in (train, val):
                 if isinstance(part, TokenShards) and not tokens:
-                    raise ValueError(
+                    raise UserError(
                         f"{part.folder} holds image tokens, and this needs the pictures: give data.path= the folder "
                         "that they were encoded from"
                     )
@@ -179,7 +179,7 @@ class TextImageDataModule(pl.LightningDataModule):
                 f"{key} is {stored.get(key)}, not {given[key]}" for key in given if stored.get(key) != given[key]
             ]
             if different:
-                raise ValueError(
+                raise UserError(
                     f"the tokens of {shards.folder} are not of {name}: {'; '.join(different)}. Train with the vae= "
                     "that they were encoded with, or encode again: prepare_data.py encode=true"
                 )
@@ -194,7 +194,7 @@ class TextImageDataModule(pl.LightningDataModule):
             ValueError: they are not all in folders.
         """
         if not self.can_cache_tokens:
-            raise ValueError(f"the image tokens of {self.config.path} cannot be cached: it is no folder of pictures")
+            raise UserError(f"the image tokens of {self.config.path} cannot be cached: it is no folder of pictures")
         vae.to(device)
         for data, variants in ((self.train_set, self.config.token_crops), (self.val_set, 1)):
             assert isinstance(data, Pictures)
@@ -233,7 +233,7 @@ class TextImageDataModule(pl.LightningDataModule):
         rank, world_size = _place(self.trainer)
         pictures = self._validated()
         if len(pictures) < world_size:
-            raise ValueError(f"the split to validate on has {len(pictures)} pictures for {world_size} processes")
+            raise UserError(f"the split to validate on has {len(pictures)} pictures for {world_size} processes")
         if rank == 0 and (left := len(pictures) % world_size):
             log.warning(
                 "the last %d pictures of %r are not validated: %d processes", left, pictures.shards.split, world_size
@@ -248,7 +248,7 @@ class TextImageDataModule(pl.LightningDataModule):
 
     def _validated(self) -> Captioned:
         if self.val_set is None:
-            raise ValueError(
+            raise UserError(
                 f"data.path={self.config.path} is a stream: give a folder of shards to validate on (data.val_path=), "
                 "or switch validation off (trainer.limit_val_batches=0)"
             )
@@ -279,7 +279,7 @@ def all_pictures(
         ValueError: they are tokens, not pictures.
     """
     if isinstance(shards, TokenShards):
-        raise ValueError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
+        raise UserError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
     pictures = Pictures(shards, config, image_size=image_size, train=False)
     samples = [pictures[index] for index in range(len(pictures))]
     return torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples]
@@ -294,11 +294,11 @@ def _samples(shards: ShardDataset, config: DataConfig, *, image_size: int, train
     if not isinstance(shards, TokenShards):
         return Pictures(shards, config, image_size=image_size, train=train, seed=seed)
     if shards.image_size != image_size:
-        raise ValueError(
+        raise UserError(
             f"{shards.folder} has tokens of pictures of {shards.image_size} pixels, the model's have {image_size}"
         )
     if given := config.augments:
-        raise ValueError(
+        raise UserError(
             f"{shards.folder} holds tokens, which were augmented when they were encoded: leave out data.{given[0]}, or "
             "give it to prepare_data.py encode=true"
         )
@@ -325,7 +325,7 @@ def open_splits(config: DataConfig) -> tuple[ShardDataset, ShardDataset]:
         ValueError: no such split, broken shards, or a stream.
     """
     if is_stream(config.path):
-        raise ValueError(f"data.path={config.path} is a stream, which has no end: a folder of shards is needed here")
+        raise UserError(f"data.path={config.path} is a stream, which has no end: a folder of shards is needed here")
     train = open_split(config.path, config.train_split, "data.path")
     if config.val_path is None:
         return train, open_split(config.path, config.val_split, "data.path")

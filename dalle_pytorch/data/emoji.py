@@ -23,6 +23,7 @@ from dalle_pytorch.data.index import hash_share
 from dalle_pytorch.data.npm import LABELS, SETS, IconSet, packages_of
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.data.svg import encode_webp, render, resvg
+from dalle_pytorch.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,9 @@ def read_icons(packages: Path, styles: Sequence[str] = DEFAULT_STYLES, *, skin_t
         ValueError: an unknown style, or a package of another version.
     """
     if unknown := [style for style in styles if style not in SETS]:
-        raise ValueError(f"unknown styles {unknown}; there are: {', '.join(SETS)}")
+        raise UserError(f"unknown styles {unknown}; there are: {', '.join(SETS)}")
     if not styles or len(set(styles)) != len(styles):
-        raise ValueError(f"styles must be one or more names, each once, got {list(styles)}")
+        raise UserError(f"styles must be one or more names, each once, got {list(styles)}")
     names = EmojiNames(json.loads(LABELS.read(packages, "en/data.json")))
     icons: list[Icon] = []
     for style in styles:

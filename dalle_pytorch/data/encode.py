@@ -25,17 +25,18 @@ import torch
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from dalle_pytorch.checkpoint import atomic, describe_tokenizer
+from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
+from dalle_pytorch.checkpoints.loading import load_vae
 from dalle_pytorch.data.datamodule import ENCODE_BATCH, DataConfig
-from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index, sha256_file, write_json
+from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index
 from dalle_pytorch.data.packing import SKIPPED_NAME, Skipped
 from dalle_pytorch.data.samples import AugmentationConfig, Pictures, check_size
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tar import GZIP_SUFFIX
 from dalle_pytorch.data.tokens import TokenShards, smallest_type
-from dalle_pytorch.loading import load_vae
+from dalle_pytorch.errors import UserError, at_least_one
+from dalle_pytorch.files import atomic, sha256_file, write_json
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
-from dalle_pytorch.ranges import at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class EncodeConfig(AugmentationConfig):
         super().__post_init__()
         at_least_one(self, "crops")
         if self.crops > 1 and not self.augments:
-            raise ValueError(f"crops={self.crops} without jitter, crop or flip would be equal: set one of them")
+            raise UserError(f"crops={self.crops} without jitter, crop or flip would be equal: set one of them")
 
     def data(self) -> DataConfig:
         """The same as the training's settings; what cannot be read is counted at the end."""
@@ -115,13 +116,13 @@ def encode_folder(
         ValueError: too many pictures cannot be read, or they do not fit the image tokenizer.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device} is not there; use cpu, or cuda on a machine with a GPU")
+        raise UserError(f"device={device} is not there; use cpu, or cuda on a machine with a GPU")
     out, vae = Path(out), load_vae(config.vae)
     source = read_index(config.path)
     settings = {**asdict(config), "tokenizer": describe_tokenizer(vae), "pictures": source["shards"]}
     check_size(config.path, source["image_size"], vae.image_size, config)
     if unknown := set(config.train_splits) - set(source["splits"]):
-        raise ValueError(f"train_splits {sorted(unknown)} are not in {config.path}: it has {list(source['splits'])}")
+        raise UserError(f"train_splits {sorted(unknown)} are not in {config.path}: it has {list(source['splits'])}")
     _begin(out, settings)
     jobs = list(_jobs(source))
     waiting = [job for job in jobs if not _record(out, job).is_file()]
@@ -257,7 +258,7 @@ def _finish(
     splits = {split: sum(r["count"] for r in records if r["split"] == split) for split in source["splits"]}
     for split in splits:
         if len(skipped[split]) > config.max_bad_share * source["splits"][split]:
-            raise ValueError(
+            raise UserError(
                 f"{len(skipped[split])} of {source['splits'][split]} pictures of {split!r} cannot be read, more than "
                 f"max_bad_share={config.max_bad_share}: {', '.join(item['path'] for item in skipped[split][:5])}"
             )

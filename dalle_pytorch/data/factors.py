@@ -18,6 +18,7 @@ import numpy as np
 
 from dalle_pytorch.data.npm import SETS
 from dalle_pytorch.data.rainbow import COLOURS, FILLS, ROTATIONS, SHAPES, SIZES, TEXTURES, Drawing, turned
+from dalle_pytorch.errors import UserError
 
 Factors: TypeAlias = dict[str, str]
 """Value of each factor; those that a picture has not, or a caption does not tell, are absent."""
@@ -48,7 +49,7 @@ def factors_of(meta: Mapping[str, Any]) -> Factors:
         given = {name: meta[name] for name in ("style", "concept") if meta.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, str):
-            raise ValueError(
+            raise UserError(
                 f"factor {name!r} of the sample with the caption {meta['captions'][0]!r} is {value!r}, no text"
             )
     return _visible(Drawing(**given)) if _is_rainbow(given) else dict(given)

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, pack
+from dalle_pytorch.errors import UserError
 
 
 def pack_huggingface(
@@ -51,7 +52,7 @@ def _package() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("source=huggingface needs the package datasets: pip install '.[datasets]'") from error
+        raise UserError("source=huggingface needs the package datasets: pip install '.[datasets]'") from error
     return datasets
 
 
@@ -67,9 +68,9 @@ def _open(path: str, split: str) -> Any:
     except FileNotFoundError:
         raise  # says which
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"datasets cannot open {path} with hf_split={split}: {error}") from error
+        raise UserError(f"datasets cannot open {path} with hf_split={split}: {error}") from error
     if split not in splits:
-        raise ValueError(f"{path} has no split {split!r}; set hf_split to one of: {', '.join(splits)}")
+        raise UserError(f"{path} has no split {split!r}; set hf_split to one of: {', '.join(splits)}")
     return splits[split]
 
 
@@ -77,7 +78,7 @@ def _check_columns(dataset: Any, path: str, image_column: str, caption_column: s
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may know them by its rows alone
     for setting, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in columns:
-            raise ValueError(f"{path} has no column {column!r}; set {setting} to one of: {', '.join(columns)}")
+            raise UserError(f"{path} has no column {column!r}; set {setting} to one of: {', '.join(columns)}")
 
 
 def _undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:

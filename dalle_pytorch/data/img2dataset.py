@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dalle_pytorch.data.packing import PICTURES, Item, PackConfig, PackReport, Skipped, captions_of, escaped, pack
+from dalle_pytorch.errors import UserError
 
 
 class _File(NamedTuple):
@@ -61,7 +62,7 @@ def pack_img2dataset(path: str | Path, out: str | Path, config: PackConfig) -> P
     tars = sorted(path.glob("*.tar"))
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     if not tars and not folders:
-        raise ValueError(f"{path} has neither .tar files nor folders: path must be the output folder of img2dataset")
+        raise UserError(f"{path} has neither .tar files nor folders: path must be the output folder of img2dataset")
     entries = _from_tars(tars, folders) if tars else _from_folders(folders)
     name = path.resolve().name
     return pack(entries, Path(out), config, name=name, where=str(path), source={"format": "img2dataset"})

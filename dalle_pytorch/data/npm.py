@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dalle_pytorch.data.index import sha256_file
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.files import sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Package(NamedTuple):
             )
         version = json.loads((folder / "package.json").read_bytes())["version"]
         if version != self.version:
-            raise ValueError(f"{folder} is version {version}, but {self.version} is needed")
+            raise UserError(f"{folder} is version {version}, but {self.version} is needed")
         return (folder / file).read_bytes()
 
 
@@ -80,7 +81,7 @@ class IconSet(NamedTuple):
             changes = alias.keys() - {"parent", "hidden"}
             if changes and not alias.get("hidden"):
                 if changes != {"hFlip"}:
-                    raise ValueError(f"alias {name!r} of {self.package.name} has {sorted(changes)}")
+                    raise UserError(f"alias {name!r} of {self.package.name} has {sorted(changes)}")
                 icons[name] = {**data["icons"][alias["parent"]], "hFlip": True}
         for name in sorted(icons):
             yield name, _svg(icons[name], data["width"], data["height"])
@@ -150,7 +151,7 @@ def fetch_packages(packages: Sequence[Package], cache: Path) -> Path:
         log.info("fetching %s@%s", package.name, package.version)
         tarball = _npm_pack(package, cache)
         if (found := sha256_file(tarball)) != package.sha256:
-            raise ValueError(f"{tarball} has SHA-256 {found}, but {package.sha256} is expected")
+            raise UserError(f"{tarball} has SHA-256 {found}, but {package.sha256} is expected")
         with tarfile.open(tarball) as tar:
             for member in tar.getmembers():
                 # npm puts everything below "package/"
@@ -172,5 +173,5 @@ def _npm_pack(package: Package, cache: Path) -> Path:
             f"npm is not installed, so {wanted} cannot be fetched: install Node.js, {mend}"
         ) from error
     if done.returncode != 0:
-        raise ValueError(f"`npm pack {wanted}` failed, {mend}:\n{done.stderr.strip()}")
+        raise UserError(f"`npm pack {wanted}` failed, {mend}:\n{done.stderr.strip()}")
     return cache / json.loads(done.stdout)[0]["filename"]

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dalle_pytorch.data.emoji_names import slug
-from dalle_pytorch.data.images import fit, open_rgb
-from dalle_pytorch.data.index import hash_share, write_json
+from dalle_pytorch.data.index import hash_share
 from dalle_pytorch.data.shards import ShardWriter
-from dalle_pytorch.ranges import at_least_one
+from dalle_pytorch.errors import UserError, at_least_one
+from dalle_pytorch.files import write_json
+from dalle_pytorch.images import fit, open_rgb
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,9 @@ class PackConfig:
         """Check the ranges."""
         at_least_one(self, "image_size")
         if not 0 <= self.val_share < 1:
-            raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share}")
+            raise UserError(f"val_share must be at least 0 and below 1, got {self.val_share}")
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share must lie between 0 and 1, got {self.max_bad_share}")
+            raise UserError(f"max_bad_share must lie between 0 and 1, got {self.max_bad_share}")
 
     def split_rule(self) -> dict[str, Any]:
         """How the splits came about, for the index."""
@@ -146,7 +147,7 @@ def pack(
         skipped.sort()
         _check_share(where, counts.total(), skipped, config.max_bad_share)
         if not counts[config.split or "train"]:
-            raise ValueError(_nothing_to_train_on(where, counts.total(), skipped, config))
+            raise UserError(_nothing_to_train_on(where, counts.total(), skipped, config))
     write_json(out / SKIPPED_NAME, [item._asdict() for item in skipped])
     report = PackReport(writer.index(), skipped)
     log.info("%s", report.summary())
@@ -229,7 +230,7 @@ def _check_share(where: str, usable: int, skipped: list[Skipped], max_bad_share:
     first = {_kind(item): item for item in reversed(skipped)}
     common = Counter(_kind(item) for item in skipped).most_common(_SHOWN)
     reasons = "".join(f"\n  {count} x {first[kind].reason} (as {first[kind].path})" for kind, count in common)
-    raise ValueError(
+    raise UserError(
         f"{len(skipped)} of the {total} samples of {where} are unusable, more than max_bad_share={max_bad_share:g} "
         f"allows; nothing was written. Mend them or raise max_bad_share:{reasons}"
     )

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.errors import UserError
 
 IMAGE_SIZE = 32
 TRAIN_SHARE = 0.3
@@ -159,7 +160,7 @@ def pack_rainbow(out: Path, *, train_share: float = TRAIN_SHARE, samples_per_sha
         The index written.
     """
     if not 0 < train_share < 1:
-        raise ValueError(f"train_share must lie between 0 and 1, got {train_share}")
+        raise UserError(f"train_share must lie between 0 and 1, got {train_share}")
     writer = ShardWriter(
         out,
         name="rainbow",

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dalle_pytorch.data.batches import Batch, Position
-from dalle_pytorch.data.images import decode_image, random_crop, random_flip, random_resized_crop
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tokens import TokenShards
-from dalle_pytorch.ranges import not_negative
+from dalle_pytorch.errors import UserError, not_negative
+from dalle_pytorch.images import decode_image, random_crop, random_flip, random_resized_crop
 from dalle_pytorch.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def pick_caption(captions: Sequence[str], rng: random.Random, weights: Sequence[
         return rng.choice(captions)
     known = [*weights, *[0.0] * len(captions)][: len(captions)]
     if not any(known):
-        raise ValueError(f"data.caption_weights={list(weights)} leaves none of a picture's {len(captions)} captions")
+        raise UserError(f"data.caption_weights={list(weights)} leaves none of a picture's {len(captions)} captions")
     return rng.choices(captions, known)[0]
 
 
@@ -78,7 +78,7 @@ class AugmentationConfig:
         """
         not_negative(self, "jitter")
         if self.crop and not self.resize:
-            raise ValueError("crop cuts from pictures larger than the model's: set resize=true as well")
+            raise UserError("crop cuts from pictures larger than the model's: set resize=true as well")
 
     @property
     def augments(self) -> list[str]:
@@ -136,7 +136,7 @@ class BadSamples:
         self.reasons[index] = str(error)
         count = len(self.reasons)
         if count > self.share * self.size:
-            raise ValueError(
+            raise UserError(
                 f"{count} of the {self.size} samples of {self.split!r} cannot be read, more than "
                 f"data.max_bad_share={self.share} lets pass; the last: {error}"
             ) from error
@@ -177,7 +177,7 @@ class Captioned(Dataset[Batch]):
                 return {"index": place, "caption": caption, "rng": rng, **self.load(place, rng)}
             except ValueError as error:
                 self.bad.add(place, error)
-        raise ValueError(f"no sample of {self.shards.split!r} can be read")
+        raise UserError(f"no sample of {self.shards.split!r} can be read")
 
     def captions_of(self, index: int) -> list[str]:
         """All captions of a sample."""
@@ -211,7 +211,7 @@ def check_size(folder: str | Path, stored: int | None, image_size: int, config: 
         ValueError: another size and no resize; names both.
     """
     if stored is not None and stored != image_size and not config.resize:
-        raise ValueError(
+        raise UserError(
             f"the pictures of {folder} are {stored} x {stored} pixels, the model's {image_size} x {image_size}; use a "
             "model of that image_size, or scale them with resize=true (in a training data.resize=true)"
         )

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, NamedTuple
 from torch.utils.data import Dataset
 from webdataset import TarWriter
 
-from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index, sha256_file, write_json
+from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index
 from dalle_pytorch.data.tar import GZIP_SUFFIX, TarReader
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.files import sha256_file, write_json
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg")
 # WebDataset splits a file name at its first dot, and "/" would make folders inside the tar.
@@ -75,10 +77,10 @@ class ShardWriter:
         source: Mapping[str, Any] | None = None,
     ) -> None:
         if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+            raise UserError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
         self.folder = Path(folder)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} exists and is not an empty folder; nothing is overwritten: remove it or choose another"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,20 +141,20 @@ class ShardWriter:
 
     def _check(self, split: str, key: str, ext: str, meta: Mapping[str, Any]) -> None:
         if not _SPLIT.fullmatch(split):
-            raise ValueError(f"split {split!r} of {key!r}: use letters, digits and '_' only")
+            raise UserError(f"split {split!r} of {key!r}: use letters, digits and '_' only")
         if not _KEY.fullmatch(key):
-            raise ValueError(f"key {key!r} has a dot, a slash or white space; replace them")
+            raise UserError(f"key {key!r} has a dot, a slash or white space; replace them")
         if len(key.encode()) > _KEY_BYTES:
-            raise ValueError(f"key {key!r} is longer than {_KEY_BYTES} bytes; shorten it")
+            raise UserError(f"key {key!r} is longer than {_KEY_BYTES} bytes; shorten it")
         if key in self._keys:
-            raise ValueError(f"key {key!r} was written twice; keys must be unique in a folder")
+            raise UserError(f"key {key!r} was written twice; keys must be unique in a folder")
         if ext not in IMAGE_EXTENSIONS:
-            raise ValueError(f"extension {ext!r} of {key!r} is not one of {IMAGE_EXTENSIONS}")
+            raise UserError(f"extension {ext!r} of {key!r} is not one of {IMAGE_EXTENSIONS}")
         captions = meta.get("captions")
         if not isinstance(captions, list) or not captions:
-            raise ValueError(f"sample {key!r} has no captions; give a list with at least one")
+            raise UserError(f"sample {key!r} has no captions; give a list with at least one")
         if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            raise ValueError(f"sample {key!r} has an empty caption or one that is not text")
+            raise UserError(f"sample {key!r} has an empty caption or one that is not text")
 
     def _open_shard(self, path: Path) -> tuple[TarWriter, ExitStack]:
         # Fixed owner, time and (for gzip) file name: the bytes depend on the samples alone.
@@ -224,9 +226,9 @@ class ShardDataset(Dataset[Sample]):
         for name in wanted:
             if name not in self.index["splits"]:
                 there = ", ".join(self.index["splits"])
-                raise ValueError(f"{self.folder} has no split {name!r}; it has: {there}")
+                raise UserError(f"{self.folder} has no split {name!r}; it has: {there}")
         if repeated := [name for name, count in Counter(wanted).items() if count > 1]:
-            raise ValueError(f"split {split!r} names {repeated} more than once")
+            raise UserError(f"split {split!r} names {repeated} more than once")
         chosen = [shard for name in wanted for shard in self.index["shards"] if shard["split"] == name]
         if only is not None:
             chosen = [shard for shard in chosen if shard["file"] == only]
@@ -235,7 +237,7 @@ class ShardDataset(Dataset[Sample]):
         for number, shard in enumerate(chosen):
             entries = _list_samples(self._tars[number], number, self.EXTENSIONS)
             if len(entries) != shard["count"]:
-                raise ValueError(
+                raise UserError(
                     f"{self._tars[number].path} holds {len(entries)} samples but the index says "
                     f"{shard['count']}: it is truncated or was changed; write the folder again"
                 )
@@ -284,7 +286,7 @@ class ShardDataset(Dataset[Sample]):
         expected = {shard["file"]: shard["sha256"] for shard in self.index["shards"]}
         for tar in self._tars:
             if sha256_file(tar.path) != expected[tar.path.name]:
-                raise ValueError(f"{tar.path} does not have the SHA-256 of the index; write it again")
+                raise UserError(f"{tar.path} does not have the SHA-256 of the index; write it again")
 
     def _meta(self, entry: _Entry) -> dict[str, Any]:
         data = self._read(entry, entry.meta)
@@ -292,13 +294,13 @@ class ShardDataset(Dataset[Sample]):
             return json.loads(data)
         except ValueError as error:
             path = self._tars[entry.shard].path
-            raise ValueError(f"the JSON of sample {entry.key!r} in {path} is broken: {error}") from error
+            raise UserError(f"the JSON of sample {entry.key!r} in {path} is broken: {error}") from error
 
     def _read(self, entry: _Entry, part: tuple[int, int]) -> bytes:
         try:
             return self._tars[entry.shard].read(*part)
         except ValueError as error:
-            raise ValueError(f"sample {entry.key!r} cannot be read: {error}") from error
+            raise UserError(f"sample {entry.key!r} cannot be read: {error}") from error
 
 
 def _list_samples(tar: TarReader, shard: int, extensions: tuple[str, ...]) -> list[_Entry]:
@@ -311,7 +313,7 @@ def _list_samples(tar: TarReader, shard: int, extensions: tuple[str, ...]) -> li
     for key, files in parts.items():
         contents = [ext for ext in files if ext in extensions]
         if len(contents) != 1 or "json" not in files:
-            raise ValueError(
+            raise UserError(
                 f"sample {key!r} in {tar.path} needs one of {extensions} and one json, but has {sorted(files)}"
             )
         entries.append(_Entry(shard, key, files[contents[0]], files["json"]))

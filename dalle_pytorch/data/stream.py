@@ -24,11 +24,12 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.data.images import fit, open_rgb, to_tensor
 from dalle_pytorch.data.packing import captions_of
 from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
 from dalle_pytorch.data.shards import IMAGE_EXTENSIONS
 from dalle_pytorch.data.tokens import read_tokens
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.images import fit, open_rgb, to_tensor
 
 if TYPE_CHECKING:
     from dalle_pytorch.data.datamodule import DataConfig
@@ -63,10 +64,10 @@ def expand(path: str) -> list[str]:
     try:
         urls = expand_urls(path)
     except ValueError as error:
-        raise ValueError(f"data.path={path}: {error}") from error
+        raise UserError(f"data.path={path}: {error}") from error
     for url in urls:
         if url.partition(":")[0].lower() not in SCHEMES:
-            raise ValueError(
+            raise UserError(
                 f"data.path: {url} is of no scheme that can be read ({', '.join(sorted(SCHEMES))}); for others give a "
                 "command that prints a shard, as in 'pipe:aws s3 cp s3://bucket/x-{000..123}.tar -'"
             )
@@ -99,9 +100,9 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
     except _BROKEN as error:
         # The library puts the stream and the URL behind the message.
         reason = error if isinstance(error, OSError) and error.errno is not None else error.args[0]
-        raise ValueError(f"shard {url} cannot be read: {reason}") from error
+        raise UserError(f"shard {url} cannot be read: {reason}") from error
     if empty:
-        raise ValueError(f"shard {url} has no samples: no files .{', .'.join(extensions)}")
+        raise UserError(f"shard {url} has no samples: no files .{', .'.join(extensions)}")
 
 
 class Tally:
@@ -125,7 +126,7 @@ class Tally:
         self.bad += 1
         allowed = self.share * self.read
         if self.bad > (allowed if self.read >= FEW else max(allowed, FEW_BAD)):
-            raise ValueError(
+            raise UserError(
                 f"{self.bad} samples or shards of {self.path} cannot be read, {self.read} samples were: more than "
                 f"data.max_bad_share={self.share} lets pass ({FEW_BAD} before the first {FEW}); the last: {error}"
             ) from error
@@ -151,7 +152,7 @@ class Stream:
         try:
             count = tokens_of(first).shape[1] if TOKENS in first else None
         except ValueError as error:
-            raise ValueError(f"{_name(first)}: {error}") from error
+            raise UserError(f"{_name(first)}: {error}") from error
         self.num_image_tokens: int | None = count
         """Image tokens of a picture; None if the stream is of pictures."""
         kinds = PICTURES if count is None else (TOKENS,)
@@ -220,16 +221,16 @@ class Stream:
             return {**sample, "image": image}
         tokens = tokens_of(raw)
         if tokens.shape[1] != self.num_image_tokens:
-            raise ValueError(f"it has {tokens.shape[1]} image tokens, the first sample {self.num_image_tokens}")
+            raise UserError(f"it has {tokens.shape[1]} image tokens, the first sample {self.num_image_tokens}")
         return {**sample, "image_tokens": pick_variant(tokens, rng)}
 
     def _decode(self, raw: RawSample, size: int) -> Float[Tensor, "3 H W"]:
         files = [ext for ext in PICTURES if ext in raw]
         if len(files) != 1:
-            raise ValueError(f"it needs one picture (.{', .'.join(PICTURES)}), but has {files or 'none'}")
+            raise UserError(f"it needs one picture (.{', .'.join(PICTURES)}), but has {files or 'none'}")
         picture = open_rgb(raw[files[0]], name=raw["__key__"])
         if picture.size != (self.image_size, self.image_size) and not self.config.resize:
-            raise ValueError(
+            raise UserError(
                 f"the picture has {picture.width} x {picture.height} pixels, the model's {self.image_size} x "
                 f"{self.image_size}; scale them with data.resize=true"
             )
@@ -244,11 +245,11 @@ def read_captions(raw: RawSample) -> list[str]:
     """
     meta = json.loads(raw["json"]) if "json" in raw else {}
     if not isinstance(meta, dict):
-        raise ValueError(f"its json holds no object but {meta!r}")
+        raise UserError(f"its json holds no object but {meta!r}")
     value = meta.get("captions", meta.get("caption"))
     captions = captions_of(raw["txt"].decode() if value is None and "txt" in raw else value)
     if not captions:
-        raise ValueError('it has no caption, neither "captions" or "caption" in a json nor a txt')
+        raise UserError('it has no caption, neither "captions" or "caption" in a json nor a txt')
     return captions
 
 
@@ -259,7 +260,7 @@ def tokens_of(raw: RawSample) -> Int[Tensor, "variants n"]:
         ValueError: there are none, or no rows of whole numbers from 0 on.
     """
     if TOKENS not in raw:
-        raise ValueError(f"it has no image tokens (.{TOKENS}), as the first sample has")
+        raise UserError(f"it has no image tokens (.{TOKENS}), as the first sample has")
     return read_tokens(raw[TOKENS], raw["__key__"])
 
 
@@ -305,7 +306,7 @@ class StreamLoader:
     ) -> None:
         size = stream.config.batch_size
         if size % world_size:
-            raise ValueError(f"data.batch_size ({size}) must be a multiple of the {world_size} processes")
+            raise UserError(f"data.batch_size ({size}) must be a multiple of the {world_size} processes")
         self.stream, self.collate, self.settings = stream, collate, settings
         self.rank, self.local_size, self.epoch = rank, size // world_size, 0
         self.running: Iterator[Batch] | None = None

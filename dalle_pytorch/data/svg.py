@@ -5,7 +5,8 @@ from types import ModuleType
 
 from PIL import Image
 
-from dalle_pytorch.data.images import flatten
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.images import flatten
 
 _WEBP = {"lossless": True, "quality": 100, "method": 6}  # slowest and smallest; exact pixels
 
@@ -39,7 +40,7 @@ def resvg() -> ModuleType:
     try:
         import resvg_py
     except ImportError as error:
-        raise ImportError("drawing the emoji needs the renderer: pip install resvg-py") from error
+        raise UserError("drawing the emoji needs the renderer: pip install resvg-py") from error
     return resvg_py
 
 

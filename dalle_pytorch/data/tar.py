@@ -10,6 +10,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from dalle_pytorch.errors import UserError
+
 GZIP_SUFFIX = ".gz"
 MOST_OPEN = 256  # files of this process; systems often allow 1,024
 _opened: deque[weakref.ref["TarReader"]] = deque()
@@ -44,11 +46,11 @@ class TarReader:
             with self._open_tar() as tar:
                 files = [(member.name, member.offset_data, member.size) for member in tar]
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{self.path} is truncated or not a tar file: {error}") from error
+            raise UserError(f"{self.path} is truncated or not a tar file: {error}") from error
         end = self.path.stat().st_size if self._memory is None else len(self._memory)
         for name, offset, size in files:
             if offset + size > end:
-                raise ValueError(f"{self.path} is truncated: it ends inside {name!r}")
+                raise UserError(f"{self.path} is truncated: it ends inside {name!r}")
         return files
 
     def read(self, offset: int, size: int) -> bytes:
@@ -69,7 +71,7 @@ class TarReader:
                         oldest.close()
             data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
-            raise ValueError(f"{self.path} ends before byte {offset + size}; write it again")
+            raise UserError(f"{self.path} ends before byte {offset + size}; write it again")
         return data
 
     def _open_tar(self) -> tarfile.TarFile:
@@ -82,7 +84,7 @@ class TarReader:
             try:
                 self._memory = gzip.decompress(self.path.read_bytes())
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{self.path} is truncated or not gzip: {error}") from error
+                raise UserError(f"{self.path} is truncated or not gzip: {error}") from error
         return self._memory
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dalle_pytorch.data.index import read_index
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.errors import UserError
 
 TYPES: tuple[type[np.integer[Any]], ...] = (np.uint8, np.uint16, np.int32)
 TOKENIZER_KEYS = ("kind", "config_sha256", "weights_sha256", "codebook_size", "grid_size", "image_size")
@@ -45,7 +46,7 @@ class TokenShards(ShardDataset):
         self.tokenizer: dict[str, Any] = self.index.get("tokenizer", {})
         """The image tokenizer: kind, hashes of its settings and weights, codebook_size, grid_size, image_size."""
         if missing := [key for key in TOKENIZER_KEYS if key not in self.tokenizer]:
-            raise ValueError(f"the index of {self.folder} lacks {missing} of its image tokenizer; encode it again")
+            raise UserError(f"the index of {self.folder} lacks {missing} of its image tokenizer; encode it again")
 
     def tokens(self, index: int) -> Int[Tensor, "variants n"]:
         """The image tokens of a sample, one row for each augmentation.
@@ -57,9 +58,9 @@ class TokenShards(ShardDataset):
         tokens = read_tokens(sample.image, sample.key)
         count, size = self.tokenizer["grid_size"] ** 2, self.tokenizer["codebook_size"]
         if tokens.shape[1] != count:
-            raise ValueError(f"{sample.key!r} has {tokens.shape[1]} image tokens, the grid {count}")
+            raise UserError(f"{sample.key!r} has {tokens.shape[1]} image tokens, the grid {count}")
         if tokens.max() >= size:
-            raise ValueError(f"{sample.key!r} has image tokens up to {tokens.max()}, the codebook {size}")
+            raise UserError(f"{sample.key!r} has image tokens up to {tokens.max()}, the codebook {size}")
         return tokens
 
 
@@ -77,9 +78,9 @@ def read_tokens(data: bytes, name: str) -> Int[Tensor, "variants n"]:
         array = np.load(io.BytesIO(data), allow_pickle=False)
         usable = array.ndim == 2 and array.size > 0 and array.dtype.kind in "iu" and array.min() >= 0
     except Exception as error:  # a broken header can break numpy's parser in any way
-        raise ValueError(f"the image tokens of {name!r} cannot be read: {error}") from error
+        raise UserError(f"the image tokens of {name!r} cannot be read: {error}") from error
     if not usable:
-        raise ValueError(f"{name!r} holds {array.dtype} of shape {array.shape}, not rows of image tokens")
+        raise UserError(f"{name!r} holds {array.dtype} of shape {array.shape}, not rows of image tokens")
     return torch.from_numpy(array.astype(np.int64))
 
 

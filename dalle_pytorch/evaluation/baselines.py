@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.likelihood import other_captions, unigram_nats
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.models.clip import CLIP
@@ -116,7 +117,7 @@ def ranking_comparison(ranking: dict) -> Comparison:
     kept, every = [], []
     for prompt in ranking["prompts"]:
         if prompt["all_scores"] is None:
-            raise ValueError("ranking.json has no scores: the candidates were drawn without a clip")
+            raise UserError("ranking.json has no scores: the candidates were drawn without a clip")
         kept += [row["score"] for row in prompt["kept"]]
         every += prompt["all_scores"]
     return Comparison(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.checks import check_rows
 
 Interval: TypeAlias = tuple[float, float]
@@ -104,9 +105,9 @@ def half_samples(
     """
     _check(rounds, level)
     if group < 1 or len(generated) % group:
-        raise ValueError(f"groups of {group} do not divide {len(generated)} generated samples")
+        raise UserError(f"groups of {group} do not divide {len(generated)} generated samples")
     if paired and (group > 1 or len(real) != len(generated)):
-        raise ValueError(f"{len(real)} real and {len(generated)} generated samples in groups of {group} are no pairs")
+        raise UserError(f"{len(real)} real and {len(generated)} generated samples in groups of {group} are no pairs")
     check_rows(real, "real features", least=4)
     check_rows(generated, "generated features", least=4 * group)
     groups, values = torch.arange(len(generated)).view(-1, group), []
@@ -138,6 +139,6 @@ def _expanded(level: float, count: int) -> float:
 
 def _check(rounds: int, level: float) -> None:
     if rounds < 2:
-        raise ValueError(f"rounds must be at least 2, got {rounds}")
+        raise UserError(f"rounds must be at least 2, got {rounds}")
     if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
+        raise UserError(f"level must lie in (0, 1), got {level}")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.checks import check_rows
 
 BINS = 15  # Guo et al. 2017, section 2
@@ -29,7 +30,7 @@ def choice_nats(scores: Float[Tensor, "n m"], right: Int[Tensor, " _"], scale: f
         ValueError: other counts, or scores that are no numbers.
     """
     if len(right) != len(scores):
-        raise ValueError(f"{len(scores)} queries given, and the right candidates of {len(right)}")
+        raise UserError(f"{len(scores)} queries given, and the right candidates of {len(right)}")
     check_rows(scores, "scores", least=1)
     return F.cross_entropy(scale * scores.double(), right, reduction="none")
 
@@ -59,10 +60,10 @@ def calibration_error(confidences: Float[Tensor, " n"], right: Bool[Tensor, " _"
         Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3.
     """
     if bins < 1 or len(right) != len(confidences):
-        raise ValueError(f"{len(confidences)} confidences, {len(right)} choices and {bins} bins do not fit together")
+        raise UserError(f"{len(confidences)} confidences, {len(right)} choices and {bins} bins do not fit together")
     check_rows(confidences, "confidences", least=1)
     if not ((confidences >= 0) & (confidences <= 1 + 1e-6)).all():
-        raise ValueError(f"confidences span [{confidences.min():.3g}, {confidences.max():.3g}], not [0, 1]")
+        raise UserError(f"confidences span [{confidences.min():.3g}, {confidences.max():.3g}], not [0, 1]")
     place = (confidences.double() * bins).ceil().long().clamp(1, bins) - 1
     gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, place, confidences.double() - right.double())
     return gaps.abs().sum().item() / len(confidences)

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
+
 
 def check_rows(rows: Shaped[Tensor, "b ..."], name: str, *, least: int) -> None:
     """Refuse too few rows, and rows with NaN or infinite numbers.
@@ -20,11 +22,11 @@ def check_rows(rows: Shaped[Tensor, "b ..."], name: str, *, least: int) -> None:
         ValueError: names the count or the first bad sample, and the mend.
     """
     if len(rows) < least:
-        raise ValueError(f"{name}: {len(rows)} samples given, at least {least} are needed; evaluate on more of them")
+        raise UserError(f"{name}: {len(rows)} samples given, at least {least} are needed; evaluate on more of them")
     bad = (~torch.isfinite(rows.flatten(1) if rows.ndim > 1 else rows[:, None])).any(dim=1)
     if bad.any():
         first = int(bad.int().argmax())
-        raise ValueError(
+        raise UserError(
             f"{name}: {int(bad.sum())} of {len(rows)} samples are NaN or infinite, the first is number {first}; look "
             "at it, and run the model that made them in fp32"
         )
@@ -37,7 +39,7 @@ def check_two(real: Shaped[Tensor, "r e"], other: Shaped[Tensor, "g _"], *, leas
         ValueError: another width, too few rows or rows that are no numbers; names them and the mend.
     """
     if real.shape[1] != other.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"real features have {real.shape[1]} columns, generated ones {other.shape[1]}: take both from one extractor"
         )
     check_rows(real, "real features", least=least)
@@ -51,6 +53,6 @@ def check_same_shape(images: Shaped[Tensor, "..."], targets: Shaped[Tensor, "...
         ValueError: the shapes differ; names both.
     """
     if images.shape != targets.shape:
-        raise ValueError(
+        raise UserError(
             f"pictures of shape {tuple(images.shape)} beside targets of {tuple(targets.shape)}: resize one of them"
         )

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.calibration import BINS, best_scale, calibration_error, choice_nats
 from dalle_pytorch.evaluation.features import caption_features, clip_extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
@@ -40,7 +41,7 @@ def evaluate_clip(
         ValueError: fewer than two pairs, or a clip without a text tokenizer.
     """
     if len(captions) != len(images) or len(captions) < 2:
-        raise ValueError(f"{len(captions)} captions given for {len(images)} pictures; at least two pairs are needed")
+        raise UserError(f"{len(captions)} captions given for {len(images)} pictures; at least two pairs are needed")
     names = list(dict.fromkeys(captions))
     number = {name: i for i, name in enumerate(names)}
     place = torch.tensor([number[caption] for caption in captions])

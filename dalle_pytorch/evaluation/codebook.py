@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
+
 
 class CodebookUse(NamedTuple):
     """Counts over all image tokens of a set of pictures."""
@@ -40,10 +42,10 @@ def codebook_use(image_tokens: Int[Tensor, "b n"], codebook_size: int, image_siz
         ValueError: no tokens, or an id outside the codebook; names the numbers.
     """
     if not image_tokens.numel():
-        raise ValueError("no image tokens given: codebook usage needs at least one picture")
+        raise UserError("no image tokens given: codebook usage needs at least one picture")
     low, high = int(image_tokens.min()), int(image_tokens.max())
     if low < 0 or high >= codebook_size:
-        raise ValueError(f"image tokens span [{low}, {high}], the codebook has ids 0 to {codebook_size - 1}")
+        raise UserError(f"image tokens span [{low}, {high}], the codebook has ids 0 to {codebook_size - 1}")
     counts = torch.bincount(image_tokens.flatten().cpu(), minlength=codebook_size).double()
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * shares.log()).sum().item()

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dalle_pytorch.data.images import to_pil, to_tensor
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.shares import in_parts
+from dalle_pytorch.images import to_pil, to_tensor
 
 CODECS = ("JPEG", "WEBP")
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
@@ -42,10 +43,10 @@ def at_bytes(images: Float[Tensor, "b 3 H W"], codec: str, budget: float | int) 
         ValueError: an unknown codec, or one that this Pillow lacks.
     """
     if codec not in CODECS:
-        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+        raise UserError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
     Image.init()
     if codec not in Image.SAVE:
-        raise ValueError(f"this Pillow writes no {codec}; install one that does")
+        raise UserError(f"this Pillow writes no {codec}; install one that does")
     coded = in_parts(lambda image: _best(to_pil(image), image, codec, budget), list(images))
     sizes = torch.tensor([size for _, size in coded], dtype=torch.float64)
     return Coded(torch.stack([image for image, _ in coded]), sizes)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.checkpoints.checkpoint import weights_sha256
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.features import Extractor, caption_features, clip_extractor, lpips_each
 from dalle_pytorch.evaluation.lpips import LEAST_SIZE, LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
@@ -25,7 +27,6 @@ from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.header import weights_sha256
 
 SHOWN = 6
 """Pictures on the page for every part that is drawn, a row each."""
@@ -65,11 +66,11 @@ class CompletionConfig:
         for name in ("rows", "hole"):
             shares = getattr(self, name)
             if any(not 0 < share < 1 for share in shares) or len(set(shares)) < len(shares):
-                raise ValueError(f"complete.{name} must hold different shares in (0, 1), got {shares}")
+                raise UserError(f"complete.{name} must hold different shares in (0, 1), got {shares}")
         if self.num_pictures < 2:
-            raise ValueError(f"complete.num_pictures must be at least 2, got {self.num_pictures}")
+            raise UserError(f"complete.num_pictures must be at least 2, got {self.num_pictures}")
         if self.num_candidates < 1:
-            raise ValueError(f"complete.num_candidates must be at least 1, got {self.num_candidates}")
+            raise UserError(f"complete.num_candidates must be at least 1, got {self.num_candidates}")
 
     def parts(self, grid: int, margin: tuple[int, int] = (0, 0)) -> dict[str, Part]:
         """The parts to draw by name, "rows_0.25", of a grid of tokens with a margin.
@@ -81,14 +82,14 @@ class CompletionConfig:
         for share in self.rows:
             given = round(share * grid)
             if not 0 < given < grid:
-                raise ValueError(
+                raise UserError(
                     f"complete.rows={share:g} gives {given} of {grid} token rows: 1 to {grid - 1} can be given"
                 )
             found[f"rows_{share:g}"] = Part(grid, given, grid, 0, grid, margin)
         for share in self.hole:
             side = round(share * grid)
             if not 0 < side < grid:
-                raise ValueError(
+                raise UserError(
                     f"complete.hole={share:g} is {side} of {grid} tokens wide: it must hold one, and leave some"
                 )
             first = (grid - side) // 2
@@ -133,7 +134,7 @@ def complete(
         ValueError: fewer than two pictures.
     """
     if len(captions) < 2:
-        raise ValueError(f"{len(captions)} pictures given: the baselines of completion need at least two")
+        raise UserError(f"{len(captions)} pictures given: the baselines of completion need at least two")
     keep, own = part.keep(), image_tokens
     shift = len(own) // 2
     others = [*captions[shift:], *captions[:shift]]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.distribution import inception_score
 from dalle_pytorch.evaluation.features import Extractor, blurred, caption_features, clip_extractor
 from dalle_pytorch.evaluation.likelihood import likelihoods, other_captions, unigram_nats, unigram_text_nats
@@ -57,7 +58,7 @@ def evaluate_likelihood(
         ValueError: fewer than two samples.
     """
     if len(pairs.captions) < 2:
-        raise ValueError(f"{len(pairs.captions)} samples given: shuffling captions needs at least two")
+        raise UserError(f"{len(pairs.captions)} samples given: shuffling captions needs at least two")
     own = likelihoods(dalle, pairs.text_tokens, pairs.image_tokens)
     shuffled = likelihoods(dalle, other_captions(pairs.text_tokens), pairs.image_tokens).image
     unigram = unigram_nats(train.image_tokens, pairs.image_tokens, dalle.codebook_size)

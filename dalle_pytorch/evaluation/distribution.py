@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.checks import check_rows, check_two
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # google-research/cmmd, distance.py
@@ -112,7 +113,7 @@ def precision_recall(
         Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991, section 2.
     """
     if neighbours < 1:
-        raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+        raise UserError(f"neighbours must be at least 1, got {neighbours}")
     check_two(real, generated, least=neighbours + 1)
     real, generated = real.double(), generated.double()
     precision = _among(generated, real, neighbours).double().mean().item()
@@ -133,7 +134,7 @@ def inception_score(logits: Float[Tensor, "g k"], *, splits: int = 1) -> float:
         Salimans et al. 2016, https://arxiv.org/abs/1606.03498, section 4.
     """
     if splits < 1:
-        raise ValueError(f"splits must be at least 1, got {splits}")
+        raise UserError(f"splits must be at least 1, got {splits}")
     check_rows(logits, "class scores", least=2 * splits)
     scores = []
     for part in logits.double().tensor_split(splits):

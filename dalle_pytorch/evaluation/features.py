@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint, hub
+from dalle_pytorch.checkpoints.checkpoint import weights_sha256
+from dalle_pytorch.checkpoints.importers.table import Table, rename
+from dalle_pytorch.checkpoints.reader import read
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.inception import Inception
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.generation.rerank import Scorer
-from dalle_pytorch.header import weights_sha256
-from dalle_pytorch.importers import hub
-from dalle_pytorch.importers.reader import read
-from dalle_pytorch.importers.table import Table, rename
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.models.skeleton import skeleton
@@ -140,7 +140,7 @@ def blurred(extractor: Extractor, radius: float) -> Extractor:
         Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 3.1 and figure 9.
     """
     if radius < 0:
-        raise ValueError(f"the radius of a blur must not be negative, got {radius}")
+        raise UserError(f"the radius of a blur must not be negative, got {radius}")
     if radius == 0:
         return extractor
     protocol = f"Gaussian blur of {radius:g} pixels; {extractor.protocol}"
@@ -183,11 +183,11 @@ def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:
     path = _locate(weights)
     content = read(path)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no dict of weights; {hint}")
+        raise UserError(f"{path} holds no dict of weights; {hint}")
     try:
         renamed = rename(content, table)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; {hint}") from error
+        raise UserError(f"{path}: {error}; {hint}") from error
     return {name: tensor.float() for name, tensor in renamed.items()}
 
 
@@ -195,7 +195,7 @@ def _fill(net: Any, state: dict[str, Tensor], weights: str | Path, hint: str) ->
     try:
         checkpoint.load_state(net, state)
     except ValueError as error:
-        raise ValueError(f"{weights}: {error}; {hint}") from error
+        raise UserError(f"{weights}: {error}; {hint}") from error
     return net.requires_grad_(False).eval()
 
 
@@ -216,5 +216,5 @@ def _locate(weights: str | Path) -> Path:
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{weights} must hold one file of weights, it has {names}; give the path of the file")
+        raise UserError(f"{weights} must hold one file of weights, it has {names}; give the path of the file")
     return found[0]

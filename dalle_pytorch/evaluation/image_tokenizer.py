@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.checkpoints.checkpoint import weights_sha256
 from dalle_pytorch.evaluation.codebook import codebook_use
 from dalle_pytorch.evaluation.codecs import CODECS, Coded, at_bytes
 from dalle_pytorch.evaluation.features import Extractor, lpips_each
@@ -28,7 +29,6 @@ from dalle_pytorch.evaluation.reconstruction import (
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.grid import GridRow
-from dalle_pytorch.header import weights_sha256
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.checks import check_same_shape
 
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -54,7 +55,7 @@ class LPIPS(nn.Module):
         """
         check_same_shape(images, targets)
         if min(images.shape[2:]) < LEAST_SIZE:
-            raise ValueError(f"LPIPS needs pictures of at least {LEAST_SIZE} pixels, got {tuple(images.shape[2:])}")
+            raise UserError(f"LPIPS needs pictures of at least {LEAST_SIZE} pixels, got {tuple(images.shape[2:])}")
         total = torch.zeros(len(images), device=images.device)
         for head, x, y in zip(self.heads, self.stages(images), self.stages(targets), strict=True):
             difference = (_unit(x) - _unit(y)).square()

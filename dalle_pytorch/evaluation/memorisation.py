@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.nearest import Nearest, nearer, nobody, pixels
@@ -105,7 +106,7 @@ def evaluate_memorisation(
         ValueError: there are no training pictures.
     """
     if not count:
-        raise ValueError("there are no training pictures to look among")
+        raise UserError("there are no training pictures to look among")
     copied = reconstruct(train(range(0, count, max(1, count // COPIES))[:COPIES]))
     sets = {"drawn": drawn.flatten(0, 1), "real": held_out, "reconstructed": reconstruct(held_out), "copies": copied}
     spaces = spaces_of(extractors)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from dalle_pytorch.checkpoint import atomic
-from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.evaluation.report import Metric, Protocol, Record, shown
 from dalle_pytorch.evaluation.scatter import Scatter, draw_scatter
 from dalle_pytorch.evaluation.style import STYLE
 from dalle_pytorch.evaluation.topics import ASIDE, grouped, headlines, words
+from dalle_pytorch.files import atomic
 from dalle_pytorch.generation.grid import GridRow, picture_grid, save_png
+from dalle_pytorch.images import to_pil
 
 SIDE = 128
 """Pixels of the page that a picture of a gallery is wide; smaller ones are enlarged by a whole factor to about this."""

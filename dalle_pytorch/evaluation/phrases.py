@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Table
 from dalle_pytorch.evaluation.report import shown
@@ -55,7 +56,7 @@ def check_held_out(captions: Sequence[str], phrases: Sequence[str]) -> None:
     """
     count = sum(held_phrase(caption, phrases) is not None for caption in captions)
     if phrases and count < 2:
-        raise ValueError(
+        raise UserError(
             f"{count} of {len(captions)} captions hold one of phrases={list(phrases)}: give those of the data, "
             "and caption= for the captions that have them"
         )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.checks import check_rows, check_same_shape
 
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
@@ -52,7 +53,7 @@ def ssim_each(images: Float[Tensor, "b c H W"], targets: Float[Tensor, "_ _ _ _"
     """
     _check(images, targets)
     if min(images.shape[2:]) < WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {WINDOW} pixels, got {tuple(images.shape[2:])}")
+        raise UserError(f"SSIM needs pictures of at least {WINDOW} pixels, got {tuple(images.shape[2:])}")
     similarity, _ = _ssim_parts(images, targets)
     return similarity.mean(dim=1)
 
@@ -87,7 +88,7 @@ def ms_ssim_each(
     _check(images, targets)
     side = min(images.shape[2:])
     if not 1 <= scales <= min(len(SCALES), ms_ssim_scales(side)):
-        raise ValueError(
+        raise UserError(
             f"MS-SSIM with {scales} scales does not fit pictures of {side} pixels: they have room for "
             f"{ms_ssim_scales(side)}"
         )

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from dalle_pytorch.checkpoint import atomic
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.evaluation.bootstrap import Interval
-from dalle_pytorch.ranges import at_least_one
+from dalle_pytorch.files import atomic
 
 VERSION = 1
 Setting: TypeAlias = str | int | float | bool | None
@@ -44,14 +44,14 @@ class Metric:
             ValueError: a number that is none, no samples, an interval the wrong way round, or half an extractor.
         """
         if not math.isfinite(self.value):
-            raise ValueError(f"the value is {self.value}; look for NaN in the model's output")
+            raise UserError(f"the value is {self.value}; look for NaN in the model's output")
         at_least_one(self, "count")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
-            raise ValueError(f"interval {self.interval} must have its lower end first")
+            raise UserError(f"interval {self.interval} must have its lower end first")
         if (self.extractor is None) != (self.weights_sha256 is None):
-            raise ValueError("extractor and weights_sha256 belong together: give both or none")
+            raise UserError("extractor and weights_sha256 belong together: give both or none")
         if self.better not in ("higher", "lower", "neither"):
-            raise ValueError(f"better must be higher, lower or neither, got {self.better!r}")
+            raise UserError(f"better must be higher, lower or neither, got {self.better!r}")
 
 
 Metrics: TypeAlias = dict[str, Metric]
@@ -105,11 +105,11 @@ def read(path: str | Path) -> Record:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
-            raise ValueError(f"it has version {content['version']}, this program reads {VERSION}")
+            raise UserError(f"it has version {content['version']}, this program reads {VERSION}")
         metrics = {name: _metric(entry) for name, entry in content["metrics"].items()}
         return Record(Subject(**content["subject"]), metrics)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is no metrics.json of evaluate.py: {error}") from error
+        raise UserError(f"{path} is no metrics.json of evaluate.py: {error}") from error
 
 
 def _metric(entry: dict[str, Any]) -> Metric:
@@ -146,14 +146,14 @@ def compare(first: Record, second: Record, *, names: tuple[str, str] = ("the fir
     """
     common = [name for name in first.metrics if name in second.metrics]
     if not common:
-        raise ValueError(
+        raise UserError(
             f"no number is in both: {names[0]} has {', '.join(first.metrics) or 'none'}; "
             f"{names[1]} has {', '.join(second.metrics) or 'none'}"
         )
     if problems := refusals(first, second, names=names):
         more = f" (and {len(problems) - 1} more numbers)" if len(problems) > 1 else ""
         problem = next(iter(problems.values()))
-        raise ValueError(f"measured in two ways, so not to be compared: {problem}{more}; evaluate both alike")
+        raise UserError(f"measured in two ways, so not to be compared: {problem}{more}; evaluate both alike")
     return [Difference(name, first.metrics[name], second.metrics[name]) for name in common]
 
 

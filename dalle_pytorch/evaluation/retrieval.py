@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.checks import check_rows
 
 DISTRACTORS = 99  # Xu et al. 2018 (AttnGAN), https://arxiv.org/abs/1711.10485, section 4
@@ -28,11 +29,11 @@ def retrieval_ranks(scores: Float[Tensor, "n m"], right: Bool[Tensor, "_ _"]) ->
         ValueError: a query without a right candidate, unequal shapes, or scores that are no numbers.
     """
     if scores.shape != right.shape:
-        raise ValueError(f"scores of shape {tuple(scores.shape)} given beside answers of {tuple(right.shape)}")
+        raise UserError(f"scores of shape {tuple(scores.shape)} given beside answers of {tuple(right.shape)}")
     check_rows(scores, "scores", least=1)
     if not right.any(dim=1).all():
         number = int((~right.any(dim=1)).int().argmax())
-        raise ValueError(f"query {number} has no right candidate: its recall has no meaning; leave it out")
+        raise UserError(f"query {number} has no right candidate: its recall has no meaning; leave it out")
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)
 
@@ -49,9 +50,9 @@ def recall_at(ranks: Int[Tensor, " n"], k: int, candidates: int) -> Float[Tensor
         ValueError: k is out of range, or there are no more candidates than k.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise UserError(f"k must be at least 1, got {k}")
     if candidates <= k:
-        raise ValueError(f"R@{k} of {candidates} candidates is always 1: evaluate on more than {k} pairs")
+        raise UserError(f"R@{k} of {candidates} candidates is always 1: evaluate on more than {k} pairs")
     return (ranks < k).double()
 
 
@@ -81,9 +82,9 @@ def r_precision(
     """
     _check_pairs(images, texts)
     if len(own) != len(images):
-        raise ValueError(f"{len(images)} pictures given, and which caption is whose for {len(own)}")
+        raise UserError(f"{len(images)} pictures given, and which caption is whose for {len(own)}")
     if not 1 <= distractors < len(texts):
-        raise ValueError(
+        raise UserError(
             f"distractors ({distractors}) must lie in 1 to the number of other captions ({len(texts) - 1}); evaluate "
             "on more captions, or ask for fewer distractors"
         )
@@ -106,7 +107,7 @@ def clip_score(images: Float[Tensor, "b e"], texts: Float[Tensor, "_ _"]) -> Flo
     """
     _check_pairs(images, texts)
     if len(images) != len(texts):
-        raise ValueError(f"{len(images)} pictures given for {len(texts)} captions")
+        raise UserError(f"{len(images)} pictures given for {len(texts)} captions")
     return 100 * (images.double() * texts.double()).sum(dim=1).clamp_min(0)
 
 
@@ -127,12 +128,12 @@ def best_of_n(
         ValueError: unequal shapes, scores that are no numbers, or an N out of range.
     """
     if ranker.shape != judge.shape:
-        raise ValueError(f"scores of the ranker {tuple(ranker.shape)} and of the judge {tuple(judge.shape)} differ")
+        raise UserError(f"scores of the ranker {tuple(ranker.shape)} and of the judge {tuple(judge.shape)} differ")
     check_rows(ranker, "scores of the ranker", least=1)
     check_rows(judge, "scores of the judge", least=1)
     count = ranker.shape[1]
     if any(not 1 <= size <= count for size in sizes):
-        raise ValueError(f"sizes {list(sizes)} must lie in 1 to the number of candidates ({count})")
+        raise UserError(f"sizes {list(sizes)} must lie in 1 to the number of candidates ({count})")
     ordered = judge.double().gather(1, ranker.argsort(dim=1, descending=True, stable=True))
     columns = []
     for size in sizes:
@@ -147,7 +148,7 @@ def best_of_n(
 
 def _check_pairs(images: Float[Tensor, "b e"], texts: Float[Tensor, "t _"]) -> None:
     if images.shape[1] != texts.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"picture features have {images.shape[1]} columns, caption features {texts.shape[1]}: take both from one "
             "clip"
         )

@@ -13,6 +13,7 @@ from dalle_pytorch.data.factors import Factors, asked, factors_of
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tokens import TokenShards
+from dalle_pytorch.errors import UserError
 
 
 class Samples(NamedTuple):
@@ -55,7 +56,7 @@ def read_samples(
         ValueError: they are tokens, not pictures, or one cannot be read.
     """
     if isinstance(shards, TokenShards):
-        raise ValueError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
+        raise UserError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
     pictures = Pictures(shards, replace(data, cache_decoded=False), image_size=image_size, train=False)
     samples = [pictures[index] for index in chosen(len(pictures), most, seed)]
     metas = [shards.meta(sample["index"]) for sample in samples]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-from dalle_pytorch.generation.processes import Processes
+from dalle_pytorch.distributed import Processes
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.dalle import Draw, judged
 from dalle_pytorch.evaluation.features import Extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
@@ -48,9 +49,9 @@ class SweepConfig:
         """
         for name, values in self.swept().items():
             if not values:
-                raise ValueError(f"sweep.{name} is an empty list: give the values to try, or leave it null")
+                raise UserError(f"sweep.{name} is an empty list: give the values to try, or leave it null")
             if len(set(values)) < len(values):
-                raise ValueError(f"sweep.{name} must hold different values, got {values}")
+                raise UserError(f"sweep.{name} must hold different values, got {values}")
 
     def swept(self) -> dict[str, list[Any]]:
         """The fields that have values."""
@@ -73,7 +74,7 @@ class SweepConfig:
             try:
                 found[name] = replace(sampling, **changes)
             except ValueError as error:
-                raise ValueError(f"sweep with {name}: {error}") from error
+                raise UserError(f"sweep with {name}: {error}") from error
         return found
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.models.dalle_bart import DALLEBart
@@ -54,18 +55,18 @@ def draw_texts(
             the model has no <bos>.
     """
     if isinstance(dalle, DALLEBart):
-        raise ValueError("this dalle reads captions and has no head to write them (a DALL·E mini): use a DALLE")
+        raise UserError("this dalle reads captions and has no head to write them (a DALL·E mini): use a DALLE")
     config = dalle.config
     if sampling.guided():
-        raise ValueError("guidance (cfg_scale, cfg_schedule) weighs captions against none: it cannot draw captions")
+        raise UserError("guidance (cfg_scale, cfg_schedule) weighs captions against none: it cannot draw captions")
     if start_tokens.shape[1] >= config.text_len:
-        raise ValueError(
+        raise UserError(
             f"{start_tokens.shape[1]} text tokens to continue, the model reads text_len = {config.text_len}"
         )
     if start_tokens.numel() and not 0 < int(start_tokens.min()) <= int(start_tokens.max()) < config.text_vocab_size:
-        raise ValueError(f"the start must hold text tokens 1 to {config.text_vocab_size - 1}, without padding")
+        raise UserError(f"the start must hold text tokens 1 to {config.text_vocab_size - 1}, without padding")
     if not start_tokens.shape[1] and not config.bos:
-        raise ValueError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
+        raise UserError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
     tokens = F.pad(start_tokens, (0, config.text_len - start_tokens.shape[1]))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with eval_mode(dalle):
@@ -117,10 +118,10 @@ def caption_picture(
         ValueError: counts out of range, or a model without a text tokenizer or a text head.
     """
     if not 1 <= num_keep <= num_candidates:
-        raise ValueError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")
+        raise UserError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")
     tokenizer = dalle.text_tokenizer
     if tokenizer is None:
-        raise ValueError("this dalle carries no text tokenizer, so it cannot write captions; set dalle.text_tokenizer")
+        raise UserError("this dalle carries no text tokenizer, so it cannot write captions; set dalle.text_tokenizer")
     device = dalle.image_emb.weight.device
     start = torch.tensor([tokenizer.encode(prompt)] * num_candidates, dtype=torch.long, device=device)
     start = start.reshape(num_candidates, -1)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.bart import BartDecoder
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.sampling import SamplingConfig, guide
@@ -65,7 +66,7 @@ def draw_image_tokens(
     """
     count, prompts = decoder.dalle.num_image_tokens, len(text_tokens)
     if uniforms.shape[1] != count or not prompts or len(uniforms) % prompts:
-        raise ValueError(
+        raise UserError(
             f"uniforms of shape {tuple(uniforms.shape)} given, expected (candidates of {prompts} prompts, image "
             f"tokens) = (a multiple of {prompts}, {count})"
         )
@@ -74,7 +75,7 @@ def draw_image_tokens(
     known = torch.zeros(count, dtype=torch.bool)
     if given is not None:
         if given.tokens.shape != (prompts, count) or given.keep.shape != (count,):
-            raise ValueError(
+            raise UserError(
                 f"given tokens of shape {tuple(given.tokens.shape)} and a mask of {tuple(given.keep.shape)} do not fit "
                 f"{prompts} prompts of {count} image tokens"
             )

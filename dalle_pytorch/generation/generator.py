@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.engine import AnyDALLE, Given, draw_image_tokens, make_decoder
 from dalle_pytorch.generation.rerank import Ranking, Scorer, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
@@ -108,9 +109,9 @@ class Generator:
         for scorer in self.clips:
             text_tokenizer_of(scorer, "clip")
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if memory_gb <= 0:
-            raise ValueError(f"memory_gb must be positive, got {memory_gb}")
+            raise UserError(f"memory_gb must be positive, got {memory_gb}")
         self.decoder = make_decoder(dalle, precision=precision, compiled=compiled)
 
     def check(self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, truncate: bool = False) -> None:
@@ -123,7 +124,7 @@ class Generator:
         for prompt in prompts:
             self.tokenizer.tokenize(prompt, self.dalle.config.text_len, truncate=truncate)
         if sampling is not None and sampling.guided() and not self.dalle.config.caption_dropout:
-            raise ValueError(
+            raise UserError(
                 f"guidance (cfg_scale={sampling.cfg_scale}, cfg_schedule={sampling.cfg_schedule}) needs a model that "
                 "has seen empty captions; this one was trained with caption_dropout=0: use cfg_scale=1"
             )
@@ -184,7 +185,7 @@ class Generator:
                 f"temperature=0 makes all {len(indices)} candidates of a prompt equal; use a positive one", stacklevel=2
             )
         if negative_prompt and not sampling.guided():
-            raise ValueError(f"negative_prompt={negative_prompt!r} acts through guidance: set cfg_scale above 1")
+            raise UserError(f"negative_prompt={negative_prompt!r} acts through guidance: set cfg_scale above 1")
         text, null = (
             self.tokenizer.tokenize(part, dalle.config.text_len, truncate=truncate).to(self.decoder.device)
             for part in (prompt, negative_prompt)
@@ -211,7 +212,7 @@ class Generator:
             ValueError: no indices; and as ``sample``.
         """
         if not indices:
-            raise ValueError("indices is empty: there is nothing to draw")
+            raise UserError("indices is empty: there is nothing to draw")
         return join([part for part in self.sample(prompt, indices, **options) if isinstance(part, Candidates)])
 
     def stream(
@@ -256,7 +257,7 @@ class Generator:
             ValueError: counts out of range, or the prompt is too long.
         """
         if not 1 <= num_keep <= num_candidates:
-            raise ValueError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")
+            raise UserError(f"num_keep ({num_keep}) must lie in 1 to num_candidates ({num_candidates})")
         indices = range(num_candidates)
         *_, last = self.stream(prompt, indices, num_keep=num_keep, min_distance=min_distance, **options)
         assert isinstance(last, Ranked)  # a Preview is never the last
@@ -285,7 +286,7 @@ def text_tokenizer_of(model: AnyDALLE | Scorer, kind: str) -> TextTokenizer:
         ValueError: it carries none.
     """
     if model.text_tokenizer is None:
-        raise ValueError(
+        raise UserError(
             f"this {kind} carries no text tokenizer, so it cannot read prompts; set {kind}.text_tokenizer, "
             "or load a checkpoint that our training wrote"
         )

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dalle_pytorch.data.images import to_pil
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.image_tokenizer import token_edges
 
 MARGIN = 6  # pixels around every picture
@@ -41,10 +42,10 @@ def picture_grid(rows: Sequence[GridRow], *, cell: int = 128) -> Image.Image:
         ValueError: nothing to draw, or labels that do not match the pictures.
     """
     if not rows or not any(len(row.images) for row in rows):
-        raise ValueError("a grid needs at least one picture")
+        raise UserError("a grid needs at least one picture")
     for row in rows:
         if row.labels and len(row.labels) != len(row.images):
-            raise ValueError(f"row {row.title!r} has {len(row.images)} pictures and {len(row.labels)} labels")
+            raise UserError(f"row {row.title!r} has {len(row.images)} pictures and {len(row.labels)} labels")
     font = ImageFont.load_default(13)
     columns = max(len(row.images) for row in rows)
     width = columns * (cell + MARGIN) + MARGIN

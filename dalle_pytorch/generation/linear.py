@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.linear import onednn_computes
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,9 @@ def check_precision(precision: str, device: torch.device) -> None:
         ValueError: names both.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "int8" and device.type != "cpu":
-        raise ValueError(f"precision=int8 runs on a CPU only, the model is on {device}; use bf16 there")
+        raise UserError(f"precision=int8 runs on a CPU only, the model is on {device}; use bf16 there")
     if precision == "bf16" and device.type == "cpu" and not onednn_computes(torch.bfloat16):
         log.warning("this CPU has no instructions for bf16 and emulates it a hundred times as slowly: use fp32 or int8")
 

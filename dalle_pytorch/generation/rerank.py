@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIP
@@ -46,7 +47,7 @@ def score(images: Float[Tensor, "m c H W"], prompt: str, clips: Sequence[Scorer]
     rows = [torch.empty(0, len(images))]
     for clip in clips:
         if clip.text_tokenizer is None:
-            raise ValueError("this clip carries no text tokenizer, so it cannot read prompts; set clip.text_tokenizer")
+            raise UserError("this clip carries no text tokenizer, so it cannot read prompts; set clip.text_tokenizer")
         device = clip.log_logit_scale.device
         text = clip.text_tokenizer.tokenize(prompt, clip.config.text_len, truncate=True).to(device)
         with eval_mode(clip):
@@ -84,9 +85,9 @@ def rank(
     """
     count = len(images)
     if not 1 <= num_keep <= count:
-        raise ValueError(f"num_keep ({num_keep}) must lie in 1 to the number of candidates ({count})")
+        raise UserError(f"num_keep ({num_keep}) must lie in 1 to the number of candidates ({count})")
     if not 0 <= min_distance <= 1:
-        raise ValueError(f"min_distance must lie in [0, 1] (0 = off), got {min_distance}")
+        raise UserError(f"min_distance must lie in [0, 1] (0 = off), got {min_distance}")
     votes = vote(scores)
     order = torch.arange(count) if votes is None else votes.argsort(descending=True, stable=True)
     if min_distance:

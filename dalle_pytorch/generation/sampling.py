@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
+
 
 @dataclass(kw_only=True)
 class SamplingConfig:
@@ -37,18 +39,18 @@ class SamplingConfig:
             ValueError: a field is out of range; names it.
         """
         if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
+            raise UserError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+            raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1] (1 = off), got {self.top_p}")
+            raise UserError(f"top_p must lie in (0, 1] (1 = off), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1] (0 = off), got {self.min_p}")
+            raise UserError(f"min_p must lie in [0, 1] (0 = off), got {self.min_p}")
         if self.cfg_schedule is not None:
             if not self.cfg_schedule:
-                raise ValueError("cfg_schedule is an empty list; leave it null for a constant cfg_scale")
+                raise UserError("cfg_schedule is an empty list; leave it null for a constant cfg_scale")
             if self.cfg_scale != 1:
-                raise ValueError(
+                raise UserError(
                     f"cfg_scale={self.cfg_scale} and cfg_schedule={self.cfg_schedule} are both set; choose one"
                 )
 
@@ -96,7 +98,7 @@ def keep_top_k(logits: Float[Tensor, "b k"], top_k: int) -> Float[Tensor, "b k"]
         ValueError: top_k is negative.
     """
     if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
+        raise UserError(f"top_k must be 0 (off) or positive, got {top_k}")
     if top_k == 0 or top_k >= logits.shape[-1]:
         return logits
     values, indices = logits.topk(top_k, dim=-1)
@@ -113,7 +115,7 @@ def keep_top_p(logits: Float[Tensor, "b k"], top_p: float) -> Float[Tensor, "b k
         Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
     """
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1] (1 = off), got {top_p}")
+        raise UserError(f"top_p must lie in (0, 1] (1 = off), got {top_p}")
     if top_p == 1:
         return logits
     ordered, indices = logits.sort(dim=-1, descending=True, stable=True)
@@ -132,7 +134,7 @@ def keep_min_p(logits: Float[Tensor, "b k"], min_p: float) -> Float[Tensor, "b k
         Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
     """
     if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must lie in [0, 1] (0 = off), got {min_p}")
+        raise UserError(f"min_p must lie in [0, 1] (0 = off), got {min_p}")
     if min_p == 0:
         return logits
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -torch.inf)
@@ -163,7 +165,7 @@ def draw(
         ValueError: temperature is negative, or top_k, top_p or min_p out of range.
     """
     if temperature < 0:
-        raise ValueError(f"temperature must not be negative (0 = greedy), got {temperature}")
+        raise UserError(f"temperature must not be negative (0 = greedy), got {temperature}")
     if temperature == 0:
         return logits.argmax(dim=-1)
     kept = keep_min_p(keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p), min_p)
@@ -190,5 +192,5 @@ def top_k_of_filter_thres(filter_thres: float, codebook_size: int) -> int:
         ValueError: filter_thres is not in [0, 1].
     """
     if not 0 <= filter_thres <= 1:
-        raise ValueError(f"filter_thres is the share of tokens to drop, in [0, 1]; got {filter_thres}")
+        raise UserError(f"filter_thres is the share of tokens to drop, in [0, 1]; got {filter_thres}")
     return max(int(round((1 - filter_thres) * codebook_size, 6)), 1)  # rounded: 1 - 0.9 is a little less than 0.1

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import EncoderView, LayerView
 from dalle_pytorch.models.linear import Linear
-from dalle_pytorch.ranges import at_least_one
 
 EPS = 1e-5  # of every norm, as in dalle-mini
 
@@ -52,9 +52,9 @@ class BartConfig:
         """
         at_least_one(self, "dim", "encoder_layers", "decoder_layers", "heads", "ffn_dim")
         if self.dim % self.heads:
-            raise ValueError(f"dim ({self.dim}) must be divisible by heads ({self.heads})")
+            raise UserError(f"dim ({self.dim}) must be divisible by heads ({self.heads})")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
 
 
 class ShiftNorm(nn.Module):

@@ -16,9 +16,9 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import EncoderView
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
-from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.text import TextTokenizer
 
 LOSSES = ("infonce", "siglip")
@@ -65,18 +65,18 @@ class CLIPConfig:
             ValueError: a field is out of range; names it.
         """
         if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+            raise UserError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         at_least_one(
             self, "dim_text", "dim_image", "dim_latent", "text_vocab_size", "text_len", "text_enc_depth",
             "text_heads", "visual_enc_depth", "visual_heads", "image_size", "patch_size", "channels",
         )  # fmt: skip
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
+            raise UserError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
         for dim, heads in (("dim_text", "text_heads"), ("dim_image", "visual_heads")):
             if getattr(self, dim) % (2 * getattr(self, heads)):
-                raise ValueError(
+                raise UserError(
                     f"{dim} ({getattr(self, dim)}) must be an even multiple of {heads} ({getattr(self, heads)})"
                 )
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
-from dalle_pytorch.ranges import at_least_one, not_negative
 
 LIKELIHOODS = ("mse", "smooth_l1", "logit_laplace")
 LOGIT_LAPLACE_EPS = 0.1  # section A.3: keeps pixels away from 0 and 1, where the density diverges
@@ -59,27 +59,27 @@ class ConvConfig:
         """
         at_least_one(self, "image_size", "num_layers", "codebook_size", "codebook_dim", "hidden_dim")
         if min(self.strides, default=2) < 2:
-            raise ValueError(f"strides must be 2 or more each, got {self.strides}")
+            raise UserError(f"strides must be 2 or more each, got {self.strides}")
         if not self.strides and self.image_size % 2**self.num_layers:
-            raise ValueError(
+            raise UserError(
                 f"image_size ({self.image_size}) must be a multiple of 2 ** num_layers ({2**self.num_layers})"
             )
         if not 1 <= self.channels <= 4:
-            raise ValueError(f"channels must be 1 to 4, got {self.channels}")
+            raise UserError(f"channels must be 1 to 4, got {self.channels}")
         halvings = len(self.scales) - 1
         if self.taper and self.hidden_dim % 2**halvings:
-            raise ValueError(
+            raise UserError(
                 f"taper halves the channels {halvings} times: hidden_dim ({self.hidden_dim}) must be a "
                 f"multiple of {2**halvings}"
             )
         not_negative(self, "num_resnet_blocks")
         if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
+            raise UserError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
-                raise ValueError(f"{name} must have 1 or {self.channels} values, got {getattr(self, name)}")
+                raise UserError(f"{name} must have 1 or {self.channels} values, got {getattr(self, name)}")
         if min(self.std) <= 0:
-            raise ValueError(f"std ({self.std}) must be above 0")
+            raise UserError(f"std ({self.std}) must be above 0")
 
     @property
     def scales(self) -> list[int]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.attention import ROTARIES, StreamView, rotary_turns
 from dalle_pytorch.models.block_sparse import layout
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
@@ -27,7 +28,6 @@ from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 from dalle_pytorch.models.patterns import pattern_mask
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
-from dalle_pytorch.ranges import at_least_one, not_negative
 from dalle_pytorch.text import TextTokenizer
 
 POSITIONS = ("rotary", "learned", "both", "flat")
@@ -87,29 +87,29 @@ class DALLEConfig(TransformerConfig):
         super().__post_init__()
         at_least_one(self, "text_vocab_size", "text_len")
         if not self.attn_types:
-            raise ValueError("attn_types is empty; name at least one pattern, e.g. [full]")
+            raise UserError("attn_types is empty; name at least one pattern, e.g. [full]")
         for pattern in self.attn_types:
             pattern_mask(pattern, 1, 1, semantics=self.attn_semantics, kernel=self.conv_kernel)
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+            raise UserError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.rotary not in ROTARIES:
-            raise ValueError(f"rotary must be one of {', '.join(ROTARIES)}, got {self.rotary!r}")
+            raise UserError(f"rotary must be one of {', '.join(ROTARIES)}, got {self.rotary!r}")
         if self.rotate_values and not self.rotated:
-            raise ValueError(f"rotate_values needs positions that rotate (rotary or both), got {self.positions!r}")
+            raise UserError(f"rotate_values needs positions that rotate (rotary or both), got {self.positions!r}")
         if self.rotary != "grid" and not self.rotated:
-            raise ValueError(
+            raise UserError(
                 f"rotary={self.rotary} needs positions that rotate (rotary or both), got {self.positions!r}"
             )
         if not self.bos and self.text_len < 2:
-            raise ValueError(f"without bos text_len must be at least 2, got {self.text_len}: its first token is given")
+            raise UserError(f"without bos text_len must be at least 2, got {self.text_len}: its first token is given")
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         not_negative(self, "loss_img_weight", "z_loss", "contrast_weight")
         if self.contrast_scale <= 0:
-            raise ValueError(f"contrast_scale must be positive, got {self.contrast_scale}")
+            raise UserError(f"contrast_scale must be positive, got {self.contrast_scale}")
         if self.shift_tokens and self.dim % 4:
-            raise ValueError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
+            raise UserError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
 
     @property
     def text_length(self) -> int:

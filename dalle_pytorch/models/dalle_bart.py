@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.bart import EPS, BartConfig, Decoder, Encoder, drop
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy
-from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.text import TextTokenizer
 
 
@@ -59,17 +59,17 @@ class DALLEBartConfig(BartConfig):
         super().__post_init__()
         at_least_one(self, "image_vocab_size", "grid_size")
         if self.text_positions < 3:
-            raise ValueError(f"text_positions must be at least 3 (<s>, a token, </s>), got {self.text_positions}")
+            raise UserError(f"text_positions must be at least 3 (<s>, a token, </s>), got {self.text_positions}")
         if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
+            raise UserError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
         special = {name: getattr(self, name) for name in ("text_bos", "text_pad", "text_eos")}
         for name, value in special.items():
             if not 0 <= value < self.text_vocab_size:
-                raise ValueError(f"{name} ({value}) must lie in [0, text_vocab_size = {self.text_vocab_size})")
+                raise UserError(f"{name} ({value}) must lie in [0, text_vocab_size = {self.text_vocab_size})")
         if len(set(special.values())) < len(special):
-            raise ValueError(f"text_bos, text_pad and text_eos must differ, got {list(special.values())}")
+            raise UserError(f"text_bos, text_pad and text_eos must differ, got {list(special.values())}")
         if not 0 <= self.bos_id <= self.image_vocab_size:
-            raise ValueError(f"bos_id ({self.bos_id}) must lie in [0, image_vocab_size = {self.image_vocab_size}]")
+            raise UserError(f"bos_id ({self.bos_id}) must lie in [0, image_vocab_size = {self.image_vocab_size}]")
 
     @property
     def text_len(self) -> int:
@@ -107,9 +107,9 @@ class DALLEBart(nn.Module):
         self.grid_size, self.codebook_size = self.vae.grid_size, self.vae.codebook_size
         self.num_image_tokens = self.grid_size**2
         if self.grid_size != config.grid_size:
-            raise ValueError(f"the vae has {self.grid_size} token rows, the config grid_size = {config.grid_size}")
+            raise UserError(f"the vae has {self.grid_size} token rows, the config grid_size = {config.grid_size}")
         if self.codebook_size > config.image_vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the vae's codebook has {self.codebook_size} codes, more than image_vocab_size = "
                 f"{config.image_vocab_size}"
             )

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
 
 
@@ -39,9 +40,9 @@ class DiscreteVAEConfig(ConvConfig):
         """
         super().__post_init__()
         if self.reinmax and not self.straight_through:
-            raise ValueError("reinmax corrects the straight-through gradient: set straight_through=true as well")
+            raise UserError("reinmax corrects the straight-through gradient: set straight_through=true as well")
         if self.gumbel_tau <= 0:
-            raise ValueError(f"gumbel_tau must be above 0, got {self.gumbel_tau}")
+            raise UserError(f"gumbel_tau must be above 0, got {self.gumbel_tau}")
 
 
 class VAELoss(NamedTuple):

@@ -12,6 +12,8 @@ from typing import Protocol, cast, runtime_checkable
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError
+
 CONTRACT = ("image_size", "grid_size", "codebook_size", "channels", "encode", "decode")
 
 
@@ -132,5 +134,5 @@ def as_image_tokenizer(vae: nn.Module) -> ImageTokenizer:
     """
     for name in CONTRACT:
         if not hasattr(vae, name):
-            raise ValueError(f"vae ({type(vae).__name__}) is no image tokenizer: it has no {name!r}")
+            raise UserError(f"vae ({type(vae).__name__}) is no image tokenizer: it has no {name!r}")
     return cast(ImageTokenizer, vae)

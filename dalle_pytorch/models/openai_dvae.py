@@ -19,9 +19,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.models.linear import onednn_computes
-from dalle_pytorch.ranges import at_least_one
 
 GROUPS = 4  # of blocks; the resolution changes between them, so that 8 x 8 pixels share a token
 LOGIT_LAPLACE_EPS = 0.1  # section A.3
@@ -54,7 +54,7 @@ class OpenAIDVAEConfig:
         at_least_one(self, "image_size", "hidden_dim", "init_dim", "num_blocks", "codebook_size", "channels")
         for name, factor in (("image_size", 2 ** (GROUPS - 1)), ("hidden_dim", 4)):
             if getattr(self, name) % factor:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of {factor}")
+                raise UserError(f"{name} ({getattr(self, name)}) must be a multiple of {factor}")
 
 
 class Packed(NamedTuple):

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
+
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
 SEMANTICS = ("paper", "dalle_pytorch")
 
@@ -36,11 +38,11 @@ def pattern_mask(
         Ramesh et al. 2021, appendix B.1 (rows, columns, 11 x 11 convolution); DALLE-pytorch 1.6.6, attention.py.
     """
     if pattern not in PATTERNS:
-        raise ValueError(f"attention pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+        raise UserError(f"attention pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
     if semantics not in SEMANTICS:
-        raise ValueError(f"attn_semantics must be one of {', '.join(SEMANTICS)}, got {semantics!r}")
+        raise UserError(f"attn_semantics must be one of {', '.join(SEMANTICS)}, got {semantics!r}")
     if semantics == "paper" and kernel % 2 == 0:
-        raise ValueError(f"conv_kernel must be odd to have a centre, got {kernel}")
+        raise UserError(f"conv_kernel must be odd to have a centre, got {kernel}")
     length = text_length + grid_size**2
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     if pattern == "full":

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.clip_resnet import ModifiedResNet
 from dalle_pytorch.models.clip_towers import ACTIVATIONS, TextTower, VisionTransformer
-from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.text import TextTokenizer
 
 IMAGE_POOLS, TEXT_POOLS = ("class", "attention"), ("end", "last")
@@ -115,25 +115,25 @@ class PretrainedCLIPConfig:
             *(("interpolation", INTERPOLATIONS), ("image_activation", ACTIVATIONS), ("text_activation", ACTIVATIONS)),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         channels = 32 * self.image_width if self.image_stages else self.image_width
         for name, width, heads in (("image", channels, self.image_heads), ("text", self.text_width, self.text_heads)):
             if width % heads:
-                raise ValueError(f"{name}_heads ({heads}) must divide the width of its attention ({width})")
+                raise UserError(f"{name}_heads ({heads}) must divide the width of its attention ({width})")
         if self.image_stages and (len(self.image_stages) != 4 or min(self.image_stages) < 1 or self.image_size % 32):
-            raise ValueError(
+            raise UserError(
                 f"a ResNet has four stages and an image_size that 32 divides, "
                 f"got {self.image_stages} and {self.image_size}"
             )
         if not self.image_stages and self.image_size < self.patch_size:
-            raise ValueError(f"image_size ({self.image_size}) must be at least patch_size ({self.patch_size})")
+            raise UserError(f"image_size ({self.image_size}) must be at least patch_size ({self.patch_size})")
         if not self.image_stages and self.image_pool == "attention" and self.embed_dim != self.image_width:
-            raise ValueError(f"image_pool='attention' has no projection: image_width must be {self.embed_dim}")
+            raise UserError(f"image_pool='attention' has no projection: image_width must be {self.embed_dim}")
         for name in ("start_id", "end_id", "pad_id"):
             if not 0 <= (getattr(self, name) or 0) < self.text_vocab_size:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be below {self.text_vocab_size}")
+                raise UserError(f"{name} ({getattr(self, name)}) must be below {self.text_vocab_size}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std need three numbers each, std positive, got {self.mean} and {self.std}")
+            raise UserError(f"mean and std need three numbers each, std positive, got {self.mean} and {self.std}")
 
 
 class PretrainedCLIP(nn.Module):

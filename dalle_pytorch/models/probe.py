@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.ranges import at_least_one, not_negative
+from dalle_pytorch.errors import UserError, at_least_one, not_negative
 
 GROUPS = 8
 """Of GroupNorm."""
@@ -63,20 +63,20 @@ class ProbeConfig:
         """
         at_least_one(self, "stages", "blocks", "image_size", "cells", "num_features")
         if self.image_size % 2**self.stages:
-            raise ValueError(f"image_size must be a multiple of 2 ** stages = {2**self.stages}, got {self.image_size}")
+            raise UserError(f"image_size must be a multiple of 2 ** stages = {2**self.stages}, got {self.image_size}")
         if self.cells > (grid := self.image_size // 2**self.stages):
-            raise ValueError(f"cells must be at most image_size / 2 ** stages = {grid}, got {self.cells}")
+            raise UserError(f"cells must be at most image_size / 2 ** stages = {grid}, got {self.cells}")
         if self.width < GROUPS or self.width % GROUPS:
-            raise ValueError(f"width must be a multiple of {GROUPS}, got {self.width}")
+            raise UserError(f"width must be a multiple of {GROUPS}, got {self.width}")
         not_negative(self, "colours")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name, values in self.classes.items():
             if not re.fullmatch(r"\w+", name) or name == "all":
-                raise ValueError(f'factor {name!r} stands in names of numbers: use letters, digits, "_", and not "all"')
+                raise UserError(f'factor {name!r} stands in names of numbers: use letters, digits, "_", and not "all"')
             if len(set(values)) != len(values) or len(values) < 2:
-                raise ValueError(f"classes.{name} must be two or more different values, got {values}")
+                raise UserError(f"classes.{name} must be two or more different values, got {values}")
 
 
 class Block(nn.Module):
@@ -107,7 +107,7 @@ class Probe(nn.Module):
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__()
         if not config.classes:
-            raise ValueError("a probe needs classes: factors of two or more values each")
+            raise UserError("a probe needs classes: factors of two or more values each")
         self.config = config
         layers: list[nn.Module] = []
         before = 3

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import Attention, LayerView
 from dalle_pytorch.models.gradient_scaling import GradientScale
 from dalle_pytorch.models.linear import Linear
-from dalle_pytorch.ranges import at_least_one
 
 
 @dataclass(kw_only=True)
@@ -71,12 +71,12 @@ class TransformerConfig:
         at_least_one(self, "dim", "depth", "heads", "head_dim")
         for name in ("attn_dropout", "ff_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+            raise UserError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
         for name in ("shared_attn_ids", "shared_ff_ids"):
             if getattr(self, name) is not None and not getattr(self, name):
-                raise ValueError(f"{name} is an empty list; leave it null for no sharing")
+                raise UserError(f"{name} is an empty list; leave it null for no sharing")
 
 
 class FeedForward(nn.Module):

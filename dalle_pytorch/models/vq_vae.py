@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError, not_negative
 from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, Quantizer, ScalarGrid, to_grid, to_sequence
-from dalle_pytorch.ranges import not_negative
 
 QUANTIZERS = ("vq", "fsq", "ibq")
 
@@ -48,18 +48,18 @@ class VQVAEConfig(ConvConfig):
         """
         super().__post_init__()
         if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+            raise UserError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
         if self.quantizer == "fsq" and (not self.levels or min(self.levels) < 3):
-            raise ValueError(f"levels must be 3 or more each, e.g. [8,5,5,5] for 1,000 codes; got {self.levels}")
+            raise UserError(f"levels must be 3 or more each, e.g. [8,5,5,5] for 1,000 codes; got {self.levels}")
         if self.quantizer == "fsq" and math.prod(self.levels) != self.codebook_size:
-            raise ValueError(
+            raise UserError(
                 f"levels {self.levels} make {math.prod(self.levels)} codes: set codebook_size to it "
                 f"(it is {self.codebook_size})"
             )
         if self.quantizer != "fsq" and self.levels:
-            raise ValueError(f"levels are those of quantizer=fsq; with {self.quantizer} leave them empty")
+            raise UserError(f"levels are those of quantizer=fsq; with {self.quantizer} leave them empty")
         if not 0 < self.decay < 1:
-            raise ValueError(f"decay must lie in (0, 1), got {self.decay}")
+            raise UserError(f"decay must lie in (0, 1), got {self.decay}")
         not_negative(self, "idle", "commitment", "entropy")
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle_pytorch.ranges import at_least_one
+from dalle_pytorch.errors import UserError, at_least_one
 
 QUANTIZERS = ("vq", "gumbel")
 PIXEL_RANGES = ("minus_one_to_one", "zero_to_one")
@@ -61,27 +61,27 @@ class VQGANConfig:
         """
         at_least_one(self, "image_size", "channels", "ch", "num_res_blocks", "z_channels", "embed_dim", "codebook_size")
         if not self.ch_mult or min(self.ch_mult) < 1 or any(self.ch * mult % NORM_GROUPS for mult in self.ch_mult):
-            raise ValueError(
+            raise UserError(
                 f"ch ({self.ch}) times every one of ch_mult ({self.ch_mult}) must be a multiple of {NORM_GROUPS}"
             )
         if self.encoder and self.ch % NORM_GROUPS:
-            raise ValueError(f"ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
+            raise UserError(f"ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
         if self.image_size % self.reduction:
-            raise ValueError(
+            raise UserError(
                 f"image_size ({self.image_size}) must be a multiple of {self.reduction}: "
                 f"ch_mult ({self.ch_mult}) has {len(self.ch_mult) - 1} halvings"
             )
         if not set(self.attention_levels) <= set(range(len(self.ch_mult))):
-            raise ValueError(
+            raise UserError(
                 f"attention_levels ({self.attention_levels}) must be levels of ch_mult, 0 to {len(self.ch_mult) - 1}"
             )
         for name, choices in (("quantizer", QUANTIZERS), ("pixel_range", PIXEL_RANGES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.normalize_codes and self.quantizer != "vq":
-            raise ValueError(f"normalize_codes needs quantizer 'vq', got {self.quantizer!r}")
+            raise UserError(f"normalize_codes needs quantizer 'vq', got {self.quantizer!r}")
         if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+            raise UserError(f"norm_eps must be above 0, got {self.norm_eps}")
 
     @property
     def reduction(self) -> int:

@@ -13,6 +13,7 @@ import ftfy
 from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text.bpe import SPACE, ByteBPE, merge_symbols, read_merge
 
 BOS, PAD, EOS, UNK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -55,14 +56,14 @@ class BartTokenizer(ByteBPE):
         words: Sequence[str] | None = None,
     ) -> None:
         if normalize not in NORMALIZERS:
-            raise ValueError(f"normalize must be one of {', '.join(NORMALIZERS)}, got {normalize!r}")
+            raise UserError(f"normalize must be one of {', '.join(NORMALIZERS)}, got {normalize!r}")
         vocab = {symbol: i for symbol, i in vocab.items() if symbol != MASK}
         found = [vocab.get(token) for token in (BOS, PAD, EOS)]
         if found != [0, 1, 2] or UNK not in vocab:
-            raise ValueError(f"vocabulary with {BOS}, {PAD}, {EOS} = {found}; BART has 0, 1, 2, and {UNK}")
+            raise UserError(f"vocabulary with {BOS}, {PAD}, {EOS} = {found}; BART has 0, 1, 2, and {UNK}")
         for first, second in merges:
             if left := {first, second, first + second} - vocab.keys():
-                raise ValueError(f"merge {first!r} {second!r} has symbols that the vocabulary lacks: {sorted(left)}")
+                raise UserError(f"merge {first!r} {second!r} has symbols that the vocabulary lacks: {sorted(left)}")
         self.normalize, self._merges = normalize, list(merges)
         self._words = None if words is None else list(words)
         self._costs = None if words is None else word_costs(words)
@@ -225,7 +226,7 @@ def read_words(path: str | Path) -> list[str]:
     """
     words = [line.split()[0] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not words:
-        raise ValueError(f"{path} holds no words")
+        raise UserError(f"{path} holds no words")
     return words
 
 
@@ -234,7 +235,7 @@ def _function(package: str, name: str) -> Callable[..., str]:
     try:
         return getattr(import_module(package), name)
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             f"tidying captions for DALL·E mini needs {package}: pip install 'dalle-pytorch-lab[mini]'"
         ) from error
 

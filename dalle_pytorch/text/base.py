@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
+
 PAD = 0
 
 # ftfy's typographic replacements, which a vocabulary with its own curly quotes and full-width
@@ -81,12 +83,12 @@ class TextTokenizer(ABC):
         if not isinstance(text, str):
             raise TypeError(f"a caption must be a str, got {type(text).__name__}: {text!r}")
         if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout is a probability in [0, 1], got {dropout}")
+            raise UserError(f"dropout is a probability in [0, 1], got {dropout}")
         text = self.clean(text)
         if dropout == 0.0:
             return self._encode(text)
         if rng is None:
-            raise ValueError(f"dropout={dropout} needs rng, a random.Random to draw from")
+            raise UserError(f"dropout={dropout} needs rng, a random.Random to draw from")
         return self._encode_with_dropout(text, dropout, rng)
 
     def decode(self, ids: Iterable[int] | Int[Tensor, " t"], pad_tokens: Set[int] = frozenset()) -> str:
@@ -105,14 +107,12 @@ class TextTokenizer(ABC):
         """
         if isinstance(ids, Tensor):
             if ids.ndim != 1:
-                raise ValueError(f"decode takes the ids of one caption, got {tuple(ids.shape)}")
+                raise UserError(f"decode takes the ids of one caption, got {tuple(ids.shape)}")
             ids = ids.tolist()
         kept = [int(i) for i in ids if int(i) != PAD and int(i) not in pad_tokens]
         for i in kept:
             if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"text token {i} is out of range: tokenizer {self.kind!r} has {self.vocab_size} tokens"
-                )
+                raise UserError(f"text token {i} is out of range: tokenizer {self.kind!r} has {self.vocab_size} tokens")
         return self._decode(kept).strip()
 
     def tokenize(
@@ -142,14 +142,14 @@ class TextTokenizer(ABC):
             ValueError: a caption has more tokens than `context_length` and is not to be truncated.
         """
         if context_length < 1:
-            raise ValueError(f"context_length must be at least 1, got {context_length}")
+            raise UserError(f"context_length must be at least 1, got {context_length}")
         truncate = truncate if truncate_text is None else truncate_text
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.full((len(texts), context_length), PAD, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
             ids = self.encode(text, dropout=dropout, rng=rng)
             if len(ids) > context_length and not truncate:
-                raise ValueError(
+                raise UserError(
                     f"caption {_shorten(text)!r} has {len(ids)} tokens, more than the context "
                     f"length {context_length}; truncate=True cuts it (settings: truncate=true of "
                     "generate, text.truncate=true or a larger model.text_len of a training)"
@@ -178,14 +178,14 @@ class TextTokenizer(ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
     def _encode_with_dropout(self, text: str, dropout: float, rng: random.Random) -> list[int]:
-        raise ValueError(f"tokenizer {self.kind!r} has no BPE dropout: use dropout=0, or a 'bpe' or 'clip' one")
+        raise UserError(f"tokenizer {self.kind!r} has no BPE dropout: use dropout=0, or a 'bpe' or 'clip' one")
 
     @classmethod
     def _check_state(cls, state: dict[str, Any], keys: Set[str]) -> None:
         if state.get("kind") != cls.kind:
-            raise ValueError(f"{cls.__name__} cannot read a state of kind {state.get('kind')!r}")
+            raise UserError(f"{cls.__name__} cannot read a state of kind {state.get('kind')!r}")
         if found := state.keys() ^ (keys | {"kind"}):
-            raise ValueError(f"state of tokenizer {cls.kind!r}: missing or unknown {sorted(found)}")
+            raise UserError(f"state of tokenizer {cls.kind!r}: missing or unknown {sorted(found)}")
 
     def __reduce__(self) -> tuple[Callable[..., "TextTokenizer"], tuple[dict[str, Any]]]:
         # Pickling by state keeps the Rust objects out of it and works for fork and spawn alike.

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text.base import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -131,13 +132,13 @@ class BPETokenizer(ByteBPE):
         """
         smallest = 1 + len(BYTES)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size must be at least {smallest}, got {vocab_size}")
+            raise UserError(f"vocab_size must be at least {smallest}, got {vocab_size}")
         if isinstance(captions, str):
-            raise ValueError("captions must be several strings, got one")
+            raise UserError("captions must be several strings, got one")
         empty = cls([], lowercase=lowercase)
         cleaned = [text for caption in captions if (text := empty.clean(caption))]
         if not cleaned:
-            raise ValueError("no captions to train a BPE tokenizer on: all are empty")
+            raise UserError("no captions to train a BPE tokenizer on: all are empty")
         merges = _learn_merges(cleaned, vocab_size)
         tokenizer = cls(merges, lowercase=lowercase)
         if tokenizer.vocab_size < vocab_size:
@@ -166,7 +167,7 @@ def read_merge(line: str) -> Merge:
     """Reads a merge written as "first second"."""
     first, _, second = line.partition(" ")
     if not first or not second:
-        raise ValueError(f"not a BPE merge (two symbols with a space between): {line!r}")
+        raise UserError(f"not a BPE merge (two symbols with a space between): {line!r}")
     return first, second
 
 

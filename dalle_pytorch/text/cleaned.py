@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text.base import clean_caption
 from dalle_pytorch.text.hf import HFTokenizer
 
@@ -83,5 +84,5 @@ class CleanedTokenizer(HFTokenizer):
 
     def _set_cleaning(self, clean: str) -> None:
         if clean not in CLEANINGS:
-            raise ValueError(f"clean must be one of {', '.join(CLEANINGS)}, got {clean!r}")
+            raise UserError(f"clean must be one of {', '.join(CLEANINGS)}, got {clean!r}")
         self._cleaning = clean

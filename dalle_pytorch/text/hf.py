@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text.base import PAD, TextTokenizer, clean_caption
 
 
@@ -52,7 +53,7 @@ class HFTokenizer(TextTokenizer):
         try:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise ValueError(f"{source} is not a tokenizer.json: {error}") from error
+            raise UserError(f"{source} is not a tokenizer.json: {error}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if isinstance(tokenizer.model, models.BPE):
@@ -104,7 +105,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        raise UserError(f"{path} is not a tokenizer.json: {error}") from error
 
 
 def _padding_is_free(spec: dict[str, Any]) -> bool:
@@ -120,7 +121,7 @@ def _convert(path: Path) -> str:
     try:
         from transformers import AutoTokenizer, BertTokenizer
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             f"{path} has no tokenizer.json; converting it needs transformers: pip install 'dalle-pytorch-lab[hf]'"
         ) from error
     try:
@@ -128,7 +129,7 @@ def _convert(path: Path) -> str:
         tokenizer: Any = loader.from_pretrained(str(path), local_files_only=True)
         return tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # whatever the many tokenizers of transformers raise
-        raise ValueError(f"{path} holds no tokenizer that transformers can read: {error}") from error
+        raise UserError(f"{path} holds no tokenizer that transformers can read: {error}") from error
 
 
 def _is_bert_vocabulary(path: Path) -> bool:

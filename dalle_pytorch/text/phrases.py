@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from dalle_pytorch.errors import UserError
+
 
 def held_phrase(caption: str, phrases: Sequence[str]) -> str | None:
     """The phrase that a caption holds, the longest of several; None if it holds none."""
@@ -35,4 +37,4 @@ def check_phrases(phrases: Sequence[str], name: str) -> None:
         ValueError: one only, an empty one, or one twice.
     """
     if phrases and (len(phrases) == 1 or not all(phrases) or len(set(phrases)) < len(phrases)):
-        raise ValueError(f"{name} must be two or more different phrases, or none, got {list(phrases)}")
+        raise UserError(f"{name} must be two or more different phrases, or none, got {list(phrases)}")

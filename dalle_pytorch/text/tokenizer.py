@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text.bart import BartTokenizer
 from dalle_pytorch.text.base import TextTokenizer, clean_caption
 from dalle_pytorch.text.bpe import BPETokenizer
@@ -35,5 +36,5 @@ def text_tokenizer_from_state(state: dict[str, Any]) -> TextTokenizer:
     """
     kind = state.get("kind")
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of text tokenizer: {kind!r}; known: {', '.join(KINDS)}")
+        raise UserError(f"unknown kind of text tokenizer: {kind!r}; known: {', '.join(KINDS)}")
     return KINDS[kind].from_state(state)

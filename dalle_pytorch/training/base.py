@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dalle_pytorch.checkpoints.checkpoint import header
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.header import header
 from dalle_pytorch.models.gradient_scaling import update_scales
 from dalle_pytorch.training.optim import OptimConfig, make_optimizer, make_scheduler
 from dalle_pytorch.training.sharding import shard

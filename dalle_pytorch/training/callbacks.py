@@ -15,8 +15,8 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.data.images import to_pil
-from dalle_pytorch.ranges import at_least_one, not_negative
+from dalle_pytorch.errors import UserError, at_least_one, not_negative
+from dalle_pytorch.images import to_pil
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.preemption import StopOnSignal
 from dalle_pytorch.training.stability import ActivationScales
@@ -48,11 +48,11 @@ class CallbacksConfig:
             ValueError: a field is out of range; names it.
         """
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), 0 = off; got {self.ema_decay}")
+            raise UserError(f"ema_decay must lie in [0, 1), 0 = off; got {self.ema_decay}")
         not_negative(self, "picture_every")
         at_least_one(self, "checkpoint_every", "keep_last")
         if self.keep not in ("best", "last"):
-            raise ValueError(f'keep must be "best" or "last", got {self.keep!r}')
+            raise UserError(f'keep must be "best" or "last", got {self.keep!r}')
 
 
 def make_callbacks(
@@ -64,7 +64,7 @@ def make_callbacks(
         ValueError: averaged weights are asked for, and weights are sharded.
     """
     if sharded and config.ema_decay:
-        raise ValueError("sharded weights cannot be averaged: set callbacks.ema_decay=0")
+        raise UserError("sharded weights cannot be averaged: set callbacks.ema_decay=0")
     callbacks: list[Callback] = [Throughput()]
     if config.activation_scales:
         callbacks.append(ActivationScales())

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, draw
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
@@ -69,7 +69,7 @@ class TrainDALLEConfig(RunConfig):
         """
         super().__post_init__()
         if self.image_codes not in IMAGE_CODES:
-            raise ValueError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
+            raise UserError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
         check_phrases(self.contrast_phrases, "contrast_phrases")
 
     def sizes(self) -> DALLEConfig | DALLEBartConfig:
@@ -140,7 +140,7 @@ class LitDALLE(LitBase[AnyDALLE]):
         prompts = list(self.prompts) or list(dict.fromkeys(batch["captions"]))[:SHOWN_PROMPTS]
         net, tokenizer = self.net, self.net.text_tokenizer
         if tokenizer is None:
-            raise ValueError("the DALLE has no text_tokenizer: set it before training")
+            raise UserError("the DALLE has no text_tokenizer: set it before training")
         rows = [(prompt, index) for prompt in prompts for index in range(SHOWN_EACH)]
         text = tokenizer.tokenize([prompt for prompt, _ in rows], net.config.text_len, truncate=True)
         uniforms = torch.stack([candidate_uniforms(p, 0, i, net.num_image_tokens) for p, i in rows])

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dalle_pytorch.config import ConfigError
+from dalle_pytorch.checkpoints.checkpoint import KINDS, Header, describe_tokenizer
+from dalle_pytorch.checkpoints.loading import read_header
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.generation.engine import AnyDALLE
-from dalle_pytorch.header import KINDS, Header, describe_tokenizer
-from dalle_pytorch.loading import read_header
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer

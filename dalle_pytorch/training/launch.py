@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.training.resume import claim, default_folder
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ class LauncherConfig:
             ValueError: an unknown cluster, or a time or size below 1; names it.
         """
         if self.cluster is not None and self.cluster not in CLUSTERS:
-            raise ValueError(f"launcher.cluster must be one of {', '.join(CLUSTERS)} or null, got {self.cluster!r}")
+            raise UserError(f"launcher.cluster must be one of {', '.join(CLUSTERS)} or null, got {self.cluster!r}")
         for name in ("timeout_min", "cpus_per_task", "signal_delay_s"):
             if getattr(self, name) < 1:
-                raise ValueError(f"launcher.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"launcher.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Job:
@@ -124,7 +125,7 @@ def launch(kind: str, config: "RunConfig", module: str) -> bool:
 def _submit(job: Job, config: "RunConfig", out: Path) -> tuple[str, Path]:
     """Give a job to SLURM; its number, and where its output goes."""
     if importlib.util.find_spec("submitit") is None:
-        raise ValueError("launcher=slurm needs the package submitit: pip install '.[slurm]'")
+        raise UserError("launcher=slurm needs the package submitit: pip install '.[slurm]'")
     from submitit import AutoExecutor
 
     request = _request(config)
@@ -139,7 +140,7 @@ def _request(config: "RunConfig") -> dict[str, Any]:
     settings, trainer = config.launcher, config.trainer
     tasks = trainer.get("devices", 1)
     if not isinstance(tasks, int) or tasks < 1:
-        raise ValueError(f"a job needs the number of processes per node: set trainer.devices=8, not {tasks}")
+        raise UserError(f"a job needs the number of processes per node: set trainer.devices=8, not {tasks}")
     gpus = settings.gpus_per_node
     if gpus is None:
         gpus = 0 if trainer.get("accelerator") == "cpu" else tasks

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from dalle_pytorch.config import build
+from dalle_pytorch.errors import UserError
 
 
 def make_loggers(sections: dict[str, Any], out: Path, *, step: int = 0) -> list[Any]:
@@ -28,7 +29,7 @@ def make_loggers(sections: dict[str, Any], out: Path, *, step: int = 0) -> list[
         extra: dict[str, Any] = {"save_dir": str(out)}
         if name == "wandb":
             if importlib.util.find_spec("wandb") is None:
-                raise ValueError("logger=wandb needs the package wandb: pip install '.[wandb]'")
+                raise UserError("logger=wandb needs the package wandb: pip install '.[wandb]'")
             # Without a key wandb would ask for one, and without a network wait for a minute.
             extra["offline"] = section.get("offline") or not os.environ.get("WANDB_API_KEY")
             extra |= {"id": _wandb_id(out), "resume": "allow"}

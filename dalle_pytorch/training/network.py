@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dalle_pytorch import DALLE
 from dalle_pytorch.generation.engine import AnyDALLE
-from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.text import BartTokenizer, TextTokenizer

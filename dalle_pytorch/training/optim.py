@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dalle_pytorch.errors import UserError, not_negative
 from dalle_pytorch.models.blocks import STACKS
 from dalle_pytorch.models.linear import onednn_computes
-from dalle_pytorch.ranges import not_negative
 from dalle_pytorch.training.muon import PreciseMuon
 from dalle_pytorch.training.schedules import LR_SCHEDULES, lr_factor
 
@@ -59,21 +59,21 @@ class OptimConfig:
             ValueError: a field is out of range; names it.
         """
         if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise UserError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("lr", "muon_lr"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.muon_momentum < 1:
-            raise ValueError(f"muon_momentum must lie in [0, 1), got {self.muon_momentum}")
+            raise UserError(f"muon_momentum must lie in [0, 1), got {self.muon_momentum}")
         not_negative(self, "weight_decay", "warmup_steps", "clip", "halvings")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+            raise UserError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.schedule not in LR_SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(LR_SCHEDULES)}, got {self.schedule!r}")
+            raise UserError(f"schedule must be one of {', '.join(LR_SCHEDULES)}, got {self.schedule!r}")
         if not 0 <= self.lr_min_ratio <= 1:
-            raise ValueError(f"lr_min_ratio must lie in [0, 1], got {self.lr_min_ratio}")
+            raise UserError(f"lr_min_ratio must lie in [0, 1], got {self.lr_min_ratio}")
         if not 0 < self.decay_share <= 1:
-            raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
+            raise UserError(f"decay_share must lie in (0, 1], got {self.decay_share}")
 
 
 def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -186,7 +186,7 @@ def _embeddings(net: nn.Module) -> set[int]:
 def _adamw8bit() -> Callable[..., Optimizer]:
     """AdamW8bit's class (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861)."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("kind=adamw8bit needs the package bitsandbytes: pip install '.[bnb]'")
+        raise UserError("kind=adamw8bit needs the package bitsandbytes: pip install '.[bnb]'")
     from bitsandbytes.optim import AdamW8bit  # it takes a second to import and is optional
 
     return AdamW8bit

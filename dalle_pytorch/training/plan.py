@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dalle_pytorch import checkpoint
-from dalle_pytorch.checkpoint import Header
-from dalle_pytorch.loading import read_header
+from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.checkpoints.checkpoint import Header
+from dalle_pytorch.checkpoints.loading import read_header
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.attention import Attention
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
@@ -57,9 +58,9 @@ class ClusterConfig:
         """
         for name in ("gpus", "memory_gb", "tflops", "image_size", "grid_size", "codebook_size"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"cluster.{name} must be above 0, got {getattr(self, name)}")
+                raise UserError(f"cluster.{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.utilisation <= 1:
-            raise ValueError(f"cluster.utilisation must lie in (0, 1], got {self.utilisation}")
+            raise UserError(f"cluster.utilisation must lie in (0, 1], got {self.utilisation}")
 
 
 class Sizes(ImageTokenizer):
@@ -273,7 +274,7 @@ def make_plan(config: Any) -> str:
     """
     cluster, section = config.cluster, config.trainer
     if config.network != "dalle":
-        raise ValueError("plan=true counts the DALLE only, not a DALL·E mini (bart.*)")
+        raise UserError("plan=true counts the DALLE only, not a DALL·E mini (bart.*)")
     if config.init is None:
         model = dataclasses.replace(config.model, text_vocab_size=vocabulary(config.text))
         net = skeleton(model, config.vae, cluster)
@@ -281,7 +282,7 @@ def make_plan(config: Any) -> str:
         net = skeleton(config.model, read_header(config.init)["vae"], cluster)
     batch, accumulated = config.data.batch_size, section.get("accumulate_grad_batches", 1)
     if batch % cluster.gpus:
-        raise ValueError(f"data.batch_size ({batch}) must be a multiple of cluster.gpus ({cluster.gpus})")
+        raise UserError(f"data.batch_size ({batch}) must be a multiple of cluster.gpus ({cluster.gpus})")
     each = batch // cluster.gpus
     half = "bf16" in str(section.get("precision")) or "16" in str(section.get("precision"))
     settings: dict[str, Any] = {"gpus": cluster.gpus, "half": half, "averaged": bool(config.callbacks.ema_decay)}
@@ -306,7 +307,7 @@ def make_plan(config: Any) -> str:
         mends = [f"the strategies that fit are {', '.join(fitting)}"] * bool(fitting) + _smaller(
             dict(rows)[chosen], room, each, cluster.gpus, accumulated
         )
-        raise ValueError(
+        raise UserError(
             f"{text}\n\n{chosen} needs {need:.1f} GB on each GPU, which has {room:.1f} GB free; "
             + ("; ".join(mends) or "it takes more cluster.gpus, and trainer=fsdp")
         )

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.probe import UNKNOWN, Probe, ProbeConfig
-from dalle_pytorch.ranges import at_least_one
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.run import RunConfig
 
@@ -46,9 +46,9 @@ class TrainProbeConfig(RunConfig):
         at_least_one(self, "min_pictures")
         for name in ("soft", "decoded"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+                raise UserError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.model.classes:
-            raise ValueError("model.classes is filled from the training split: leave it out")
+            raise UserError("model.classes is filled from the training split: leave it out")
 
 
 class LitProbe(LitBase[Probe]):

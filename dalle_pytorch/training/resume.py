@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dalle_pytorch.checkpoint import SHARDED_META
+from dalle_pytorch.checkpoints.checkpoint import SHARDED_META
+from dalle_pytorch.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def find_last(folder: Path) -> Path | None:
             return path
         reasons.append(f"{path.name} {reason}")
     if found:
-        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}. Start anew with another out=")
+        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}. Start anew with another out=")
     return None
 
 

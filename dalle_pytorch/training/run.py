@@ -18,10 +18,12 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.amp import GradScaler
 
-from dalle_pytorch import checkpoint
-from dalle_pytorch.checkpoint import Header, atomic
+from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.checkpoints.checkpoint import Header
 from dalle_pytorch.config import build
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.files import atomic
 from dalle_pytorch.models.blocks import BLOCKS
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
@@ -93,7 +95,7 @@ class RunConfig:
             ValueError: ``resume`` without ``out``.
         """
         if self.resume and self.out is None:
-            raise ValueError("resume=true continues the run in a folder: say which with out=")
+            raise UserError("resume=true continues the run in a folder: say which with out=")
 
 
 class Run:
@@ -146,7 +148,7 @@ class Run:
             f"{key} was {old}, is {new}" for key, old, new in _model_differences(self.header, checkpoint.header(net))
         ]
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{self.last} was trained with another model: {'; '.join(differences)}. "
                 "Resume with the same settings, or start a new run with another out="
             )
@@ -162,7 +164,7 @@ class Run:
         saved, given = checkpoint.load(self.last, kind="dalle").vae.state_dict(), vae.state_dict()
         different = [key for key in saved if key not in given or not torch.equal(saved[key], given[key])]
         if different or len(saved) != len(given):
-            raise ValueError(
+            raise UserError(
                 f"{self.last} was trained on the tokens of another vae (it differs in {len(different)} tensors, "
                 f"{different[0] if different else 'by surplus ones'} first): resume with the vae= of the first start"
             )
@@ -181,7 +183,7 @@ class Run:
         config, result = self.config, self.out / f"{self.kind}.safetensors"
         self.check(lit.net)
         if self.last is not None and self.last.is_dir() and not is_sharded(config.trainer):
-            raise ValueError(
+            raise UserError(
                 f"{self.last} holds sharded weights: resume with trainer=fsdp, or make one file of the weights with "
                 "python -m dalle_pytorch.commands.consolidate"
             )
@@ -247,7 +249,7 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
     """
     section = dict(config.trainer)
     if "gradient_clip_val" in section:
-        raise ValueError("clipping is set with optim.clip, not trainer.gradient_clip_val")
+        raise UserError("clipping is set with optim.clip, not trainer.gradient_clip_val")
     interval = section.get("val_check_interval")
     batches = section.get("max_steps", -1) * section.get("accumulate_grad_batches", 1)
     if isinstance(interval, int) and batches > 0:
@@ -318,7 +320,7 @@ def _run_folder(kind: str, config: RunConfig) -> Path:
     elif rank and OUT_VARIABLE in os.environ:
         return Path(os.environ[OUT_VARIABLE])
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("several processes need one folder: say which with out=")
+        raise UserError("several processes need one folder: say which with out=")
     else:
         out = default_folder(kind)
     out = out.absolute()

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from dalle_pytorch.errors import UserError
+
 SHAPES = ("half_cosine", "quarter_cosine", "linear", "constant")
 LR_SCHEDULES = ("cosine", "wsd", "paper", "constant")
 
@@ -27,9 +29,9 @@ class ScheduleConfig:
             ValueError: an unknown shape, or a share outside (0, 1].
         """
         if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+            raise UserError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
         if not 0 < self.share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {self.share}")
+            raise UserError(f"share must lie in (0, 1], got {self.share}")
 
 
 def ramp(shape: str, progress: float) -> float:

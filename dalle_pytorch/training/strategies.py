@@ -6,6 +6,8 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle_pytorch.errors import UserError
+
 SHARDED = f"{__name__}.ShardedStrategy"
 
 
@@ -28,14 +30,14 @@ def check_strategy(trainer: dict[str, Any], model: Any, optim: str) -> None:
     """
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
-        raise ValueError(f"trainer.strategy={strategy} is not supported: set trainer=fsdp (FSDP2)")
+        raise UserError(f"trainer.strategy={strategy} is not supported: set trainer=fsdp (FSDP2)")
     if not is_sharded(trainer):
         return
     if optim == "adamw8bit":
-        raise ValueError("optim=adamw8bit does not go with trainer=fsdp: bitsandbytes cannot read sharded weights")
+        raise UserError("optim=adamw8bit does not go with trainer=fsdp: bitsandbytes cannot read sharded weights")
     for name in ("shared_attn_ids", "shared_ff_ids"):
         if getattr(model, name, None) is not None:
-            raise ValueError(f"model.{name} does not go with trainer=fsdp: blocks that share weights cannot be cut")
+            raise UserError(f"model.{name} does not go with trainer=fsdp: blocks that share weights cannot be cut")
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -71,7 +73,7 @@ class PowerSGDStrategy(DDPStrategy):
 
     def __init__(self, rank: int = 128, start_step: int = 1000, **settings: Any) -> None:
         if rank < 1 or start_step < 2:
-            raise ValueError(f"PowerSGD needs rank >= 1 and start_step >= 2, got {rank} and {start_step}")
+            raise UserError(f"PowerSGD needs rank >= 1 and start_step >= 2, got {rank} and {start_step}")
         self.rank, self.start_step = rank, start_step
         self.state: PowerSGDState | None = None
         super().__init__(**settings)

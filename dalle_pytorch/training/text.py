@@ -4,8 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dalle_pytorch.checkpoints.loading import read_header
 from dalle_pytorch.data.datamodule import TextImageDataModule
-from dalle_pytorch.loading import read_header
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import (
     BPETokenizer,
     CLIPTokenizer,
@@ -47,11 +48,11 @@ class TextConfig:
             ValueError: an unknown tokenizer, no path where one is needed, or a dropout outside [0, 1).
         """
         if self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"text.tokenizer must be one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}")
+            raise UserError(f"text.tokenizer must be one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}")
         if self.tokenizer in ("hf", "hf_dir") and not (self.path or self.tokenizer_from):
-            raise ValueError(f"text.tokenizer={self.tokenizer} needs text.path")
+            raise UserError(f"text.tokenizer={self.tokenizer} needs text.path")
         if not 0 <= self.bpe_dropout < 1:
-            raise ValueError(f"text.bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
+            raise UserError(f"text.bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
 
 
 def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: "Run") -> TextTokenizer:
@@ -66,7 +67,7 @@ def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: "Run") ->
     if config.tokenizer_from is not None:
         state = read_header(config.tokenizer_from)["text_tokenizer"]
         if state is None:
-            raise ValueError(f"text.tokenizer_from={config.tokenizer_from} has no text tokenizer")
+            raise UserError(f"text.tokenizer_from={config.tokenizer_from} has no text tokenizer")
         return text_tokenizer_from_state(state)
     if config.tokenizer == "bpe":
         captions = list(data.train_set.some_captions())

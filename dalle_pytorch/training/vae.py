@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, VQVAEConfig
@@ -57,7 +57,7 @@ class TrainVAEConfig(RunConfig):
         """
         super().__post_init__()
         if self.network not in NETWORKS:
-            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+            raise UserError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
 
     def sizes(self) -> DiscreteVAEConfig | VQVAEConfig:
         """The settings of the network that is trained."""

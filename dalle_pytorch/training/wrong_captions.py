@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dalle_pytorch.config import ConfigError
 from dalle_pytorch.data.samples import caption_ids
+from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.text import TextTokenizer
 from dalle_pytorch.text.phrases import held_phrase, swapped_captions
 

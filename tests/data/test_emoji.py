@@ -9,9 +9,9 @@ import pytest
 
 from dalle_pytorch.data.emoji import Icon, assign_splits, captions, merge_families, pack_emoji
 from dalle_pytorch.data.emoji_names import RENAMED, Emoji, EmojiNames, phrase
-from dalle_pytorch.data.images import decode_image
 from dalle_pytorch.data.npm import LABELS, SETS, fetch_packages
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.images import decode_image
 
 BUNDLED = Path(__file__).parents[2] / "data" / "emoji"
 SPLITS = ("train", "val", "test_concept", "test_compose")

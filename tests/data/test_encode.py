@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import dalle_pytorch
-from dalle_pytorch.checkpoint import describe_tokenizer
+from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
 from dalle_pytorch.data.encode import SETTINGS_NAME, EncodeConfig, encode_folder
 from dalle_pytorch.data.samples import sample_rng

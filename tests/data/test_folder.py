@@ -10,9 +10,9 @@ from PIL import Image
 
 from dalle_pytorch.commands.prepare_data import main
 from dalle_pytorch.data.folder import pack_folder
-from dalle_pytorch.data.images import decode_image
 from dalle_pytorch.data.index import hash_share, read_index
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.images import decode_image
 
 
 def command(arguments: list[str]) -> None:

@@ -16,11 +16,11 @@ from dalle_pytorch.commands.prepare_data import main
 from dalle_pytorch.data import packing
 from dalle_pytorch.data.coco import pack_coco
 from dalle_pytorch.data.huggingface import pack_huggingface
-from dalle_pytorch.data.images import decode_image
 from dalle_pytorch.data.img2dataset import pack_img2dataset
 from dalle_pytorch.data.index import hash_share, read_index
 from dalle_pytorch.data.packing import Item, PackConfig, Skipped, pack
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.images import decode_image
 
 SMALL = PackConfig(image_size=8)
 BROKEN = b"\xff\xd8\xff broken"

@@ -13,6 +13,7 @@ from torch import nn
 from torchmetrics.functional.image import lpips as theirs
 
 from dalle_pytorch import load, save
+from dalle_pytorch.checkpoints import hub
 from dalle_pytorch.evaluation.features import (
     blurred,
     caption_features,
@@ -26,7 +27,6 @@ from dalle_pytorch.evaluation.features import (
 )
 from dalle_pytorch.evaluation.inception import Inception
 from dalle_pytorch.evaluation.lpips import STAGES, WIDTHS
-from dalle_pytorch.importers import hub
 from dalle_pytorch.text import BPETokenizer
 
 

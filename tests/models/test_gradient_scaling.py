@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.models.gradient_scaling import HIGHEST, LOWEST, START, WINDOW, GradientScale, moved, update_scales
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle_pytorch import load, save
-from dalle_pytorch.header import weights_sha256
+from dalle_pytorch.checkpoints.checkpoint import weights_sha256
 from dalle_pytorch.models.probe import STEPS, UNKNOWN, Probe, ProbeConfig, histograms
 
 CLASSES = {"style": ["flat", "round"], "concept": ["apple", "cat", "dog"]}

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import dalle_pytorch
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.checkpoints.checkpoint import weights_sha256
 from dalle_pytorch.commands import train_probe
-from dalle_pytorch.data.images import to_pil
 from dalle_pytorch.data.shards import ShardWriter
-from dalle_pytorch.header import weights_sha256
+from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, softened, through
 

@@ -153,7 +153,7 @@ def test_a_kill_while_checkpointing_leaves_the_one_before(shards, vae_file, whol
     arguments = command(shards, vae_file, out)
     slow = """
 import os, sys, time
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 replace = os.replace
 def wait(source, target):
     if "step_00000008" in str(target):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import dalle_pytorch
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.commands import train_clip, train_dalle, train_vae
 from dalle_pytorch.config import ConfigError
 from dalle_pytorch.training.base import tile

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle_pytorch.checkpoint import atomic
 from dalle_pytorch.config import entry
 from dalle_pytorch.evaluation.replicate import plot, summary
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, read, slug, threads_of
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
+from dalle_pytorch.files import atomic
 
 log = logging.getLogger(__name__)
 

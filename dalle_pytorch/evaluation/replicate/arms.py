@@ -18,7 +18,8 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dalle_pytorch.checkpoint import atomic
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.files import atomic
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def function(run: str, name: str) -> Callable[..., Any] | None:
         ValueError: no such run.
     """
     if run not in RUNS:
-        raise ValueError(f"run={run} is unknown; there are {', '.join(RUNS)}")
+        raise UserError(f"run={run} is unknown; there are {', '.join(RUNS)}")
     module, _, main = RUNS[run].partition(":")
     found = import_module(f"dalle_pytorch.evaluation.replicate.{module}")
     return getattr(found, main if name == "run" else name, None)
@@ -138,7 +139,7 @@ def read(job: Job) -> Result:
     content = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
     for key, wanted in job.describe().items():
         if content[key] != wanted:
-            raise ValueError(
+            raise UserError(
                 f"{job.folder} holds a result with {key} {content[key]}, now it is {wanted}: "
                 "choose another out=, or delete that folder to run it anew"
             )
@@ -208,7 +209,7 @@ def settings_of(cls: type[T], settings: Sequence[str]) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.from_dotlist(list(settings)))
         found = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{' '.join(settings)}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{' '.join(settings)}: {str(error).splitlines()[0]}") from error
     assert isinstance(found, cls)
     return found
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.data.batches import Batch, ResumableLoader
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
 from dalle_pytorch.evaluation.likelihood import likelihoods

@@ -1,6 +1,6 @@
 """Trains a CLIP and measures how often it finds the right picture or caption among all held-out pairs."""
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.evaluation.clip import evaluate_clip
 from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, train

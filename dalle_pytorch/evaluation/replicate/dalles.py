@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.evaluation.dalle import Pairs, evaluate_likelihood
 from dalle_pytorch.evaluation.image_tokenizer import reconstruct
 from dalle_pytorch.evaluation.likelihood import likelihoods

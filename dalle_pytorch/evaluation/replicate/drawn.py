@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.evaluation.dalle import draw, judged
 from dalle_pytorch.evaluation.distribution import cmmd
 from dalle_pytorch.evaluation.features import clip_extractor

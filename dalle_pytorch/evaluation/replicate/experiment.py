@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from dalle_pytorch.ranges import at_least_one
+from dalle_pytorch.errors import UserError, at_least_one
 
 NUMBER = r"([\w.+-]+)\[([^\]]+)\]"  # psnr[arm]
 SIDE = re.compile(rf"{NUMBER}(?: - {NUMBER})?")
@@ -61,14 +61,14 @@ class ReplicateConfig:
             ValueError: no arms or seeds, a seed twice, or an expectation that cannot be read or names no arm.
         """
         if not self.arms or not self.seeds:
-            raise ValueError(f"arms ({list(self.arms)}) and seeds ({self.seeds}) must not be empty")
+            raise UserError(f"arms ({list(self.arms)}) and seeds ({self.seeds}) must not be empty")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must differ, got {self.seeds}")
+            raise UserError(f"seeds must differ, got {self.seeds}")
         at_least_one(self, "jobs")
         for text in self.expect:
             for number in (number for claim in parse(text) for side in claim for number in numbers(side)):
                 if number.arm not in self.arms:
-                    raise ValueError(f"expect: {text!r} names the arm {number.arm!r}; there are {', '.join(self.arms)}")
+                    raise UserError(f"expect: {text!r} names the arm {number.arm!r}; there are {', '.join(self.arms)}")
 
 
 class Number(NamedTuple):
@@ -111,7 +111,7 @@ def parse(text: str) -> list[Claim]:
     signs = set(re.findall(r" ([<>]) ", text))
     parts = [part.strip() for part in re.split(r" [<>] ", text)]
     if len(signs) != 1 or len(parts) < 2 or not all(SIDE.fullmatch(part) or CONSTANT.fullmatch(part) for part in parts):
-        raise ValueError(f"expect: {text!r} is not like 'psnr[a] > psnr[b]' or 'gap[a] < 0.1'")
+        raise UserError(f"expect: {text!r} is not like 'psnr[a] > psnr[b]' or 'gap[a] < 0.1'")
     sides = [_side(part) for part in parts]
     if signs == {"<"}:
         sides.reverse()

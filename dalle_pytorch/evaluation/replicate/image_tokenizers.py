@@ -10,7 +10,7 @@ from jaxtyping import Float
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dalle_pytorch import checkpoint
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.evaluation.codebook import codebook_use
 from dalle_pytorch.evaluation.image_tokenizer import reconstruct
 from dalle_pytorch.evaluation.reconstruction import l1_each, psnr_each

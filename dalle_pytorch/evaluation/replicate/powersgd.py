@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.errors import UserError, not_negative
 from dalle_pytorch.evaluation.replicate import cached, dalles
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, settings_of
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
-from dalle_pytorch.ranges import not_negative
 from dalle_pytorch.training.optim import OptimConfig, inner_matrices, make_optimizer, make_scheduler
 
 POLICIES = ("warm", "fixed", "resampled")
@@ -61,10 +61,10 @@ class PowerSGDConfig:
             ValueError: an unknown policy, a negative rank, or a batch that the workers cannot share; names the values.
         """
         if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+            raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         not_negative(self, "rank")
         if self.workers < 1 or self.batch_size % self.workers:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of workers ({self.workers})")
+            raise UserError(f"batch_size ({self.batch_size}) must be a multiple of workers ({self.workers})")
 
 
 class PowerSGD:

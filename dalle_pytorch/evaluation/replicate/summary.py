@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.replicate.experiment import Number, Side, numbers, parse
 from dalle_pytorch.evaluation.report import shown
 
@@ -42,10 +43,10 @@ def judge(text: str, values: Values) -> list[Verdict]:
     for claim in parse(text):
         greater, smaller = (_of(side, values) for side in claim)
         if not greater and not smaller:
-            raise ValueError(f"expect: {text!r} compares two constants")
+            raise UserError(f"expect: {text!r} compares two constants")
         seeds = sorted(greater or smaller)
         if greater and smaller and set(greater) != set(smaller):
-            raise ValueError(f"expect: {text!r} compares seeds {sorted(greater)} with {sorted(smaller)}")
+            raise UserError(f"expect: {text!r} compares seeds {sorted(greater)} with {sorted(smaller)}")
         above = [_at(claim.greater, greater, seed) - _at(claim.smaller, smaller, seed) for seed in seeds]
         verdicts.append(Verdict(" > ".join(map(_text, claim)), statistics.fmean(above), margin(above)))
     return verdicts
@@ -68,7 +69,7 @@ def margin(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.inf
     if len(values) - 2 >= len(QUANTILES):
-        raise ValueError(f"{len(values)} seeds given, the table of Student's t ends at {len(QUANTILES) + 1}")
+        raise UserError(f"{len(values)} seeds given, the table of Student's t ends at {len(QUANTILES) + 1}")
     return QUANTILES[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -104,7 +105,7 @@ def _of(side: Side, values: Values) -> dict[int, float]:
     for sign, number in zip((1, -1), numbers(side), strict=False):
         each = _number(number, values)
         if found and set(found) != set(each):
-            raise ValueError(f"expect: {_text(side)} takes seeds {sorted(each)} from {sorted(found)}")
+            raise UserError(f"expect: {_text(side)} takes seeds {sorted(each)} from {sorted(found)}")
         found = {seed: found.get(seed, 0.0) + sign * value for seed, value in each.items()}
     return found
 
@@ -112,7 +113,7 @@ def _of(side: Side, values: Values) -> dict[int, float]:
 def _number(number: Number, values: Values) -> dict[int, float]:
     for seed, found in values[number.arm].items():
         if number.metric not in found:
-            raise ValueError(f"expect: arm {number.arm}, seed {seed} has no {number.metric}; it has {', '.join(found)}")
+            raise UserError(f"expect: arm {number.arm}, seed {seed} has no {number.metric}; it has {', '.join(found)}")
     return {seed: found[number.metric] for seed, found in values[number.arm].items()}
 
 

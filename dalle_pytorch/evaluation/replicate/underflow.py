@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.replicate import cached, dalles
 from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
@@ -66,11 +67,11 @@ class UnderflowConfig:
             ValueError: an unknown format or scaling, or a divisor that is not above 0; names it.
         """
         if self.format not in FORMATS:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+            raise UserError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         if self.scaling not in SCALINGS:
-            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.scaling!r}")
+            raise UserError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.scaling!r}")
         if self.loss_divisor <= 0:
-            raise ValueError(f"loss_divisor must be above 0, got {self.loss_divisor}")
+            raise UserError(f"loss_divisor must be above 0, got {self.loss_divisor}")
 
 
 @dataclass

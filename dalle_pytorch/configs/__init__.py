@@ -1,1 +1,0 @@
-"""The YAML of all entry scripts; a package, so that a wheel holds it and Hydra finds it."""

@@ -1,1 +1,0 @@
-"""YAML of generate.py alone: experiments."""

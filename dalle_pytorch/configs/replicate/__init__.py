@@ -1,1 +1,0 @@
-"""YAML of evaluation.replicate alone: the experiments."""

@@ -1,1 +1,0 @@
-"""YAML of train_clip.py alone: models and experiments."""

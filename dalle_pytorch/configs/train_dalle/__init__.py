@@ -1,1 +1,0 @@
-"""YAML of train_dalle.py alone: models and experiments."""

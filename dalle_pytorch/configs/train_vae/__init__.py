@@ -1,1 +1,0 @@
-"""YAML of train_vae.py alone: models and experiments."""
