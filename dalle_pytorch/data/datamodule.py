@@ -43,6 +43,8 @@ class DataConfig(AugmentationConfig):
     """Split to validate on."""
     batch_size: int = 64
     """Pictures of one step, over all devices together."""
+    micro_batch_size: int | None = None
+    """Pictures that one process holds at a time."""
     num_workers: int = 0
     """Processes that read and augment; 0 = the training process itself."""
     cache_decoded: bool = False
@@ -210,6 +212,10 @@ class TextImageDataModule(pl.LightningDataModule):
         """Refuse a training that is to be validated and has nothing for it."""
         if self.trainer is not None and self.trainer.limit_val_batches:
             self._validated()
+
+    def accumulate(self, world_size: int) -> int:
+        """Micro-batches of an optimiser step."""
+        return 1
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Endless epochs' worth of augmented batches; resumes in the middle of an epoch, unless it is a stream."""
