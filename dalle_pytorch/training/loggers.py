@@ -32,8 +32,10 @@ def make_loggers(sections: dict[str, Any], out: Path, *, step: int = 0) -> list[
         if section.get("_target_", "").endswith("WandbLogger"):
             import wandb  # half a second, and few runs need it
 
-            if "offline" not in section and "WANDB_MODE" not in os.environ:
-                extra["offline"] = not wandb.login(prompt=False)
+            if "WANDB_MODE" not in os.environ:
+                offline = section.get("offline", not wandb.login(prompt=False, verify=False))
+                # as ``mode``: for ``offline`` Lightning sets a variable, which the next run of a sweep would find
+                extra |= {"offline": False, "mode": "offline" if offline else "online"}
             extra |= {"id": _wandb_id(out), "resume": "allow"}
         elif name in ("csv", "tensorboard"):
             extra["version"] = 0
