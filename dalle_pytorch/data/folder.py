@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dalle_pytorch.data.index import hash_share
-from dalle_pytorch.data.packing import PICTURES, Item, PackConfig, PackReport, Skipped, pack
+from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, pack
+from dalle_pytorch.files import split_lines
+from dalle_pytorch.images import IMAGE_SUFFIXES
 
 _NO_TEXT = "no captions: there is no .txt of the same stem in the same folder"
 
@@ -70,13 +72,12 @@ def _entries(path: Path) -> Iterator[Item | Skipped]:
         for name in names:
             stem, ext = os.path.splitext(name)
             stem = unicodedata.normalize("NFC", stem)  # macOS writes "é" as two characters
-            if ext.lower() in PICTURES:
+            if ext.lower() in IMAGE_SUFFIXES:
                 pictures[stem].append(name)
             elif ext.lower() == ".txt":
                 texts[stem] = name
             else:
-                reason = f"neither a picture ({' '.join(PICTURES)}) nor a .txt"
-                yield Skipped(_relative(path, folder, name), reason)
+                yield Skipped(_relative(path, folder, name), "neither an image of a format that is read nor a .txt")
         for stem, text in texts.items():
             if stem not in pictures:
                 reason = "captions without a picture of the same stem in the same folder"
@@ -105,8 +106,7 @@ def _captions(path: Path) -> tuple[list[str], str]:
         return [], f"captions not in UTF-8: save {path.name} as UTF-8"
     except OSError as error:
         return [], f"unreadable captions: {path.name}, {error.strerror}"
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line], f"empty captions: {path.name} has no line with text"
+    return captions_of(split_lines(text)), f"empty captions: {path.name} has no line with text"
 
 
 def _relative(path: Path, folder: Path, name: str) -> str:

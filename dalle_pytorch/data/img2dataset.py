@@ -11,8 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from dalle_pytorch.data.packing import PICTURES, Item, PackConfig, PackReport, Skipped, captions_of, escaped, pack
+from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, escaped, pack
 from dalle_pytorch.errors import UserError
+from dalle_pytorch.images import IMAGE_SUFFIXES
 
 
 class _File(NamedTuple):
@@ -119,9 +120,9 @@ def _sample(path: str, files: list[_File]) -> Iterator[Item | Skipped]:
         if file.ext in parts:
             yield Skipped(path + file.ext, "repeated file: the sample has it more than once; the first counts")
         parts.setdefault(file.ext, file)
-    pictures = [file for ext, file in parts.items() if ext in PICTURES]
+    pictures = [file for ext, file in parts.items() if ext in IMAGE_SUFFIXES]
     if not pictures:
-        yield Skipped(path, f"no picture: it has no {' '.join(PICTURES)}")
+        yield Skipped(path, "no picture: it has no file of an image format that is read")
         return
     try:
         captions = _captions(parts)

@@ -4,8 +4,10 @@ A source is an iterator of `Item` (a captioned picture) and `Skipped` (what it c
 in memory.
 """
 
+import html
 import io
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from dalle_pytorch.images import fit, open_rgb
 
 log = logging.getLogger(__name__)
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SKIPPED_NAME = "skipped.json"
 _QUALITY = 95  # of the WebP; at 90 and below the loss begins to show in flat colours
 _SLUG_LENGTH = 60
@@ -43,7 +44,7 @@ class Item(NamedTuple):
     Attributes:
         path: what names it in the source, unique there; its key and split follow from it.
         captions: at least one, none blank.
-        picture: the encoded picture, or a function that reads it (its ValueError or OSError leaves the picture out).
+        picture: the encoded picture, or a function that reads it (its UserError or OSError leaves the picture out).
     """
 
     path: str
@@ -155,10 +156,17 @@ def pack(
 
 
 def captions_of(value: object) -> list[str]:
-    """Take the captions from a text or a list of texts: white space is collapsed, what is blank or no text dropped."""
+    """The captions of a text or a list of texts: white space is collapsed, what shows nothing or is no text dropped."""
     values = value if isinstance(value, list) else [value]
     texts = [" ".join(escaped(text).split()) for text in values if isinstance(text, str)]
-    return [text for text in texts if text]
+    return [text for text in texts if _is_visible(text)]
+
+
+def _is_visible(text: str) -> bool:
+    """Whether anything of a caption would be printed, be it written as HTML ("&nbsp;")."""
+    # Zero-width and other format characters are Cf; a lone accent or variation selector (Mn) belongs to nothing.
+    blank = {"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"}
+    return any(unicodedata.category(character) not in blank for character in html.unescape(text))
 
 
 def escaped(text: str) -> str:
@@ -175,7 +183,7 @@ def _encoded(entries: Iterable[Item | Skipped], image_size: int, skipped: list[S
         try:
             data = entry.picture if isinstance(entry.picture, bytes) else entry.picture()
             image = _encode(data, image_size, entry.path)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             skipped.append(Skipped(entry.path, f"unreadable picture: {error}"))
             continue
         yield _Sample(entry.path, entry.captions, image)

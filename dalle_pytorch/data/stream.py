@@ -26,10 +26,9 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.data.packing import captions_of
 from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
-from dalle_pytorch.data.shards import IMAGE_EXTENSIONS
 from dalle_pytorch.data.tokens import read_tokens
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.images import fit, open_rgb, to_tensor
+from dalle_pytorch.images import IMAGE_SUFFIXES, fit, open_rgb, to_tensor
 
 if TYPE_CHECKING:
     from dalle_pytorch.data.datamodule import DataConfig
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 RawSample: TypeAlias = dict[str, Any]
 """``__key__``, ``__url__`` and the bytes of its files by extension."""
 
-PICTURES = (*IMAGE_EXTENSIONS, "jpeg")
+PICTURES = tuple(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
 TEXTS = ("json", "txt")
 TOKENS = "npy"
 SCHEMES = frozenset(gopen_schemes) - {"__default__"} | {"file"}
@@ -102,7 +101,7 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
         reason = error if isinstance(error, OSError) and error.errno is not None else error.args[0]
         raise UserError(f"shard {url} cannot be read: {reason}") from error
     if empty:
-        raise UserError(f"shard {url} has no samples: no files .{', .'.join(extensions)}")
+        raise UserError(f"shard {url} has no samples: no files of images, image tokens (.{TOKENS}) or captions")
 
 
 class Tally:
@@ -157,7 +156,7 @@ class Stream:
         """Image tokens of a picture; None if the stream is of pictures."""
         kinds = PICTURES if count is None else (TOKENS,)
         self.extensions = (*kinds, *TEXTS)
-        log.info("streaming %d shards of %s from %s", len(self.urls), "/".join(kinds), config.path)
+        log.info("streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path)
 
     def __len__(self) -> int:
         """Samples that count as an epoch."""
@@ -227,7 +226,7 @@ class Stream:
     def _decode(self, raw: RawSample, size: int) -> Float[Tensor, "3 H W"]:
         files = [ext for ext in PICTURES if ext in raw]
         if len(files) != 1:
-            raise UserError(f"it needs one picture (.{', .'.join(PICTURES)}), but has {files or 'none'}")
+            raise UserError(f"it needs one picture, but has {' and '.join(files) or 'none'}")
         picture = open_rgb(raw[files[0]], name=raw["__key__"])
         if picture.size != (self.image_size, self.image_size) and not self.config.resize:
             raise UserError(

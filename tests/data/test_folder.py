@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from dalle_pytorch.data.folder import pack_folder
 from dalle_pytorch.data.index import hash_share, read_index
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.images import decode_image
+
+# Orientation 6, and an XResolution that is text in place of a fraction.
+_ENTRIES = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72")
+DAMAGED_EXIF = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + _ENTRIES + bytes(4)
 
 
 def command(arguments: list[str]) -> None:
@@ -58,6 +63,39 @@ def test_lines_are_captions_and_names_may_be_anything(tmp_path: Path) -> None:
         "d.webp": ["a webp"],
     }
     assert reasons(out) == {}
+
+
+def test_only_the_line_ends_of_files_divide_captions(tmp_path: Path) -> None:
+    texts = {
+        "ends": ("one\r\ntwo\rthree\n", ["one", "two", "three"]),
+        "nel": ("the cat waits\u0085 and sleeps", ["the cat waits and sleeps"]),
+        "ls": ("a red apple\u2028on a table", ["a red apple on a table"]),
+        "vt": ("a blue\x0bcup", ["a blue cup"]),
+        "ff": ("a green\x0cplate", ["a green plate"]),
+        "fs": ("a\x1cb\x1dc\x1ed\u2029e", ["a b c d e"]),
+        "blank": ("\u200b\n&nbsp;\na cat", ["a cat"]),
+    }
+    for name, (text, _) in texts.items():
+        picture(tmp_path / "in" / f"{name}.png")
+        (tmp_path / "in" / f"{name}.txt").write_bytes(text.encode())
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {f"{name}.png": captions for name, (_, captions) in texts.items()}
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".jp2", ".ppm", ".tga", ".ico"])
+def test_whatever_pillow_reads_is_an_image(tmp_path: Path, suffix: str) -> None:
+    captioned(tmp_path / "in" / f"a{suffix}", "a")
+    captioned(tmp_path / "in" / "b.png", "b")
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {f"a{suffix}": ["a"], "b.png": ["b"]}
+
+
+def test_a_photo_with_damaged_metadata_is_kept(tmp_path: Path) -> None:
+    captioned(tmp_path / "in" / "a.png", "a")
+    captioned(tmp_path / "in" / "phone.jpg", "from a phone")
+    Image.new("RGB", (90, 60)).save(tmp_path / "in" / "phone.jpg", exif=DAMAGED_EXIF)
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {"a.png": ["a"], "phone.jpg": ["from a phone"]}
 
 
 def test_a_stem_in_two_folders_never_pairs_across_them(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dalle_pytorch.data.img2dataset import pack_img2dataset
 from dalle_pytorch.data.index import hash_share, read_index
 from dalle_pytorch.data.packing import Item, PackConfig, Skipped, pack
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.images import decode_image
 
 SMALL = PackConfig(image_size=8)
@@ -236,6 +237,12 @@ def test_captions_are_cleaned_and_names_are_text() -> None:
     assert packing.captions_of("one\r\ntwo") == ["one two"]
     assert packing.captions_of(None) == packing.captions_of(3) == packing.captions_of({"a": "b"}) == []
     assert packing.captions_of("half \ud83d") == ["half \\ud83d"]
+
+
+@pytest.mark.parametrize("text", ["&nbsp;", "&#8203;", "\u00a0", "\u200b", "\ufeff", " \u2060\u00ad ", "\ufe0f", "\x00"])
+def test_what_shows_nothing_is_no_caption(text: str) -> None:
+    assert packing.captions_of([text, f"a cat{text}"]) == packing.captions_of(f"a cat{text}")
+    assert len(packing.captions_of(["🙂", "R&amp;D", "猫", "é"])) == 4
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": 0}, {"val_share": 1.0}, {"max_bad_share": 1.5}])
@@ -475,7 +482,7 @@ def test_huggingface_without_its_package_or_data_says_so(tmp_path: Path, monkeyp
     with pytest.raises(FileNotFoundError, match="nowhere"):
         pack_huggingface(str(tmp_path / "nowhere"), tmp_path / "out", SMALL)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[datasets\]'"):
         pack_huggingface(str(tmp_path), tmp_path / "out", SMALL)
 
 

@@ -176,7 +176,7 @@ def test_what_cannot_be_opened_is_named(pattern, host, tmp_path):
             module(path)
     with TarWriter(str(tmp_path / "other.tar"), encoder=False) as tar:
         tar.write({"__key__": "a", "mp3": b"la"})
-    with pytest.raises(ValueError, match=r"other\.tar has no samples: .*\.webp"):
+    with pytest.raises(ValueError, match=r"other\.tar has no samples: no files of images"):
         module(str(tmp_path / "other.tar"))
 
 
