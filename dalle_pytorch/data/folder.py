@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dalle_pytorch.data.index import hash_share
 from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, pack
+from dalle_pytorch.data.walk import walk
 from dalle_pytorch.files import split_lines
 from dalle_pytorch.images import IMAGE_SUFFIXES
 
@@ -33,7 +34,7 @@ def pack_folder(
     Files left out are listed in ``skipped.json``.
 
     Args:
-        path: the folder; its subfolders are searched too, links to folders are not followed.
+        path: the folder; its subfolders are searched too, and linked folders, each once.
         out: shard folder to write; absent or empty.
         image_size: side of the pictures in pixels.
         val_share: share of the pictures in "val", in [0, 1); above 0, at least one is.
@@ -66,7 +67,8 @@ def _mixed(path: Path) -> Iterator[Item | Skipped]:
 
 def _entries(path: Path) -> Iterator[Item | Skipped]:
     """Find the pictures with captions, and all other files."""
-    for folder, names in _folders(path):
+    unreadable: list[Skipped] = []
+    for folder, names in walk(path, unreadable):
         texts: dict[str, str] = {}  # stem -> name of the caption file
         pictures: dict[str, list[str]] = defaultdict(list)
         for name in names:
@@ -90,12 +92,7 @@ def _entries(path: Path) -> Iterator[Item | Skipped]:
                     yield Item(relative, captions, (path / relative).read_bytes)
                 else:
                     yield Skipped(relative, reason)
-
-
-def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
-        yield Path(folder), sorted(names)
+    yield from unreadable
 
 
 def _captions(path: Path) -> tuple[list[str], str]:

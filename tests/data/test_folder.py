@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,45 @@ def test_a_photo_with_damaged_metadata_is_kept(tmp_path: Path) -> None:
     Image.new("RGB", (90, 60)).save(tmp_path / "in" / "phone.jpg", exif=DAMAGED_EXIF)
     pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
     assert read(tmp_path / "out") == {"a.png": ["a"], "phone.jpg": ["from a phone"]}
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    folder, store = tmp_path / "in", tmp_path / "store"
+    captioned(folder / "z" / "own.png", "own")
+    captioned(store / "sub" / "other.png", "other")
+    (store / "back").symlink_to(folder)  # a loop
+    (folder / "z" / "loop").symlink_to(folder)
+    (folder / "a").symlink_to(folder / "z")  # has a place of its own, which gives the name
+    (folder / "more").symlink_to(store)
+    (folder / "more again").symlink_to(store / "sub")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    pack_folder(folder, tmp_path / "out", image_size=8)
+    assert sorted(read(tmp_path / "out").values()) == [["other"], ["own"]]
+    assert "z/own.png" in read(tmp_path / "out")
+    assert reasons(tmp_path / "out").keys() == {"gone"}
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    captioned(tmp_path / "store" / "a" / "a.png", "a")
+    captioned(tmp_path / "store" / "b.png", "b")
+    (tmp_path / "in").symlink_to(tmp_path / "store")
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {"a/a.png": ["a"], "b.png": ["b"]}
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png", "locked/c.png"):
+        captioned(tmp_path / "in" / name, "x")
+    scan = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:  # to root, no real folder is locked
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert reasons(tmp_path / "out") == {"locked": "unreadable folder: Permission denied"}
 
 
 def test_a_stem_in_two_folders_never_pairs_across_them(tmp_path: Path) -> None:

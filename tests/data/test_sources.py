@@ -1,9 +1,12 @@
 """Packing COCO captions, img2dataset's output and Hugging Face data sets."""
 
+import gzip
 import io
 import json
+import os
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -335,7 +338,7 @@ def test_img2dataset_reads_captions_and_names_what_it_leaves_out(tmp_path: Path)
         "00001/0.jpg": ["the key of another tar, été"],
     }
     assert {path: reason.split(":")[0] for path, reason in reasons(out).items()} == {
-        "00000/bare": "no picture",
+        "00000/bare": "no image",
         "00000/mute.jpg": "no captions",
         "00000/odd.jpg": "unreadable captions",
         "00000/latin.jpg": "unreadable captions",
@@ -376,7 +379,7 @@ def test_a_truncated_tar_gives_what_is_before_the_break_and_is_named(tmp_path: P
         pack_img2dataset(folder, out, PackConfig(image_size=8, val_share=0.0))
         expected = {f"00001/{i}.jpg" for i, end in enumerate(ends) if end <= length}
         assert read(out).keys() == {"00000/a.jpg"} | expected, length
-        assert reasons(out)["00001.tar"].startswith("truncated tar"), length
+        assert reasons(out)["00001.tar"].startswith("broken tar"), length
 
 
 def test_a_tar_with_a_broken_header_inside_is_named(tmp_path: Path) -> None:
@@ -398,13 +401,59 @@ def test_repeated_files_of_a_tar_are_named(tmp_path: Path) -> None:
     with tarfile.open(path, "a") as file:
         file.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
     (tmp_path / "in" / "00000").mkdir()
+    (tmp_path / "in" / "00000" / "x.jpg").write_bytes(png())
     pack_img2dataset(path.parent, out, SMALL)
     assert read(out) == {"00000/a.jpg": ["first"], "00000/b.jpg": ["b"]}
     assert {path: reason.split(":")[0] for path, reason in reasons(out).items()} == {
-        "00000/a": "repeated key",
         "00000/a.jpg": "repeated file",
-        "00000": "folder beside tars",
+        "00000/x.jpg": "image beside tars",
     }
+    assert len(json.loads((out / "skipped.json").read_text())) == 3
+
+
+def test_dotted_names_are_samples_of_their_own(tmp_path: Path) -> None:
+    names = [f"{i:03d}" for i in range(4)] + [f"holiday.{i:03d}" for i in range(6)] + ["v1.2 a/b.c"]
+    files = {f"{name}{ext}": png() if ext == ".jpg" else name.encode() for name in names for ext in (".jpg", ".txt")}
+    tar(tmp_path / "in" / "00000.tar", {**files, "mask.seg.png": png()})
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    assert read(tmp_path / "out") == {f"00000/{name}.jpg": [name] for name in names}
+    assert reasons(tmp_path / "out").keys() == {"00000/mask.seg.png"}
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz", "00000.tgz", "00000.TAR", "00000.tar.xz"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_tars_are_read_in_any_order_and_compression(tmp_path: Path, name: str, mode: str) -> None:
+    parts = [(f"{i:03d}{ext}", png(9 * i) if ext == ".png" else b"grey") for ext in (".txt", ".png") for i in range(14)]
+    folder = tmp_path / "in" / "part_a"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / name, mode) as file:
+        for part, data in parts[::-1]:
+            info = tarfile.TarInfo(part)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    report = pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    assert report.skipped == []
+    found = greys(tmp_path / "out")
+    assert found.keys() == {f"part_a/00000/{i:03d}.png" for i in range(14)}
+    assert all(abs(grey - 9 * int(path[-7:-4])) <= 1 for path, grey in found.items())
+
+
+def test_tars_that_are_none_and_a_compressed_one_cut_short_are_named(tmp_path: Path) -> None:
+    files = {f"{i}.{ext}": os.urandom(3000) if ext == "txt" else png() for i in range(9) for ext in ("jpg", "txt")}
+    tar(tmp_path / "in" / "0.tar", {name: data if name[-1] == "g" else data.hex().encode() for name, data in files.items()})
+    plain = (tmp_path / "in" / "0.tar").read_bytes()
+    (tmp_path / "in" / "1.tar.gz").write_bytes(gzip.compress(plain)[:-9000])
+    (tmp_path / "in" / "2.tar").write_bytes(b"<html>not found</html>")
+    (tmp_path / "in" / "3.tar.gz").write_bytes(plain)
+    (tmp_path / "in" / "3.tar").write_bytes(plain)
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    why = reasons(tmp_path / "out")
+    assert why["1.tar.gz"].startswith("broken tar")
+    assert why["2.tar"].startswith("broken tar")
+    assert why["3.tar.gz"].startswith("repeated tar")
+    shards = Counter(path.partition("/")[0] for path in read(tmp_path / "out"))
+    assert (shards["0"], shards["3"]) == (9, 9)
+    assert 0 < shards["1"] < 9
 
 
 def test_img2dataset_names_wrong_folders(tmp_path: Path) -> None:
