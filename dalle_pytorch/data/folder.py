@@ -23,7 +23,7 @@ def pack_folder(
     out: str | Path,
     *,
     image_size: int = 64,
-    val_share: float = 0.05,
+    val_fraction: float = 0.05,
     samples_per_shard: int = 1000,
 ) -> PackReport:
     """Pack every captioned picture below a folder.
@@ -37,7 +37,7 @@ def pack_folder(
         path: the folder; its subfolders are searched too, and linked folders, each once.
         out: shard folder to write; absent or empty.
         image_size: side of the pictures in pixels.
-        val_share: share of the pictures in "val", in [0, 1); above 0, at least one is.
+        val_fraction: fraction of the pictures in "val", in [0, 1); above 0, at least one is.
         samples_per_shard: the most samples in one tar.
 
     Returns:
@@ -45,14 +45,14 @@ def pack_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no picture was usable, or `val_share` is out of range; says what was found instead.
+        ValueError: no picture was usable, or `val_fraction` is out of range; says what was found instead.
     """
     path, out = Path(path), Path(out)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: path must be a folder of pictures and .txt files")
-    # Stray files are no samples, so no share of what is left out is too large.
+    # Stray files are no samples, so no fraction left out is too large.
     config = PackConfig(
-        image_size=image_size, samples_per_shard=samples_per_shard, val_share=val_share, max_bad_share=1.0
+        image_size=image_size, samples_per_shard=samples_per_shard, val_fraction=val_fraction, max_bad_fraction=1.0
     )
     return pack(_mixed(path), out, config, name=path.resolve().name, where=str(path))
 

@@ -188,20 +188,20 @@ def test_the_split_of_a_picture_is_fixed_by_its_path(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for i in range(40):
         captioned(folder / f"{i}.png", "x")
-    pack_folder(folder, tmp_path / "a", image_size=8, val_share=0.3)
-    pack_folder(folder, tmp_path / "again", image_size=8, val_share=0.3)
+    pack_folder(folder, tmp_path / "a", image_size=8, val_fraction=0.3)
+    pack_folder(folder, tmp_path / "again", image_size=8, val_fraction=0.3)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     val = {meta["path"] for meta in ShardDataset(tmp_path / "a", "val").metas()}
     assert val == {f"{i}.png" for i in range(40) if hash_share(f"{i}.png") < 0.3}
-    pack_folder(folder, tmp_path / "none", image_size=8, val_share=0.0)
+    pack_folder(folder, tmp_path / "none", image_size=8, val_fraction=0.0)
     assert len(ShardDataset(tmp_path / "none", "train")) == 40
 
 
 def test_the_smallest_folder_has_both_splits(tmp_path: Path) -> None:
     captioned(tmp_path / "in" / "a.png", "a")
     captioned(tmp_path / "in" / "b.png", "b")
-    report = pack_folder(tmp_path / "in", tmp_path / "out", image_size=8, val_share=0.01)
+    report = pack_folder(tmp_path / "in", tmp_path / "out", image_size=8, val_fraction=0.01)
     assert report.index["splits"] == {"train": 1, "val": 1}
 
 
@@ -220,7 +220,7 @@ def test_pictures_are_scaled_to_the_middle_square(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     image.save(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "a.txt").write_text("white")
-    pack_folder(tmp_path / "in", tmp_path / "out", image_size=5, val_share=0.0)
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=5, val_fraction=0.0)
     sample = ShardDataset(tmp_path / "out", "train")[0]
     with Image.open(io.BytesIO(sample.image)) as stored:
         assert stored.size == (5, 5)
@@ -234,12 +234,14 @@ def test_the_command_packs_a_folder_and_names_mistakes(tmp_path: Path, capsys: p
     command(arguments)
     assert read(tmp_path / "out") == {"a.png": ["a"], "b.png": ["b"]}
     assert read_index(tmp_path / "out")["image_size"] == 16
+    for name in ("val_share", "val_fraction"):
+        command([*arguments[:2], f"out={tmp_path / name}", f"{name}=0"])
+        assert read_index(tmp_path / name)["splits"] == {"train": 2}
     for wrong, message in [
         (arguments, "nothing is overwritten"),
-        (["source=folder", f"out={tmp_path / 'x'}"], "path=FOLDER"),
-        (["source=foldr", f"out={tmp_path / 'x'}"], "source=foldr"),
-        (["source=rainbow"], "out=FOLDER"),
-        (["source=rainbow", "out=x", "image_size=64"], "image_size=32"),
+        (["source=folder", f"out={tmp_path / 'x'}"], "path= is missing"),
+        (["source=foldr", f"out={tmp_path / 'x'}"], "source=foldr: no such option; did you mean folder?"),
+        (["source=rainbow"], "out= is missing"),
         (["styels=[noto]"], "did you mean styles"),
     ]:
         with pytest.raises(SystemExit):
