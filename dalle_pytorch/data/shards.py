@@ -166,11 +166,12 @@ class ShardWriter:
 
     def _open_shard(self, path: Path) -> tuple[TarWriter, ExitStack]:
         # Fixed owner, time and (for gzip) file name: the bytes depend on the samples alone.
-        stack = ExitStack()
-        stream: Any = stack.enter_context(path.open("wb"))
-        if self.compress:
-            stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=9, fileobj=stream, mtime=0))
-        return stack.enter_context(TarWriter(stream, user="", group="", mtime=0, encoder=False)), stack
+        with ExitStack() as stack:
+            stream: Any = stack.enter_context(path.open("wb"))
+            if self.compress:
+                stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=9, fileobj=stream, mtime=0))
+            tar = stack.enter_context(TarWriter(stream, user="", group="", mtime=0, encoder=False))
+            return tar, stack.pop_all()
 
     def _close(self, split: str) -> None:
         _, stack = self._open.pop(split)

@@ -9,6 +9,7 @@ import pickle
 import tarfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -112,14 +113,20 @@ def full(*_: object) -> None:
 def test_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, compress: bool
 ) -> None:
-    target = {
-        "write": (webdataset.TarWriter, "write"), "close": (webdataset.TarWriter, "close"),
-        "open": (webdataset.TarWriter, "__init__"), "index": (shards, "write_json"),
+    close = webdataset.TarWriter.close
+
+    def fail_to_close(writer: webdataset.TarWriter) -> None:
+        close(writer)
+        full()
+
+    target: Any = {
+        "write": (webdataset.TarWriter, "write", full), "close": (webdataset.TarWriter, "close", fail_to_close),
+        "open": (Path, "open", full), "index": (shards, "write_json", full),
     }[place]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
         with ShardWriter(tmp_path / "a", name="toy", compress=compress) as writer:
             writer.write("train", "one", png(1), "png", {"captions": ["one"]})
-            patch.setattr(*target, full)
+            patch.setattr(*target)
             writer.write("val", "two", png(1), "png", {"captions": ["two"]})
     assert list((tmp_path / "a").iterdir()) == []
     write(tmp_path / "a")
