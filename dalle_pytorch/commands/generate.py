@@ -17,6 +17,7 @@ from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.config import entry
 from dalle_pytorch.distributed import Processes
 from dalle_pytorch.errors import ConfigError, UserError
+from dalle_pytorch.files import split_lines
 from dalle_pytorch.generation.engine import AnyDALLE, Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
 from dalle_pytorch.generation.results import Film, Results, file_stem
@@ -149,7 +150,7 @@ def read_lines(prompts_file: str) -> list[str]:
     path = Path(prompts_file)
     if not path.is_file():
         raise FileNotFoundError(f"prompts_file={path} does not exist")
-    return path.read_text(encoding="utf-8").splitlines()
+    return split_lines(path.read_text(encoding="utf-8"))
 
 
 def read_picture(path: str, size: int) -> Float[Tensor, "3 H W"]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dalle_pytorch.config import RENAMED
-from dalle_pytorch.data.datamodule import DataConfig
+from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.errors import ConfigError, UserError, at_least_one, not_negative
 from dalle_pytorch.training.optim import OptimConfig
 
