@@ -1,4 +1,4 @@
-"""Released weights by name: those that come with the package, and those that are downloaded once and then in a cache."""
+"""Released weights by name: those that come along, and those that are downloaded once and then read from the cache."""
 
 import hashlib
 import logging

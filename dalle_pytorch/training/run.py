@@ -185,7 +185,7 @@ class Run:
         if self.last is not None and self.last.is_dir() and not is_sharded(config.trainer):
             raise UserError(
                 f"{self.last} holds sharded weights: resume with trainer=fsdp, or make one file of the weights with "
-                "python -m dalle_pytorch.commands.consolidate"
+                "dalle-export weights=FOLDER out=FILE.safetensors"
             )
         step = 0 if self.header is None else self.header["training"]["step"]
         if step and step >= config.trainer.get("max_steps", -1) > 0:
