@@ -1,4 +1,4 @@
-"""Train a probe on image shards: ``python -m dalle_pytorch.commands.train_probe data=emoji out=runs/probe``."""
+"""Train a probe on image shards: ``dalle-train-probe data=emoji out=runs/probe``."""
 
 import logging
 

@@ -22,7 +22,7 @@ SHOWN = 8
 
 @dataclass(kw_only=True)
 class TrainProbeConfig(RunConfig):
-    """Settings of ``python -m dalle_pytorch.commands.train_probe``."""
+    """Settings of ``dalle-train-probe``."""
 
     model: ProbeConfig = field(default_factory=ProbeConfig)
     """Sizes of the probe; classes are filled from the training split."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from dalle_pytorch.text import BartTokenizer, text_tokenizer_from_state
 from dalle_pytorch.text.bart import SPECIAL_TOKENS, read_words, split_words, word_costs
 
-REFERENCE = Path(__file__).parents[1] / "importers" / "reference"
+REFERENCE = Path(__file__).parents[1] / "checkpoints" / "reference"
 Make = Callable[..., BartTokenizer]
 
 

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 
-from dalle_pytorch.config import typed
-from dalle_pytorch.evaluation.replicate import __main__ as replicate
-from dalle_pytorch.evaluation.replicate import summary
+from dalle_pytorch.commands import replicate
+from dalle_pytorch.config import CONFIGS, typed
+from dalle_pytorch.evaluation.replicate import runner, summary
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -22,7 +22,7 @@ assert replicate.main
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_verdict_is_that_of_the_published_numbers(name):
     found = json.loads((DOCS / "replication" / f"{name}.numbers.json").read_text(encoding="utf-8"))
-    with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = typed(compose("replicate", overrides=[f"experiment={name}"]), ReplicateConfig)
     values = {arm: {int(seed): each for seed, each in seeds.items()} for arm, seeds in found["numbers"].items()}
     assert list(values) == list(config.arms)
@@ -39,5 +39,5 @@ def test_every_row_has_a_verdict_or_says_that_it_was_not_run():
     for verdict in ROWS.values():
         assert verdict in ("holds", "does not hold", "undecided") or verdict.startswith("not run")
     ready = [re.search(r"`(\w+)` is ready", verdict) for verdict in ROWS.values()]
-    experiments = replicate.names()
+    experiments = runner.names()
     assert sorted([*PUBLISHED, *(each[1] for each in ready if each)]) == experiments
