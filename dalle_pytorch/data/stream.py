@@ -23,7 +23,7 @@ from webdataset.gopen import gopen, set_options
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from dalle_pytorch.data.bad_samples import BadSamples
-from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.data.batches import Batch, divide, with_steps
 from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.packing import captions_of
 from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
@@ -44,7 +44,8 @@ CAPTIONS = 10_000  # to train a BPE on; the pictures between them travel too
 ALLOWED = 10  # bad samples: at the beginning of a stream a fraction says little
 CHUNK = 1 << 16
 
-_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)  # WebDataset raises ValueError for tars that it cannot group
+# WebDataset raises ValueError for samples that it cannot group.
+_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)
 
 
 def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
@@ -120,7 +121,9 @@ class Stream:
         """Image tokens of a picture; None if the stream is of pictures."""
         kinds = PICTURES if count is None else (TOKENS,)
         self.extensions = (*kinds, *TEXTS)
-        log.info("streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path)
+        log.info(
+            "streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path
+        )
 
     def __len__(self) -> int:
         """Samples that count as an epoch."""
@@ -265,32 +268,36 @@ class StreamLoader:
         world_size: number of processes; divides ``data.batch_size``.
         settings: of the DataLoader: num_workers and so on.
 
+    Attributes:
+        accumulate: micro-batches of a step.
+
     Raises:
-        ValueError: a batch that the processes cannot share; names the numbers.
+        UserError: a step that cannot be shared; names the numbers.
     """
 
     def __init__(
         self, stream: Stream, collate: Collate, *, rank: int = 0, world_size: int = 1, **settings: Any
     ) -> None:
-        size = stream.config.batch_size
-        if size % world_size:
-            raise UserError(f"data.batch_size ({size}) must be a multiple of the {world_size} processes")
+        config = stream.config
         self.stream, self.collate, self.settings = stream, collate, settings
-        self.rank, self.local_size, self.epoch = rank, size // world_size, 0
+        self.micro_batch_size, self.accumulate = divide(config.batch_size, world_size, config.micro_batch_size)
+        self.rank, self.epoch = rank, 0
         self.running: Iterator[Batch] | None = None
         """One pass for all epochs: an epoch may end inside a shard, and what follows is to be read as well."""
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        return len(self.stream) // self.stream.config.batch_size
+        """Micro-batches of an epoch."""
+        return len(self.stream) // self.stream.config.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch."""
         if self.running is None:
-            batches = StreamBatches(self.stream, self.collate, epoch=self.epoch, rank=self.rank, size=self.local_size)
+            batches = StreamBatches(
+                self.stream, self.collate, epoch=self.epoch, rank=self.rank, size=self.micro_batch_size
+            )
             self.running = iter(DataLoader(batches, batch_size=None, **self.settings))
         self.epoch += 1
-        yield from islice(self.running, len(self))
+        yield from with_steps(islice(self.running, len(self)), self.accumulate)
 
     def state_dict(self) -> dict[str, int]:
         """Number of epochs begun."""
