@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline, ResampledShards, SimpleShardList, batched, shuffle
 from webdataset.gopen import gopen, set_options
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dalle_pytorch.data.bad_samples import BadSamples
 from dalle_pytorch.data.batches import Batch, divide, with_steps
@@ -60,11 +61,12 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
         try:
             files = tar_file_expander(
                 [{"url": url, "stream": stream}],
-                select_files=lambda name: (base_plus_ext(name)[1] or "").lower() in extensions,
+                select_files=lambda name: PurePosixPath(name).suffix[1:].lower() in extensions,
             )
-            for sample in group_by_keys(files):
-                empty = False
-                yield sample
+            for group in group_by_keys(files):
+                for sample in _samples_of(group):
+                    empty = False
+                    yield sample
             while stream.read(CHUNK):  # only at its end does a command tell that it failed
                 pass
             stream.close()
@@ -77,6 +79,23 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
         raise UserError(f"shard {url} cannot be read: {reason}") from error
     if empty:
         raise UserError(f"shard {url} has no samples: no files of images, image tokens (.{TOKENS}) or captions")
+
+
+def _samples_of(group: RawSample) -> Iterator[RawSample]:
+    """The samples of what WebDataset takes for one, since it divides names at the first dot.
+
+    "holiday.001.jpg" and "holiday.001.txt" are a sample of their own; "0001.mask.png" belongs to "0001".
+    """
+    about = {name: value for name, value in group.items() if name.startswith("__")}
+    samples: dict[str, RawSample] = {}
+    for name in group.keys() - about.keys():
+        inner, _, ext = name.rpartition(".")
+        key = f"{group['__key__']}.{inner}" if inner else group["__key__"]
+        samples.setdefault(inner, {**about, "__key__": key})[ext] = group[name]
+    for inner, sample in sorted(samples.items()):
+        files = sample.keys() - about.keys()
+        if not inner or "" not in samples or not (files.isdisjoint(TEXTS) or files <= set(TEXTS)):
+            yield sample
 
 
 class Tally:
@@ -220,7 +239,9 @@ def read_captions(raw: RawSample) -> list[str]:
         raise UserError(f"its json holds no object but {meta!r}")
     captions = captions_of(value)
     if not captions:
-        raise UserError('it has no caption, neither "captions" or "caption" in a json nor a txt')
+        raise UserError(
+            'it has no caption, neither "captions" or "caption" in a json nor a txt; they must lie beside it in the tar'
+        )
     return captions
 
 

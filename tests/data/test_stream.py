@@ -233,6 +233,16 @@ def test_bad_samples_are_named_and_skipped(tmp_path, caplog):
     assert f"bad/s-{2 // EACH}.tar" in caplog.text
 
 
+def test_dotted_names_are_samples_of_their_own(tmp_path):
+    (tmp_path / "dotted").mkdir()
+    with TarWriter(str(tmp_path / "dotted" / "s.tar"), encoder=False) as tar:
+        for i in range(4):
+            tar.write({"__key__": f"holiday.{i}", "png": picture(i), "txt": CAPTIONS[i].encode()})
+        tar.write({"__key__": "other", "png": picture(4), "mask.png": b"no image", "txt": CAPTIONS[4].encode()})
+    given = module(str(tmp_path / "dotted" / "s.tar"), epoch_size=80, max_bad_fraction=0.0).train_dataloader()
+    assert set(captions(given)) == set(CAPTIONS[:5])
+
+
 def test_too_many_bad_samples_are_fatal(tmp_path):
     path = bad_samples(tmp_path, {i: {"png": b"nonsense", "txt": b"grey"} for i in range(SHARDS * EACH)})
     with pytest.raises(
