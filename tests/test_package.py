@@ -117,7 +117,6 @@ def test_readme_commands_name_settings_that_exist():
     assert len(commands) >= 15
     for name in {name for name, _ in commands}:
         importlib.import_module(f"dalle_pytorch.commands.{name}")  # makes its schema known
-    for command, arguments in commands:
-        overrides = [a.strip("'") for a in re.findall(r"'[^']*'|\S+", arguments)]
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            compose(command, overrides=overrides)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for command, arguments in commands:
+            compose(command, overrides=[a.strip("'") for a in re.findall(r"'[^']*'|\S+", arguments)])
