@@ -111,7 +111,7 @@ def test_unreadable_pictures_do_not_shift_what_the_others_show(place):
     with ShardWriter(place / "broken", name="broken", image_size=16) as writer:
         for i in range(4):
             writer.write("val", str(i), b"no picture" if i == 1 else png(i), "png", {"captions": [f"caption {i}"]})
-    data = DataConfig(path=str(place / "broken"), max_bad_share=0.5)
+    data = DataConfig(path=str(place / "broken"), max_bad_fraction=0.5)
     samples = read_samples(ShardDataset(place / "broken", "val"), data, 16)
     assert samples.captions == ["caption 0", "caption 2", "caption 2", "caption 3"]
     assert torch.equal(samples.images[1], samples.images[2])
