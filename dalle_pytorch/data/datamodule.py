@@ -115,7 +115,7 @@ class TextImageDataModule(pl.LightningDataModule):
             if different:
                 raise UserError(
                     f"the tokens of {shards.folder} are not of {name}: {'; '.join(different)}. Train with the vae= "
-                    "that they were encoded with, or encode again: prepare_data.py encode=true"
+                    "that they were encoded with, or encode again: prepare_data.py source=shards"
                 )
 
     @torch.no_grad()
@@ -238,7 +238,7 @@ def _samples(shards: ShardDataset, config: DataConfig, *, image_size: int, train
     if given := config.augments:
         raise UserError(
             f"{shards.folder} holds tokens, which were augmented when they were encoded: leave out data.{given[0]}, or "
-            "give it to prepare_data.py encode=true"
+            "give it to prepare_data.py source=shards"
         )
     if config.verify:
         shards.verify()

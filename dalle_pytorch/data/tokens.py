@@ -30,7 +30,7 @@ class TokenShards(ShardDataset):
     """The samples of one split of token shards, or of several.
 
     Args:
-        folder: as ``prepare_data.py encode=true`` writes it.
+        folder: as ``prepare_data.py source=shards`` writes it.
         split: the name of a split, or several joined by "+".
 
     Raises:

@@ -40,7 +40,7 @@ def prepare(shared: Path, seeds: Sequence[int], jobs: int) -> None:
     if not (shared / "tokens" / "index.json").is_file():
         command(
             "prepare_data",
-            ["encode=true", f"path={EMOJI}", f"vae={weights}", f"out={shared / 'tokens'}", "resize=true",
+            ["source=shards", f"path={EMOJI}", f"vae={weights}", f"out={shared / 'tokens'}", "resize=true",
              f"crops={CROPS}", "jitter=2", "workers=1"],
             shared / "tokens.log", threads,
         )  # fmt: skip
