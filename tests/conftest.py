@@ -1,4 +1,4 @@
-"""Small models, seeded randomness, and what reference implementations gave for seeded weights."""
+"""Small models, seeded randomness, and what reference implementations gave."""
 
 import importlib.util
 import json
@@ -17,9 +17,11 @@ from dalle_pytorch import CLIP, DALLE, CLIPConfig, DALLEConfig, DiscreteVAE, Dis
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
+REFERENCE = Path(__file__).parent / "checkpoints" / "reference"
+
 
 @pytest.fixture(autouse=True)
-def repeatable():
+def randomness():
     """The same weights and data in every run, on one thread: tiny matrices gain nothing from more."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -99,11 +101,8 @@ def tiny_clip():
     ).eval()
 
 
-REFERENCE = Path(__file__).parent / "checkpoints/reference"
-
-
 def load_script(name: str) -> ModuleType:
-    """A script beside the recorded outputs as a module."""
+    """A script of the folder as a module."""
     spec = importlib.util.spec_from_file_location(f"reference_{name}", REFERENCE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

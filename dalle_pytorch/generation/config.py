@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dalle_pytorch.errors import UserError, at_least_one
+from dalle_pytorch.files import split_lines
 from dalle_pytorch.generation.sampling import SamplingConfig
 
 
@@ -117,4 +118,4 @@ def read_lines(prompts_file: str) -> list[str]:
     path = Path(prompts_file)
     if not path.is_file():
         raise FileNotFoundError(f"prompts_file={path} does not exist")
-    return path.read_text(encoding="utf-8").splitlines()
+    return split_lines(path.read_text(encoding="utf-8"))

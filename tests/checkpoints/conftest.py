@@ -1,4 +1,4 @@
-"""Files as other programs write them."""
+"""Small checkpoints in the formats of others."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
