@@ -85,7 +85,7 @@ class HFDirectoryTokenizer(HFTokenizer):
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ImportError: `transformers` is needed and not installed.
+        UserError: `transformers` is needed and not installed.
         ValueError: the directory holds no tokenizer.
     """
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import BartTokenizer, text_tokenizer_from_state
 from dalle_pytorch.text.bart import SPECIAL_TOKENS, read_words, split_words, word_costs
 
-REFERENCE = Path(__file__).parents[1] / "importers" / "reference"
+REFERENCE = Path(__file__).parents[1] / "checkpoints" / "reference"
 Make = Callable[..., BartTokenizer]
 
 
@@ -154,7 +155,7 @@ def test_a_missing_package_is_named_when_it_is_needed(
     monkeypatch.setitem(sys.modules, package, None)
     tokenizer = tokenizer_of(min_dalle, normalize=normalize)
     assert tokenizer.decode([5, 6]) == "ab"
-    with pytest.raises(ImportError, match=rf"{package}.*pip install 'dalle-pytorch-lab\[mini\]'"):
+    with pytest.raises(UserError, match=rf"{package}.*pip install 'dalle-pytorch-lab\[mini\]'"):
         tokenizer.encode("a cat")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import HFDirectoryTokenizer, HFTokenizer, text_tokenizer_from_state
 
 Train = Callable[[list[str]], Tokenizer]
@@ -122,7 +123,7 @@ def test_state_needs_neither_directory_nor_transformers(
 
 def test_missing_transformers_names_the_extra(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'dalle-pytorch-lab\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install 'dalle-pytorch-lab\[hf\]'"):
         HFDirectoryTokenizer(bert_folder)
 
 

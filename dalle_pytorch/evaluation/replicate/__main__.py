@@ -9,12 +9,11 @@ import logging
 import multiprocessing
 import sys
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle_pytorch.config import entry
+from dalle_pytorch.config import CONFIGS, entry
 from dalle_pytorch.evaluation.replicate import plot, summary
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, read, slug, threads_of
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
@@ -101,8 +100,7 @@ def main(config: ReplicateConfig) -> None:
 
 def names() -> list[str]:
     """The bundled experiments."""
-    folder = files("dalle_pytorch.configs").joinpath("replicate/experiment")
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    return sorted(path.stem for path in (CONFIGS / "replicate/experiment").glob("*.yaml"))
 
 
 def run() -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dalle_pytorch.config import CONFIGS
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.files import atomic
 
@@ -83,8 +83,7 @@ class Job:
 
 def recipes() -> str:
     """A short hash of ``experiment=replicate`` of the three trainings: results of other recipes are not these."""
-    configs = files("dalle_pytorch.configs")
-    parts = [configs.joinpath(f"train_{kind}/experiment/replicate.yaml").read_bytes() for kind in KINDS]
+    parts = [(CONFIGS / f"train_{kind}/experiment/replicate.yaml").read_bytes() for kind in KINDS]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 
-from dalle_pytorch.config import typed
+from dalle_pytorch.config import CONFIGS, typed
 from dalle_pytorch.evaluation.replicate import __main__ as replicate
 from dalle_pytorch.evaluation.replicate import summary
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
@@ -22,7 +22,7 @@ assert replicate.main
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_verdict_is_that_of_the_published_numbers(name):
     found = json.loads((DOCS / "replication" / f"{name}.numbers.json").read_text(encoding="utf-8"))
-    with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = typed(compose("replicate", overrides=[f"experiment={name}"]), ReplicateConfig)
     values = {arm: {int(seed): each for seed, each in seeds.items()} for arm, seeds in found["numbers"].items()}
     assert list(values) == list(config.arms)

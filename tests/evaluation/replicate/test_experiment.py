@@ -1,15 +1,14 @@
 """What an experiment says, and what the arms of the bundled ones are made of."""
 
 import math
-from importlib.resources import files
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 
 from dalle_pytorch import CLIP, CLIPConfig
 from dalle_pytorch.commands import train_clip, train_dalle, train_vae
-from dalle_pytorch.config import typed
+from dalle_pytorch.config import CONFIGS, typed
 from dalle_pytorch.evaluation.replicate import __main__ as replicate
 from dalle_pytorch.evaluation.replicate import clips, dalles, drawn
 from dalle_pytorch.evaluation.replicate.arms import RUNS, Job, function, settings_of, slug
@@ -24,10 +23,7 @@ from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
 
-NAMES = sorted(
-    path.name.removesuffix(".yaml")
-    for path in files("dalle_pytorch.configs").joinpath("replicate/experiment").iterdir()
-)
+NAMES = sorted(path.name.removesuffix(".yaml") for path in (CONFIGS / "replicate/experiment").iterdir())
 COMMANDS = {"vae": (train_vae, TrainVAEConfig), "dalle": (train_dalle, TrainDALLEConfig),
             "clip": (train_clip, TrainCLIPConfig)}  # fmt: skip
 OWN = {"drawn": DrawnConfig, "underflow": UnderflowConfig, "powersgd": PowerSGDConfig}
@@ -36,7 +32,7 @@ NEEDED = {"claim": "c", "source": "s", "run": "vae", "name": "n"}
 
 
 def load(name):
-    with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return typed(compose("replicate", overrides=[f"experiment={name}"]), ReplicateConfig)
 
 
@@ -57,7 +53,7 @@ def test_every_arm_of_the_bundled_experiments_has_settings_that_exist(name):
                 *(["vae=x"] if config.run == "dalle" else []),
                 *together,
             ]
-            with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 typed(compose(f"train_{config.run}", overrides=overrides), cls)
         else:
             assert settings_of(OWN[config.run], together)
