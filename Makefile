@@ -18,9 +18,9 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python train_vae.py experiment=emoji_demo out=$(RUN)/vae
 	$(BIN)/python train_dalle.py experiment=emoji_demo vae=$(RUN)/vae/vae.safetensors out=$(RUN)/dalle
 	$(BIN)/python train_clip.py experiment=emoji_demo out=$(RUN)/clip
-	$(BIN)/python generate.py experiment=emoji_demo dalle=$(RUN)/dalle/dalle.safetensors \
+	$(BIN)/python generate.py experiment=emoji_demo weights=$(RUN)/dalle/dalle.safetensors \
 		clip=$(RUN)/clip/clip.safetensors out=$(RUN)/pictures
-	$(BIN)/python -m dalle_pytorch.commands.baselines dalle=$(RUN)/dalle/dalle.safetensors \
+	$(BIN)/dalle-baselines dalle=$(RUN)/dalle/dalle.safetensors \
 		clip=$(RUN)/clip/clip.safetensors ranking=$(RUN)/pictures/ranking.json data.val_split=test_compose
 	@echo "open: $(RUN)/pictures/grid.png (ranked samples), $(RUN)/vae/pictures (reconstructions),"
 	@echo "      $(RUN)/dalle/pictures, $(RUN)/clip/pictures; curves: $(BIN)/tensorboard --logdir $(RUN)"
@@ -28,6 +28,7 @@ demo: $(VENV)/demo.installed
 test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 

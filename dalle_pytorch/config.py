@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -115,19 +115,27 @@ def build(section: Mapping[str, Any], name: str, *arguments: Any, **extra: Any) 
     Raises:
         ConfigError: no ``_target_``, or an argument it does not take, with the nearest that it does.
     """
-    if "_target_" not in section:
-        raise ConfigError(f"{name} needs _target_, the class to build")
-    try:
-        target = hydra.utils.get_object(section["_target_"])
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={section['_target_']} cannot be imported: {error}") from error
-    parameters = inspect.signature(target).parameters
+    parameters = inspect.signature(target_of(section, name)).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in section:
             if key not in parameters and not key.startswith("_"):
                 short = section["_target_"].rpartition(".")[2]
                 raise ConfigError(f"{name}.{key} is not an argument of {short}: {nearest(key, list(parameters))}")
     return hydra.utils.instantiate({**section, **extra}, *arguments, _convert_="all")
+
+
+def target_of(section: Mapping[str, Any], name: str) -> Any:
+    """The class or function that ``_target_`` of a section names.
+
+    Raises:
+        ConfigError: none is named, or it cannot be imported.
+    """
+    if "_target_" not in section:
+        raise ConfigError(f"{name} needs _target_, the class to build")
+    try:
+        return hydra.utils.get_object(section["_target_"])
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{name}._target_={section['_target_']} cannot be imported: {error}") from error
 
 
 def explicit_overrides() -> set[str]:
@@ -156,7 +164,7 @@ def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], Any]], Ca
         def command() -> None:
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             given, sys.argv = sys.argv, arguments_of(sys.argv)
-            task = Task(main, config_class, full_error)
+            task = Task(main, config_class, given, full_error)
             run: Callable[[], None] = hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(task)
             try:
                 with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises its errors, and we word them
@@ -184,6 +192,7 @@ class Task:
 
     main: Callable[[Any], Any]
     config_class: type[Any]
+    argv: list[str]
     full_error: bool
 
     def __post_init__(self) -> None:
@@ -195,6 +204,7 @@ class Task:
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN:
             return self.point(node)
+        sys.argv = self.argv
         try:
             return self.main(self.configure(node))
         except (UserError, OSError) as error:
@@ -209,9 +219,9 @@ class Task:
         settings = HydraConfig.get()
         overrides = list(settings.overrides.task)
         # What Lightning starts the other processes of a training with: this point's command line, not the sweep's.
-        given, sys.argv = sys.argv, [sys.argv[0], *overrides]
-        with open_dict(HydraConfig.instance().cfg):  # type: ignore[bad-argument-type]
-            HydraConfig.instance().cfg.hydra.run.dir = settings.runtime.output_dir  # type: ignore[missing-attribute]
+        given, sys.argv = sys.argv, [*self.argv[:1], *(a for a in self.argv if a.startswith("config=")), *overrides]
+        with read_write(settings):
+            settings.run.dir = settings.runtime.output_dir
         log.info("#%s: %s", settings.job.num, " ".join(overrides))
         try:
             score = self.main(self.configure(node))
@@ -223,6 +233,7 @@ class Task:
         if isinstance(score, int | float) and int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
             row = {"point": settings.job.num, "score": score, "overrides": " ".join(overrides)}
             append_row(Path(settings.sweep.dir) / "scores.csv", row)
+            log.info("#%s: score %.6g", settings.job.num, score)
         return score
 
     def configure(self, node: DictConfig) -> Any:
@@ -267,7 +278,7 @@ def explain(error: BaseException) -> str:
     key = getattr(cause, "full_key", None)
     if not key:
         group = first_line.partition("Could not override '")[2].partition("'")[0]
-        return f"{group} is no setting or group; {RENAMED[group]}" if group in RENAMED else first_line
+        return f"{group} is no setting any more; {RENAMED[group]}" if group in RENAMED else first_line
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         root = cause.parent_node._get_root() if isinstance(cause.parent_node, DictConfig) else None
         where = first_line.removeprefix("In '").partition("'")[0] if first_line.startswith("In '") else ""
@@ -347,8 +358,16 @@ def _point_folder(*, _root_: DictConfig) -> str:
     return _run_folder(_root_=_root_) if _names_each_point(_root_) else str(_root_.hydra.job.num)
 
 
+def _tasks_per_node(devices: Any) -> int:
+    """Processes that a job needs on each node."""
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"a job needs the number of processes per node: set trainer.devices=8, not {devices}")
+    return devices
+
+
 for _name, _resolver in {
     "configs": lambda: str(CONFIGS),
+    "tasks_per_node": _tasks_per_node,
     "when": lambda value, expected, then, otherwise: then if value == expected else otherwise,
     "run_folder": _run_folder,
     "sweep_folder": _sweep_folder,

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: no JSON object")
     return content
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text file: only \\n, \\r\\n and \\r end one, not all that ends one for ``str.splitlines``."""
+    lines = re.split(r"\r\n?|\n", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def sha256_file(path: Path) -> str:

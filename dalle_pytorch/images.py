@@ -1,25 +1,42 @@
 """From picture bytes to tensors and back, and random crops; pure functions."""
 
 import io
-import struct
+from contextlib import suppress
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, first_line
 
-# What Pillow raises on broken files.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# Pillow's own limit is 1 MB, which editors exceed; all text of an image together is still limited to 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+def _suffixes() -> frozenset[str]:
+    """Suffixes of the formats that Pillow reads, as in ".jpg"; formats that it only identifies are not among them."""
+    Image.init()
+    stubs = {
+        name
+        for name, (reader, _) in Image.OPEN.items()
+        if isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
+    }
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in known if name in Image.OPEN and name not in stubs)
+
+
+IMAGE_SUFFIXES = _suffixes()
+"""What the name of an image may end with, in lower case, as in ".jpg"."""
 
 
 def open_rgb(data: bytes, *, name: str) -> Image.Image:
     """Decode a picture to 8-bit RGB, upright, on white.
 
-    The first frame of an animation is taken, the EXIF rotation applied, transparency laid on white.
+    The first frame of an animation is taken, the EXIF rotation applied where it can be read, transparency laid on
+    white.
 
     Args:
         data: the encoded picture.
@@ -29,17 +46,21 @@ def open_rgb(data: bytes, *, name: str) -> Image.Image:
         A Pillow picture of mode "RGB".
 
     Raises:
-        ValueError: the bytes are not a whole picture; names it.
+        UserError: the bytes are not a whole picture; names it.
     """
+    # Damaged files make Pillow's parsers raise whatever they stumble over (TypeError, struct.error, KeyError, ...): no
+    # list of types is complete, and whatever is raised here is the fault of the file.
     try:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
-            image = ImageOps.exif_transpose(file)
+            image: Image.Image = file
+            with suppress(Exception):  # broken EXIF is no reason to lose the image
+                image = ImageOps.exif_transpose(file)
             return flatten(image)
     except UnidentifiedImageError as error:
         raise UserError(f"picture {name!r} cannot be decoded: no known picture format") from error
-    except _BROKEN as error:
-        raise UserError(f"picture {name!r} cannot be decoded: {error}") from error
+    except Exception as error:
+        raise UserError(f"picture {name!r} cannot be decoded: {first_line(error)}") from error
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -2,48 +2,57 @@ import dataclasses
 import os
 import subprocess
 import sys
-from importlib.resources import files
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 
+from dalle_pytorch.checkpoints.export import ExportConfig
 from dalle_pytorch.commands import (
     baselines,
     evaluate,
     exact_match,
+    export,
     gallery,
     generate,
     prepare_data,
+    replicate,
     train_clip,
     train_dalle,
     train_probe,
     train_vae,
 )
-from dalle_pytorch.config import ConfigError, build, typed
-from dalle_pytorch.evaluation.replicate import __main__ as replicate
+from dalle_pytorch.config import CONFIGS, build, typed
+from dalle_pytorch.errors import ConfigError
+from dalle_pytorch.evaluation.baselines import BaselinesConfig
+from dalle_pytorch.evaluation.config import EvaluateConfig
+from dalle_pytorch.evaluation.exact_match import ExactMatchConfig
+from dalle_pytorch.evaluation.gallery import GalleryConfig
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
+from dalle_pytorch.generation.config import GenerateConfig
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.probe import TrainProbeConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
 
-ROOT = files("dalle_pytorch.configs")
+ROOT = CONFIGS
 COMMANDS = {
     "train_vae": (train_vae.main, TrainVAEConfig),
     "train_dalle": (train_dalle.main, TrainDALLEConfig),
     "train_clip": (train_clip.main, TrainCLIPConfig),
     "train_probe": (train_probe.main, TrainProbeConfig),
-    "generate": (generate.main, generate.GenerateConfig),
+    "generate": (generate.main, GenerateConfig),
     "prepare_data": (prepare_data.main, prepare_data.PrepareDataConfig),
-    "baselines": (baselines.main, baselines.BaselinesConfig),
-    "exact_match": (exact_match.main, exact_match.ExactMatchConfig),
-    "gallery": (gallery.main, gallery.GalleryConfig),
-    "evaluate": (evaluate.main, evaluate.EvaluateConfig),
+    "baselines": (baselines.main, BaselinesConfig),
+    "exact_match": (exact_match.main, ExactMatchConfig),
+    "gallery": (gallery.main, GalleryConfig),
+    "evaluate": (evaluate.main, EvaluateConfig),
+    "export": (export.main, ExportConfig),
     "replicate": (replicate.main, ReplicateConfig),
 }
 NEEDED = {
     "train_dalle": ["vae=x"],
-    "generate": ["dalle=x", "prompt=x"],
+    "generate": ["prompt=x"],
+    "export": ["weights=x", "out=x"],
     "prepare_data": ["source=emoji", "out=x"],
     "baselines": ["dalle=x", "clip=x", "ranking=x"],
     "exact_match": ["dalle=x"],
@@ -76,7 +85,7 @@ def test_every_option_of_every_group_composes(name, choice):
         overrides = [choice]
     if choice == "data=folder":
         overrides.append("data.path=x")
-    with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = typed(compose(name, overrides=overrides), COMMANDS[name][1])
         hydra = compose(name, overrides=overrides, return_hydra_config=True).hydra
     assert dataclasses.is_dataclass(config)
@@ -131,13 +140,10 @@ def test_wrong_settings_end_with_one_line_that_names_the_mend(monkeypatch, capsy
 
 
 def test_missing_and_unquoted_values_end_with_one_line_that_names_the_mend(monkeypatch, capsys):
-    code, error = call(monkeypatch, capsys, "generate", "prompt=x", "weights=null")
-    assert (code, error) == (
-        2,
-        "error: weights= is missing: what draws, a checkpoint, folder or name (dalle= means the same)\n",
-    )
+    code, error = call(monkeypatch, capsys, "evaluate")
+    assert (code, error) == (2, "error: checkpoint= is missing: this command cannot do without it\n")
     for prompt in ("prompt=a cat, sitting", "prompt=a cat's face"):
-        code, error = call(monkeypatch, capsys, "generate", "dalle=x", prompt)
+        code, error = call(monkeypatch, capsys, "generate", "weights=x", prompt)
         assert code == 2
         assert """'prompt="a cat, sitting"'""" in error
 
@@ -161,7 +167,7 @@ def test_a_full_traceback_can_be_had(monkeypatch, tmp_path):
 
 def test_a_command_runs_from_any_folder_and_leaves_nothing_there(tmp_path):
     command = [sys.executable, "-m", "dalle_pytorch.commands.train_vae", "--cfg", "job"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT.joinpath("..", ".."))}
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
     shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "codebook_size: 1024" in shown.stdout
     assert not list(tmp_path.iterdir())

@@ -111,7 +111,7 @@ def test_unreadable_pictures_do_not_shift_what_the_others_show(place):
     with ShardWriter(place / "broken", name="broken", image_size=16) as writer:
         for i in range(4):
             writer.write("val", str(i), b"no picture" if i == 1 else png(i), "png", {"captions": [f"caption {i}"]})
-    data = DataConfig(path=str(place / "broken"), max_bad_share=0.5)
+    data = DataConfig(path=str(place / "broken"), max_bad_fraction=0.5)
     samples = read_samples(ShardDataset(place / "broken", "val"), data, 16)
     assert samples.captions == ["caption 0", "caption 2", "caption 2", "caption 3"]
     assert torch.equal(samples.images[1], samples.images[2])
@@ -128,7 +128,7 @@ def png(seed: int) -> bytes:
 def place(tmp_path, make_dalle, tiny_clip):
     """A folder with shards, a VAE, a DALLE and two CLIPs."""
     with ShardWriter(tmp_path / "data", name="tiny", image_size=16) as writer:
-        for split, count in (("train", 14), ("val", 12), ("other", 12), ("many", 70)):
+        for split, count in (("train", 14), ("val", 12), ("other", 12), ("many", 70), ("single", 1)):
             for i in range(count):
                 caption = f"a {WORDS[i % len(WORDS)]}"
                 writer.write(split, f"{split}{i}", png(i + 100 * len(split)), "png", {"captions": [caption]})
@@ -308,7 +308,8 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["num_candidates=0"], "num_candidates"),
         (["threads=0"], "threads"),
         (["data.path=pipe:cat x.tar"], "stream"),
-        (["max_samples=1"], "at least two"),
+        (["max_samples=1"], "takes 1, at least two are needed: raise max_samples="),
+        (["split=single"], "has 1 images and max_samples=1000 takes 1, at least two are needed"),
         (["checkpoint={}/nothing.safetensors"], "no file or folder"),
         (["judge={}/judge.safetensors", "sweep.temperature=[]"], "sweep.temperature is an empty list"),
         (["judge={}/judge.safetensors", "sweep.cond_scale=[1]"], "sweep.cond_scale"),
@@ -417,5 +418,5 @@ def test_an_error_of_one_process_ends_both(place):
     (place / "out" / "notes.txt").touch()
     done = under_torchrun(*common(place, "vae", "out"))  # only the first makes the folder
     assert done.returncode != 0
-    assert done.stderr.count("holds files already") == 1
+    assert done.stderr.count("holds files; nothing is overwritten") == 1
     assert [path.name for path in (place / "out").iterdir()] == ["notes.txt"]

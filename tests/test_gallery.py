@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from dalle_pytorch import Generator, load, save
-from dalle_pytorch.commands.gallery import Artist, GalleryConfig, main
+from dalle_pytorch.commands.gallery import main
 from dalle_pytorch.data.datamodule import DataConfig
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.data.svg import encode_webp
+from dalle_pytorch.evaluation.gallery import Artist, GalleryConfig
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.images import to_pil
 from dalle_pytorch.text import BPETokenizer
@@ -69,7 +70,7 @@ def test_the_command_writes_every_figure_once(place, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
-    assert "holds files already" in capsys.readouterr().err
+    assert "holds files; nothing is overwritten" in capsys.readouterr().err
 
 
 def test_rows_hold_what_their_titles_say(place):

@@ -13,9 +13,12 @@ from PIL import Image
 
 from dalle_pytorch import DALLE, DALLEConfig, Generator, load, save
 from dalle_pytorch.commands import generate as generate_command
-from dalle_pytorch.commands.generate import GenerateConfig, file_stem, main, to_complete
+from dalle_pytorch.commands.generate import main
 from dalle_pytorch.generation import generator as generator_module
+from dalle_pytorch.generation.config import GenerateConfig
+from dalle_pytorch.generation.draw import to_complete
 from dalle_pytorch.generation.grid import save_animation
+from dalle_pytorch.generation.results import file_stem
 from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.text import BPETokenizer
@@ -44,7 +47,7 @@ def run(monkeypatch, *arguments: str) -> None:
 
 def arguments(models, out: str, prompt: str = "|".join(PROMPTS)) -> list[str]:
     return [
-        f"dalle={models}/dalle.safetensors",
+        f"weights={models}/dalle.safetensors",
         f"clip={models}/clip.safetensors",
         f'prompt="{prompt}"',
         "num_candidates=5",
@@ -96,7 +99,7 @@ def test_prompts_from_a_file_and_without_a_ranker(models, monkeypatch):
     (models / "prompts.txt").write_text("a red apple\n\na blue car\n")
     run(
         monkeypatch,
-        f"dalle={models}/dalle.safetensors",
+        f"weights={models}/dalle.safetensors",
         f"prompts_file={models}/prompts.txt",
         "num_candidates=2",
         "num_keep=2",
@@ -232,7 +235,7 @@ def test_two_processes_draw_what_one_draws(models, monkeypatch):
     [
         (['prompt=" | "'], "no prompt"),
         (["prompts_file=nowhere.txt", "prompt=null"], "nowhere.txt"),
-        (["dalle=nowhere.safetensors"], "nowhere.safetensors"),
+        (["weights=nowhere.safetensors"], "nowhere.safetensors"),
         (["num_keep=9"], r"num_keep \(9\)"),
         (["sampling.top_p=0"], "top_p"),
         (["sampling.topk=3"], "sampling.top_k"),
@@ -260,7 +263,7 @@ def test_results_are_not_overwritten(models, monkeypatch, capsys):
     before = (models / "out" / "ranking.json").read_bytes()
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments(models, "out"), "seed=9")
-    assert "holds files already" in capsys.readouterr().err
+    assert "holds files; nothing is overwritten" in capsys.readouterr().err
     assert (models / "out" / "ranking.json").read_bytes() == before
 
 
@@ -284,7 +287,7 @@ def test_a_mask_meets_the_tokens_of_a_grid_that_does_not_divide_the_picture(tmp_
     to_pil(torch.rand(3, 16, 16)).save(tmp_path / "image.png")
     to_pil(mask).save(tmp_path / "mask.png")
     files = {"image": str(tmp_path / "image.png"), "keep_mask": str(tmp_path / "mask.png")}
-    given = to_complete(GenerateConfig(prompt="x", out="x", **files), Generator(dalle), dalle)
+    given = to_complete(GenerateConfig(prompt="x", out="x", **files), Generator(dalle))
     assert given is not None
     rows = given.keep.view(4, 4).all(dim=1).tolist()
     assert {row for row, kept in enumerate(rows) if not kept} == drawn

@@ -1,12 +1,17 @@
 """Picture bytes to tensors."""
 
 import io
+import random
+import struct
+from unittest.mock import Mock
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from dalle_pytorch.images import decode_image, random_crop, random_flip, random_resized_crop, to_pil
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.images import decode_image, open_rgb, random_crop, random_flip, random_resized_crop, to_pil
 
 
 def encoded(image: Image.Image, kind: str = "png", **options: object) -> bytes:
@@ -46,6 +51,42 @@ def test_exif_rotation_is_applied() -> None:
     turned = decode_image(encoded(image, exif=exif), image_size=8, name="a")
     assert turned[:, :4].eq(1).all()
     assert turned[:, 4:].eq(0).all()
+
+
+def test_broken_exif_costs_the_rotation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (8, 8), "white")
+    for error in (TypeError("no number"), struct.error("short"), KeyError(7), ZeroDivisionError(), SyntaxError("x")):
+        monkeypatch.setattr(ImageOps, "exif_transpose", Mock(side_effect=error))
+        assert decode_image(encoded(image), image_size=8, name="a").eq(1).all()
+
+
+@pytest.mark.parametrize("error", [TypeError, struct.error, KeyError, RuntimeError, NotImplementedError, IndexError])
+def test_whatever_the_decoder_raises_names_the_image(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=error("odd")))
+    with pytest.raises(UserError, match="red-apple"):
+        decode_image(encoded(Image.new("RGB", (8, 8))), image_size=8, name="red-apple")
+
+
+@pytest.mark.parametrize("kind", ["dds", "blp", "avif", "spider", "tiff", "qoi", "icns", "jpeg2000", "gif", "psd"])
+def test_damaged_files_of_every_format_name_the_image(kind: str) -> None:
+    headers = {"psd": b"8BPS\0\1" + bytes(20), "spider": encoded(Image.new("F", (16, 16)), "spider")}
+    image = Image.effect_noise((16, 16), 50).convert("P" if kind == "blp" else "RGB")
+    whole = headers[kind] if kind in headers else encoded(image, kind)
+    rng = random.Random(0)
+    for _ in range(60):
+        data = bytearray(whole[: rng.randrange(4, len(whole) + 1)])
+        for _ in range(4):
+            data[rng.randrange(4, len(data) + 1) - 1] = rng.randrange(256)
+        try:
+            assert open_rgb(bytes(data), name="a").mode == "RGB"
+        except UserError as error:
+            assert "'a'" in str(error)
+
+
+def test_long_text_in_a_png_is_no_obstacle() -> None:
+    text = PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    assert decode_image(encoded(Image.new("RGB", (8, 8), "white"), pnginfo=text), image_size=8, name="a").eq(1).all()
 
 
 def test_the_middle_square_is_kept() -> None:

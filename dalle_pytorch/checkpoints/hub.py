@@ -1,4 +1,4 @@
-"""Released weights by name: downloaded once, checked, and from then on read from the cache, also without a network."""
+"""Released weights by name: those that come along, and those that are downloaded once and then read from the cache."""
 
 import hashlib
 import logging
@@ -20,13 +20,17 @@ from huggingface_hub.errors import (
 )
 
 from dalle_pytorch.errors import UserError, first_line
-from dalle_pytorch.files import atomic
+from dalle_pytorch.files import atomic, sha256_file
 
 log = logging.getLogger(__name__)
 
 NetworkError = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 """Of the HTTP library that huggingface_hub is built on: httpx before its version 2, then httpx2."""
 
+PLACES = (Path(__file__).parents[1] / "weights", Path(__file__).parents[2] / "weights")
+"""Where weights lie that come along: in a wheel, and in a checkout, which an editable installation reads."""
+SUMS = "SHA256SUMS"
+"""What the bytes of those are (``sha256sum --check SHA256SUMS``)."""
 CACHE = Path("~/.cache/dalle_pytorch").expanduser()
 """Where files come to lie that are not on the hub."""
 
@@ -34,8 +38,8 @@ CACHE = Path("~/.cache/dalle_pytorch").expanduser()
 class Release(NamedTuple):
     """Where a set of weights is, and what reads it."""
 
-    source: str
-    """Name in ``sources.SOURCES``."""
+    source: str | None
+    """Name in ``sources.SOURCES``; None = checkpoints of ours."""
     repo: str | None = None
     """Repository of the Hugging Face hub."""
     files: tuple[str, ...] = ()
@@ -46,6 +50,8 @@ class Release(NamedTuple):
     """What the importer is told beyond the path; a Path is one in the folder."""
     path: str = ""
     """The file of the folder that the importer takes; the folder itself where empty."""
+    bundled: bool = False
+    """Whether it comes with the package, in one of PLACES: a file for each kind, and their SHA256SUMS."""
 
     def told(self, folder: Path) -> dict[str, Any]:
         """The options, for files that lie in a folder."""
@@ -54,6 +60,7 @@ class Release(NamedTuple):
 
 MIN_DALLE = "kuprel/min-dalle"
 RELEASES: dict[str, Release] = {
+    "emoji": Release(None, bundled=True),
     "openai_dvae": Release(
         "openai_dvae",
         urls=(  # OpenAI publishes no hashes of these
@@ -112,18 +119,23 @@ def is_hub_id(name: str) -> bool:
     return is_id and not name.startswith((".", "/")) and not name.endswith(SUFFIXES)
 
 
-def fetch(name: str) -> Path:
-    """The folder of released weights, downloaded unless it is there already.
+def fetch(name: str, kind: str | None = None) -> Path:
+    """The folder of released weights, downloaded unless it is there already; of bundled ones a file of it.
 
     Broken-off downloads go on where they stopped (hub only). ``HF_HUB_OFFLINE=1`` never asks the network.
 
     Args:
         name: one of RELEASES, or an id of the hub: ``owner/name`` or ``owner/name@revision``.
+        kind: "vae", "dalle" or "clip": which of bundled weights; None = the DALLE, which carries its tokenizers.
 
     Raises:
-        ValueError: no such name or repository, a file whose checksum is wrong, or no network; says which and the mend.
+        FileNotFoundError: bundled weights that are not there; names them.
+        UserError: no such name, repository or kind, a file whose checksum is wrong, or no network; says which and the
+            mend.
     """
     release = RELEASES.get(name)
+    if release is not None and release.bundled:
+        return _bundled(name, f"{kind or 'dalle'}.safetensors")
     if release is not None and release.urls:
         folder = CACHE / name
         for file, url, digest in release.urls:
@@ -131,6 +143,35 @@ def fetch(name: str) -> Path:
         return folder
     repo, _, revision = (name if release is None else str(release.repo)).partition("@")
     return _snapshot(repo, revision or None, list(release.files) if release is not None else None)
+
+
+def bundled_folder(name: str) -> Path:
+    """Where bundled weights lie.
+
+    Raises:
+        FileNotFoundError: this installation came without them.
+    """
+    for place in PLACES:
+        if (place / name / SUMS).is_file():
+            return place / name
+    raise FileNotFoundError(
+        f"the weights {name} did not come with this installation: install the wheel, or pip install -e a clone of the "
+        "repository, which has them in weights/; or name other weights"
+    )
+
+
+def _bundled(name: str, file: str) -> Path:
+    """A file of bundled weights, its bytes checked."""
+    path = bundled_folder(name) / file
+    lines = (path.parent / SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {file: digest for digest, file in (line.split(maxsplit=1) for line in lines)}
+    if file not in sums:
+        raise UserError(f"the release {name} has no {path.stem}: it has {', '.join(sorted(sums))}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: git checkout it, or install the package again")
+    if sha256_file(path) != sums[file]:
+        raise UserError(f"{path} is damaged, {SUMS} says other bytes: git checkout it, or install the package again")
+    return path
 
 
 def _snapshot(repo: str, revision: str | None, files: list[str] | None) -> Path:

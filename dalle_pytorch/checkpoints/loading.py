@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dalle_pytorch.checkpoints import checkpoint, hub, released, sources
+from dalle_pytorch.checkpoints import checkpoint, hub, sources
 from dalle_pytorch.checkpoints.checkpoint import Header, State, role
 from dalle_pytorch.checkpoints.reader import Mappings, release
 from dalle_pytorch.errors import UserError
@@ -24,11 +24,11 @@ def load(
     """A model, ready to use. Nothing in a file is executed.
 
     Args:
-        weights: a checkpoint of ours (file or folder), a file or folder of another program's, "emoji" (the weights that
-            come along), a name of ``importers.hub.RELEASES``, or an id of the Hugging Face hub.
+        weights: a checkpoint of ours (file or folder), a file or folder of another program's, a name of
+            ``checkpoints.hub.RELEASES`` ("emoji" = the weights that come along), or an id of the Hugging Face hub.
         kind: "vae" (any image tokenizer), "dalle", "clip" or "probe" if nothing else will do; None = any. Of "emoji" it
             says which is meant; None = its DALLE.
-        source: the format of a foreign file, a name of ``importers.sources.SOURCES``; None = found from its content.
+        source: the format of a foreign file, a name of ``checkpoints.sources.SOURCES``; None = found from its content.
         map_location: device of the weights.
         dtype: of the weights; None = as they are stored.
         **options: what the importer of this source takes beyond the path.
@@ -117,17 +117,15 @@ def locate(
     """
     path, name = Path(weights), str(weights)
     options: Mapping[str, Any] = {}
-    if name in released.NAMES and not path.is_file():  # a folder of that name is likely that of the release
-        return released.file(name, kind), source, options
-    if not path.exists():
-        if name not in hub.RELEASES and not hub.is_hub_id(name):
+    row = hub.RELEASES.get(name)
+    bundled = row is not None and row.bundled  # a folder of that name is likely theirs
+    if not path.exists() or (bundled and path.is_dir()):
+        if row is None and not hub.is_hub_id(name):
             raise FileNotFoundError(
-                f"no file or folder {weights}, nor a released model of that name "
-                f"({', '.join((*released.NAMES, *hub.RELEASES))})"
+                f"no file or folder {weights}, nor a released model of that name ({', '.join(hub.RELEASES)})"
             )
-        path = hub.fetch(name)
-        if name in hub.RELEASES:
-            row = hub.RELEASES[name]
+        path = hub.fetch(name, kind)
+        if row is not None:
             source, options, path = source or row.source, row.told(path), path / row.path
     if path.is_dir() and (path / checkpoint.HUB_FILE).is_file() and checkpoint.is_ours(path / checkpoint.HUB_FILE):
         path = path / checkpoint.HUB_FILE

@@ -1,6 +1,7 @@
 """The table of foreign formats: how each is told from the others, and what reads it."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -78,6 +79,10 @@ SOURCES: dict[str, Source] = {
 }
 
 
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+"""Values of options, and how JSON spells them."""
+
+
 def find(path: Path) -> str:
     """The name of the format of a file or folder; of a folder that holds several the first of the table.
 
@@ -125,6 +130,28 @@ def convert(path: Path, source: str | None = None, /, **options: Any) -> tuple[H
     except (TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} does not have the form of {name}, {SOURCES[name].what} ({reason})") from error
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Options of a source as a command line has them, ``name=value``.
+
+    Values are read as JSON or Python words (numbers, true, None), anything else is text.
+
+    Raises:
+        UserError: no ``=`` in a word, or a name that is no option of a source; names it.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise UserError(f"{word!r} is not name=value")
+        if name in ("weights", "kind", "source", "map_location", "dtype"):  # arguments of ``load`` itself
+            raise UserError(f"{name} is no option of a source")
+        try:
+            options[name] = json.loads(PYTHON_WORDS.get(value, value))
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def _checked(source: str, option: str, value: Any) -> Any:

@@ -1,16 +1,12 @@
 """Train a DALLE on image or token shards: ``train_dalle.py vae=runs/vae/mine/vae.safetensors``."""
 
-from hydra.core.hydra_config import HydraConfig
-
 from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
 from dalle_pytorch.checkpoints.loading import load
-from dalle_pytorch.config import entry
+from dalle_pytorch.config import entry, explicit_overrides
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.training import initial
 from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes, check_contrast
-from dalle_pytorch.training.launch import launch
-from dalle_pytorch.training.network import make_network, of_config
 from dalle_pytorch.training.plan import make_plan
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
@@ -18,21 +14,18 @@ from dalle_pytorch.training.wrong_captions import check_held
 
 
 @entry("train_dalle", TrainDALLEConfig)
-def main(config: TrainDALLEConfig) -> None:
-    """Train; the result is <out>/dalle.safetensors, which carries the VAE and the text tokenizer."""
-    overrides = HydraConfig.get().overrides.task
+def main(config: TrainDALLEConfig) -> float | None:
+    """Train; the result is <out>/dalle.safetensors, which carries VAE and text tokenizer, the score its loss."""
     if config.init is not None:
-        initial.take_sizes(config, initial.asked_for(overrides))
-    initial.check_network(config.network, overrides, plan=config.plan)
+        initial.inherit_config(config, explicit_overrides())
     check_contrast(config)
     if config.plan:
         print(make_plan(config))
-        return
+        return None
+    initial.check_filled(explicit_overrides())
     if (origin := config.init or config.vae) is None:
         raise ConfigError("vae= is missing: the checkpoint of the image tokenizer")
-    if launch("dalle", config, "dalle_pytorch.commands.train_dalle"):
-        return
-    run = Run("dalle", config)
+    run = Run("dalle", config, config.schema)
     source = None if config.init is None else load(origin, kind="dalle")
     vae = load(origin, kind="vae") if source is None else source.vae
     data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
@@ -42,12 +35,11 @@ def main(config: TrainDALLEConfig) -> None:
     if data.tokenizer is not None:
         data.check_tokenizer(describe_tokenizer(vae), origin)
     if source is None:
-        tokenizer = make_tokenizer(config.text, data, run)
-        net = make_network(config, vae, tokenizer)
+        tokenizer = make_tokenizer(config.text, data, run.header)
+        net = initial.new_network(config.model, vae, tokenizer)
     else:
-        tokenizer = initial.tokenizer_of(source, config, data, run)
-        net = of_config(config.sizes(), vae)
-        initial.fill(net, source)
+        tokenizer = initial.tokenizer_of(source, config, data, run.header)
+        net = initial.network_from(source, config.model)
         del source  # its weights are in net now
     data.set_text(tokenizer, net.config.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
     net.text_tokenizer = tokenizer
@@ -55,7 +47,7 @@ def main(config: TrainDALLEConfig) -> None:
     run.check_vae(vae)
     if config.image_codes == "likeliest" and config.data.token_crops and data.can_cache_tokens:
         data.cache_image_tokens(vae, device=run.device)
-    run.fit(LitDALLE(net, config), data)
+    return run.fit(LitDALLE(net, config), data)
 
 
 if __name__ == "__main__":

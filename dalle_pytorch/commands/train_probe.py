@@ -1,4 +1,4 @@
-"""Train a probe on image shards: ``python -m dalle_pytorch.commands.train_probe data=emoji out=runs/probe``."""
+"""Train a probe on image shards: ``dalle-train-probe data=emoji out=runs/probe``."""
 
 import logging
 
@@ -8,7 +8,6 @@ from dalle_pytorch.data.datamodule import TextImageDataModule, open_splits
 from dalle_pytorch.data.factors import factor_classes, factors_of
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.probe import Probe
-from dalle_pytorch.training.launch import launch
 from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, through
 from dalle_pytorch.training.run import Run
 
@@ -16,10 +15,8 @@ log = logging.getLogger(__name__)
 
 
 @entry("train_probe", TrainProbeConfig)
-def main(config: TrainProbeConfig) -> None:
+def main(config: TrainProbeConfig) -> float | None:
     """Train; the result is <out>/probe.safetensors, which carries its classes."""
-    if launch("probe", config, "dalle_pytorch.commands.train_probe"):
-        return
     reconstruct = None
     if config.vae is not None:
         vae = load(config.vae, kind="vae")
@@ -44,7 +41,7 @@ def main(config: TrainProbeConfig) -> None:
         there = {row[name] for row in known if name in row}
         log.info("%s: %d values of %d have %d pictures or more", name, len(values), len(there), config.min_pictures)
     lit = LitProbe(Probe(config.model), config, known, [factors_of(meta) for meta in val.metas()], reconstruct)
-    run.fit(lit, data)
+    return run.fit(lit, data)
 
 
 if __name__ == "__main__":

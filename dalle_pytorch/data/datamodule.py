@@ -1,8 +1,6 @@
 """The datamodule of the three trainings."""
 
 import logging
-import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +12,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dalle_pytorch.data.batches import Batch, EpochBatches, ResumableLoader
-from dalle_pytorch.data.samples import AugmentationConfig, Captioned, Collate, Pictures, Tokens
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.samples import ENCODE_BATCH, Captioned, Collate, Pictures, Tokens
 from dalle_pytorch.data.shards import ShardDataset
-from dalle_pytorch.data.stream import Stream, StreamLoader, expand, is_stream
+from dalle_pytorch.data.stream import Stream, StreamLoader
 from dalle_pytorch.data.tokens import TokenShards, open_shards
-from dalle_pytorch.errors import UserError, at_least_one, not_negative
+from dalle_pytorch.data.urls import is_stream
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.text import TextTokenizer
 
 log = logging.getLogger(__name__)
-
-ENCODE_BATCH = 64  # pictures tokenised at once
-
-
-@dataclass(kw_only=True)
-class DataConfig(AugmentationConfig):
-    """Which shards, and how they become batches."""
-
-    path: str = "???"
-    """A folder of image or token shards, as prepare_data.py writes them; relative to the current directory. Or remote
-    shards to stream: a URL ("https://host/x-{000..123}.tar") or the output of a command
-    ("pipe:aws s3 cp s3://bucket/x-{000..123}.tar -"); several are joined by "::". Streams are not resumed exactly."""
-    train_split: str = "train"
-    """Split to learn from; several are joined by "+". A stream is learnt from as a whole."""
-    val_path: str | None = None
-    """Folder of the shards to validate on; null = path. A stream needs one, unless trainer.limit_val_batches=0."""
-    val_split: str = "val"
-    """Split to validate on."""
-    batch_size: int = 64
-    """Pictures of one step, over all devices together."""
-    num_workers: int = 0
-    """Processes that read and augment; 0 = the training process itself."""
-    cache_decoded: bool = False
-    """Decode all pictures once and keep them in memory, 3 * image_size ** 2 bytes each."""
-    token_crops: int = 1
-    """DALLE: tokenise every training picture so often, each with its own augmentation; 0 = anew in every step, as
-    also where ``image_codes`` draws them. Token shards have settled that already."""
-    caption_weights: list[float] = field(default_factory=list)
-    """How often a picture is learnt with its first, second, ... caption, relative to each other; empty = all alike.
-    Captions beyond the list are not drawn. The BPE learns from all of them, and validation reads the first."""
-    max_bad_share: float = 0.01
-    """Samples that cannot be read are named and left out, up to this share of a split; more are an error."""
-    verify: bool = True
-    """Compare the checksums of token shards before training; about a second for every 2 GB."""
-    shuffle_buffer: int = 5000
-    """Streams: every worker keeps so many encoded samples in memory and draws from them; 1 = the order of a shard."""
-    epoch_size: int = 100_000
-    """Streams: samples that count as an epoch, over all devices together."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            ValueError: a field is out of range; names it.
-        """
-        at_least_one(self, "batch_size", "shuffle_buffer", "epoch_size")
-        super().__post_init__()
-        not_negative(self, "num_workers", "token_crops")
-        weights = self.caption_weights
-        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            raise UserError(f"caption_weights must not be negative, and one must be positive, got {list(weights)}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
-        if self.crop and self.cache_decoded:
-            raise UserError("crop needs the whole pictures: set cache_decoded=false")
-        if self.val_path is not None and is_stream(self.val_path):
-            raise UserError(f"val_path={self.val_path} is a stream: validation needs a folder of shards")
-        if is_stream(self.path):
-            self._check_stream()
-
-    def _check_stream(self) -> None:
-        expand(self.path)
-        if self.cache_decoded:
-            raise UserError(f"path={self.path} is a stream, which has no end: set cache_decoded=false")
-        if self.epoch_size < self.batch_size:
-            raise UserError(f"epoch_size ({self.epoch_size}) must be at least batch_size ({self.batch_size})")
 
 
 class TextImageDataModule(pl.LightningDataModule):
@@ -210,6 +144,10 @@ class TextImageDataModule(pl.LightningDataModule):
         """Refuse a training that is to be validated and has nothing for it."""
         if self.trainer is not None and self.trainer.limit_val_batches:
             self._validated()
+
+    def accumulate(self, world_size: int) -> int:
+        """Micro-batches of an optimiser step."""
+        return 1
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Endless epochs' worth of augmented batches; resumes in the middle of an epoch, unless it is a stream."""

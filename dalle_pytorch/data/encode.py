@@ -27,21 +27,22 @@ from webdataset import TarWriter
 
 from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
 from dalle_pytorch.checkpoints.loading import load_vae
-from dalle_pytorch.data.datamodule import ENCODE_BATCH, DataConfig
-from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index
-from dalle_pytorch.data.packing import SKIPPED_NAME, Skipped
-from dalle_pytorch.data.samples import AugmentationConfig, Pictures, check_size
+from dalle_pytorch.data.bad_samples import BadSamples
+from dalle_pytorch.data.config import AugmentationConfig, DataConfig
+from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, SKIPPED_NAME, read_index
+from dalle_pytorch.data.packing import Skipped
+from dalle_pytorch.data.samples import ENCODE_BATCH, Pictures, check_size
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tar import GZIP_SUFFIX
 from dalle_pytorch.data.tokens import TokenShards, smallest_type
 from dalle_pytorch.errors import UserError, at_least_one
-from dalle_pytorch.files import atomic, sha256_file, write_json
+from dalle_pytorch.files import atomic, ensure_empty, sha256_file, write_json
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 
 log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "encoding.json"  # there while an encoding is unfinished
-FREE = ("vae", "path", "max_bad_share")  # may differ when an encoding goes on: hashes say what the first two hold
+FREE = ("vae", "path", "max_bad_fraction")  # may differ when an encoding goes on: hashes say what the first two hold
 
 
 @dataclass(kw_only=True)
@@ -58,8 +59,8 @@ class EncodeConfig(AugmentationConfig):
     """Splits whose pictures are augmented; of the others each picture is taken once, as it is."""
     seed: int = 0
     """Of the augmentation."""
-    max_bad_share: float = 0.01
-    """Pictures that cannot be read are named and left out, up to this share of a split; more are an error."""
+    max_bad_fraction: float = 0.01
+    """Pictures that cannot be read are named and left out, up to this fraction of a split; more are an error."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -75,7 +76,7 @@ class EncodeConfig(AugmentationConfig):
     def data(self) -> DataConfig:
         """The same as the training's settings; what cannot be read is counted at the end."""
         augmentation = {item.name: getattr(self, item.name) for item in fields(AugmentationConfig)}
-        return DataConfig(path=self.path, max_bad_share=1.0, **augmentation)
+        return DataConfig(path=self.path, max_bad_fraction=1.0, **augmentation)
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,8 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds an interrupted encoding with another {', '.join(different)}: "
                 "repeat it with the same settings, or choose another out="
             )
-    elif out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
-        raise FileExistsError(f"{out} exists and holds files; nothing is overwritten: choose another out=")
     else:
+        ensure_empty(out, ignore=lambda path: path.suffix == ".tmp")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
 
@@ -229,9 +229,9 @@ def encode_shard(job: Job, config: EncodeConfig, out: Path, vae: ImageTokenizer,
             indices = range(first, min(first + ENCODE_BATCH, job.count))
             rows = [vae.encode(pictures.images(indices, variant).to(device)).cpu() for variant in range(variants)]
             for index, tokens in zip(indices, torch.stack(rows, dim=1).numpy(), strict=True):
-                if index not in pictures.bad.reasons:
+                if index not in pictures.unreadable:
                     tar.write(_sample(keys[index], tokens.astype(kind), pictures.shards.meta(index)))
-    bad = sorted(Skipped(keys[index], reason) for index, reason in pictures.bad.reasons.items())
+    bad = sorted(Skipped(keys[index], reason) for index, reason in pictures.unreadable.items())
     entry = {"file": job.out, "split": job.split, "count": job.count - len(bad), "sha256": sha256_file(out / job.out)}
     write_json(_record(out, job), {**entry, "skipped": [item._asdict() for item in bad]})
 
@@ -257,11 +257,10 @@ def _finish(
         skipped[record["split"]] += record.pop("skipped")
     splits = {split: sum(r["count"] for r in records if r["split"] == split) for split in source["splits"]}
     for split in splits:
-        if len(skipped[split]) > config.max_bad_share * source["splits"][split]:
-            raise UserError(
-                f"{len(skipped[split])} of {source['splits'][split]} pictures of {split!r} cannot be read, more than "
-                f"max_bad_share={config.max_bad_share}: {', '.join(item['path'] for item in skipped[split][:5])}"
-            )
+        bad = BadSamples(f"{split!r} of {config.path}", config.max_bad_fraction, "max_bad_fraction")
+        for item in skipped[split]:
+            bad.add("unreadable", f"{item['path']}: {item['reason']}")
+        bad.check(source["splits"][split])
         if skipped[split]:
             log.warning("%s: %d pictures left out, see %s", split, len(skipped[split]), SKIPPED_NAME)
     names = ("crops", "train_splits", "resize", "jitter", "crop", "flip", "seed")

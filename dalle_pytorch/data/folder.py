@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dalle_pytorch.data.index import hash_share
-from dalle_pytorch.data.packing import PICTURES, Item, PackConfig, PackReport, Skipped, pack
+from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, pack
+from dalle_pytorch.data.walk import walk
+from dalle_pytorch.files import split_lines
+from dalle_pytorch.images import IMAGE_SUFFIXES
 
 _NO_TEXT = "no captions: there is no .txt of the same stem in the same folder"
 
@@ -20,7 +23,7 @@ def pack_folder(
     out: str | Path,
     *,
     image_size: int = 64,
-    val_share: float = 0.05,
+    val_fraction: float = 0.05,
     samples_per_shard: int = 1000,
 ) -> PackReport:
     """Pack every captioned picture below a folder.
@@ -31,10 +34,10 @@ def pack_folder(
     Files left out are listed in ``skipped.json``.
 
     Args:
-        path: the folder; its subfolders are searched too, links to folders are not followed.
+        path: the folder; its subfolders are searched too, and linked folders, each once.
         out: shard folder to write; absent or empty.
         image_size: side of the pictures in pixels.
-        val_share: share of the pictures in "val", in [0, 1); above 0, at least one is.
+        val_fraction: fraction of the pictures in "val", in [0, 1); above 0, at least one is.
         samples_per_shard: the most samples in one tar.
 
     Returns:
@@ -42,14 +45,14 @@ def pack_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no picture was usable, or `val_share` is out of range; says what was found instead.
+        ValueError: no picture was usable, or `val_fraction` is out of range; says what was found instead.
     """
     path, out = Path(path), Path(out)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: path must be a folder of pictures and .txt files")
-    # Stray files are no samples, so no share of what is left out is too large.
+    # Stray files are no samples, so no fraction left out is too large.
     config = PackConfig(
-        image_size=image_size, samples_per_shard=samples_per_shard, val_share=val_share, max_bad_share=1.0
+        image_size=image_size, samples_per_shard=samples_per_shard, val_fraction=val_fraction, max_bad_fraction=1.0
     )
     return pack(_mixed(path), out, config, name=path.resolve().name, where=str(path))
 
@@ -64,19 +67,19 @@ def _mixed(path: Path) -> Iterator[Item | Skipped]:
 
 def _entries(path: Path) -> Iterator[Item | Skipped]:
     """Find the pictures with captions, and all other files."""
-    for folder, names in _folders(path):
+    unreadable: list[Skipped] = []
+    for folder, names in walk(path, unreadable):
         texts: dict[str, str] = {}  # stem -> name of the caption file
         pictures: dict[str, list[str]] = defaultdict(list)
         for name in names:
             stem, ext = os.path.splitext(name)
             stem = unicodedata.normalize("NFC", stem)  # macOS writes "é" as two characters
-            if ext.lower() in PICTURES:
+            if ext.lower() in IMAGE_SUFFIXES:
                 pictures[stem].append(name)
             elif ext.lower() == ".txt":
                 texts[stem] = name
             else:
-                reason = f"neither a picture ({' '.join(PICTURES)}) nor a .txt"
-                yield Skipped(_relative(path, folder, name), reason)
+                yield Skipped(_relative(path, folder, name), "neither an image of a format that is read nor a .txt")
         for stem, text in texts.items():
             if stem not in pictures:
                 reason = "captions without a picture of the same stem in the same folder"
@@ -89,12 +92,7 @@ def _entries(path: Path) -> Iterator[Item | Skipped]:
                     yield Item(relative, captions, (path / relative).read_bytes)
                 else:
                     yield Skipped(relative, reason)
-
-
-def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
-        yield Path(folder), sorted(names)
+    yield from unreadable
 
 
 def _captions(path: Path) -> tuple[list[str], str]:
@@ -105,8 +103,7 @@ def _captions(path: Path) -> tuple[list[str], str]:
         return [], f"captions not in UTF-8: save {path.name} as UTF-8"
     except OSError as error:
         return [], f"unreadable captions: {path.name}, {error.strerror}"
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line], f"empty captions: {path.name} has no line with text"
+    return captions_of(split_lines(text)), f"empty captions: {path.name} has no line with text"
 
 
 def _relative(path: Path, folder: Path, name: str) -> str:

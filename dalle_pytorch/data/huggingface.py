@@ -36,7 +36,7 @@ def pack_huggingface(
         The index and what was left out: rows without picture or caption, unreadable pictures.
 
     Raises:
-        ImportError: the package `datasets` is not installed.
+        UserError: the package `datasets` is not installed.
         FileNotFoundError: there is no such data set.
         ValueError: it cannot be opened, has no such split or column, or too little of it is usable.
     """

@@ -1,143 +1,192 @@
 """Packs what img2dataset downloaded: ``00000.tar`` and so on (webdataset), or ``00000/`` and so on (files).
 
-A sample is a picture ``<key>.jpg`` (or .png, .webp), its caption ``<key>.txt`` and its metadata ``<key>.json``. What
-could not be downloaded has no sample: img2dataset lists it in its parquet files, which are not read here.
+A sample is an image ``<key>.jpg`` (or of another format), its caption ``<key>.txt`` and its metadata ``<key>.json``.
+What could not be downloaded has no sample: img2dataset lists it in its parquet files, which are not read here.
 """
 
 import json
+import re
 import tarfile
-from collections.abc import Iterator
-from itertools import groupby
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dalle_pytorch.data.packing import PICTURES, Item, PackConfig, PackReport, Skipped, captions_of, escaped, pack
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.data.packing import Item, PackConfig, PackReport, Skipped, captions_of, escaped, pack
+from dalle_pytorch.data.walk import walk
+from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.images import IMAGE_SUFFIXES
+
+_TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz)$", re.IGNORECASE)
+_BROKEN = (tarfile.TarError, EOFError, zlib.error)
 
 
 class _File(NamedTuple):
-    """A file of a shard: its name in there, and its content or where that is."""
+    """A file of a shard: its name in there, and how to read it."""
 
     name: str
-    content: bytes | Path
+    read: Callable[[], bytes]
 
     @property
     def key(self) -> str:
-        """The sample it belongs to: WebDataset splits a file name at its first dot."""
-        folder, slash, file = self.name.rpartition("/")
-        return folder + slash + file.partition(".")[0]
+        """The sample it belongs to: its name without the suffix, so that "holiday.001.jpg" is one of its own."""
+        return self.name.removesuffix(PurePosixPath(self.name).suffix)
 
     @property
-    def ext(self) -> str:
-        """Of the name, with the dot, in lower case."""
-        return self.name.removeprefix(self.key).lower()
-
-    def read(self) -> bytes:
-        """The content."""
-        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+    def suffix(self) -> str:
+        """With the dot, in lower case."""
+        return PurePosixPath(self.name).suffix.lower()
 
 
 def pack_img2dataset(path: str | Path, out: str | Path, config: PackConfig) -> PackReport:
     """Pack the output folder of img2dataset.
 
-    The caption is that of the .txt; where there is none, "caption" of the .json. A picture is named by its shard and
+    The caption is that of the .txt; where there is none, "caption" of the .json. An image is named by its shard and
     file, as in "00000/000000012.jpg", the same in both formats.
 
     Args:
-        path: the folder; its tars are read, or if it has none, its subfolders.
+        path: the folder. The tars in it and in its subfolders are read, compressed or not and in any order of their
+            files; if there are none, the files of its subfolders.
         out: shard folder to write; absent or empty.
         config: size, splits and limits.
 
     Returns:
-        The index and what was left out: samples without picture or caption, unreadable pictures, tars that break off
-        (what is before the break is used).
+        The index and what was left out: samples without image or caption, unreadable images, images beside tars, tars
+        that break off (what is before the break is used).
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it has neither tars nor folders, or too little in it is usable.
+        UserError: it has neither tars nor folders, or too little in it is usable.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: path must be the output folder of img2dataset")
-    tars = sorted(path.glob("*.tar"))
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    if not tars and not folders:
+    folders: list[tuple[Path, list[str]]] = []
+    unreadable: list[Skipped] = []
+    folders.extend(walk(path, unreadable))
+    tars = [folder / name for folder, names in folders for name in names if _TAR.search(name)]
+    if not tars and len(folders) == 1 and not unreadable:
         raise UserError(f"{path} has neither .tar files nor folders: path must be the output folder of img2dataset")
-    entries = _from_tars(tars, folders) if tars else _from_folders(folders)
+    entries = _from_tars(path, tars, folders) if tars else _from_folders(path, folders)
     name = path.resolve().name
-    return pack(entries, Path(out), config, name=name, where=str(path), source={"format": "img2dataset"})
+    return pack(
+        (*unreadable, *entries) if unreadable else entries,
+        Path(out), config, name=name, where=str(path), source={"format": "img2dataset"},
+    )  # fmt: skip
 
 
-def _from_tars(tars: list[Path], folders: list[Path]) -> Iterator[Item | Skipped]:
+def _from_tars(path: Path, tars: list[Path], folders: list[tuple[Path, list[str]]]) -> Iterator[Item | Skipped]:
+    shards: set[str] = set()
     for tar in tars:
-        breaks: list[Skipped] = []
-        yield from _entries(tar.stem, _tar_files(tar, breaks))
-        yield from breaks
-    for folder in folders:
-        yield Skipped(
-            escaped(folder.name), "folder beside tars: only the tars are read; give a folder of its own as path"
-        )
-
-
-def _from_folders(folders: list[Path]) -> Iterator[Item | Skipped]:
-    for folder in folders:
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        yield from _entries(folder.name, (_File(escaped(file.name), file) for file in files))
-
-
-def _tar_files(path: Path, breaks: list[Skipped]) -> Iterator[_File]:
-    """Read the files of a tar one after the other; where it breaks off, stop and note it in `breaks`."""
-    try:
-        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                if member.isfile() and (file := tar.extractfile(member)):
-                    yield _File(escaped(member.name.removeprefix("./")), file.read())
-            # tarfile takes a header cut short for the end; a whole tar ends with blocks of zeros.
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("no end mark")
-    except tarfile.TarError as error:
-        reason = f"truncated tar: {error}; what is before the break is used, download the rest again"
-        breaks.append(Skipped(escaped(path.name), reason))
-
-
-def _entries(shard: str, files: Iterator[_File]) -> Iterator[Item | Skipped]:
-    seen: set[str] = set()
-    for key, group in groupby(files, lambda file: file.key):
-        path = f"{escaped(shard)}/{key}"
-        if key in seen:
-            yield Skipped(path, "repeated key: the shard has it more than once; the first counts")
+        shard = _TAR.sub("", _relative(path, tar))
+        if shard in shards:  # 00000.tar and 00000.tar.gz
+            yield Skipped(_relative(path, tar), "repeated tar: another of the same name is read; remove one of them")
             continue
-        seen.add(key)
-        yield from _sample(path, list(group))
+        shards.add(shard)
+        yield from _from_tar(tar, shard, _relative(path, tar))
+    yield from _beside(path, folders, "image beside tars: only the tars are read; give its folder as path of its own")
 
 
-def _sample(path: str, files: list[_File]) -> Iterator[Item | Skipped]:
-    """Pair the pictures of a sample (there should be one) with its caption."""
-    parts: dict[str, _File] = {}
+def _from_folders(path: Path, folders: list[tuple[Path, list[str]]]) -> Iterator[Item | Skipped]:
+    for folder, names in folders[1:]:
+        files = [_File(escaped(name), (folder / name).read_bytes) for name in names]
+        yield from _entries(_relative(path, folder), files)
+    yield from _beside(path, folders[:1], "image beside folders: only subfolders are read; move it into one")
+
+
+def _beside(path: Path, folders: Iterable[tuple[Path, list[str]]], reason: str) -> Iterator[Skipped]:
+    for folder, names in folders:
+        for name in names:
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield Skipped(_relative(path, folder / name), reason)
+
+
+def _from_tar(path: Path, shard: str, name: str) -> Iterator[Item | Skipped]:
+    """The samples of a tar; where it breaks off, stop and name it. Images are read one at a time, in their order."""
+    files: list[_File] = []
+    try:
+        with tarfile.open(path) as tar:
+            broken = _list(tar, files)
+            yield from _entries(shard, files)
+    except _BROKEN as error:  # no header to begin with
+        broken = first_line(error)
+    except OSError as error:  # not gzip, or damaged; an error of the system has a number
+        if error.errno is not None:
+            raise
+        broken = first_line(error)
+    if broken is not None:
+        yield Skipped(name, f"broken tar: {broken}; what is before the break is used, download it again")
+
+
+def _list(tar: tarfile.TarFile, files: list[_File]) -> str | None:
+    """Find the files of a tar, captions and metadata with their content; returns why it breaks off, if it does."""
+    try:
+        for member in tar:
+            if member.isfile():
+                name, read = escaped(member.name.removeprefix("./")), partial(_member, tar, member)
+                if PurePosixPath(name).suffix.lower() in (".txt", ".json"):
+                    read = partial(bytes, read())
+                files.append(_File(name, read))
+        # tarfile takes a header cut short for the end; a whole tar ends with blocks of zeros.
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        return None if tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else "it has no end mark"
+    except (*_BROKEN, UserError) as error:
+        return first_line(error)
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        file = tar.extractfile(member)
+        assert file is not None
+        return file.read()
+    except _BROKEN as error:
+        raise UserError(f"the tar breaks off in {member.name}: {first_line(error)}") from error
+
+
+def _entries(shard: str, files: list[_File]) -> Iterator[Item | Skipped]:
+    """Group the files by sample, wherever in the shard they are."""
+    samples: dict[str, dict[str, _File]] = {}
     for file in files:
-        if file.ext in parts:
-            yield Skipped(path + file.ext, "repeated file: the sample has it more than once; the first counts")
-        parts.setdefault(file.ext, file)
-    pictures = [file for ext, file in parts.items() if ext in PICTURES]
-    if not pictures:
-        yield Skipped(path, f"no picture: it has no {' '.join(PICTURES)}")
+        parts = samples.setdefault(file.key, {})
+        if file.suffix in parts:
+            reason = "repeated file: the shard has it more than once; the first counts"
+            yield Skipped(f"{escaped(shard)}/{file.key}{file.suffix}", reason)
+        parts.setdefault(file.suffix, file)
+    for key, parts in samples.items():
+        yield from _sample(f"{escaped(shard)}/{key}", parts)
+
+
+def _sample(path: str, parts: dict[str, _File]) -> Iterator[Item | Skipped]:
+    """Pair the images of a sample (there should be one) with its caption."""
+    images = [file for suffix, file in parts.items() if suffix in IMAGE_SUFFIXES]
+    if not images:
+        if ".txt" in parts or ".json" in parts:
+            yield Skipped(path, "no image: it has no file of an image format that is read")
         return
     try:
         captions = _captions(parts)
         reason = "no captions: neither its .txt nor its .json has one"
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         captions, reason = [], f"unreadable captions: {error}"
-    for picture in pictures:
+    for image in images:
         if captions:
-            yield Item(path + picture.ext, captions, picture.read)
+            yield Item(path + image.suffix, captions, image.read)
         else:
-            yield Skipped(path + picture.ext, reason)
+            yield Skipped(path + image.suffix, reason)
 
 
 def _captions(files: dict[str, _File]) -> list[str]:
-    text = files[".txt"].read().decode("utf-8-sig") if ".txt" in files else ""
-    if captions := captions_of(text):
-        return captions
-    meta = json.loads(files[".json"].read()) if ".json" in files else None
+    try:
+        text = files[".txt"].read().decode("utf-8-sig") if ".txt" in files else ""
+        if captions := captions_of(text):
+            return captions
+        meta = json.loads(files[".json"].read()) if ".json" in files else None
+    except ValueError as error:  # bytes that are no UTF-8, or no JSON
+        raise UserError(first_line(error)) from error
     return captions_of(meta.get("caption")) if isinstance(meta, dict) else []
+
+
+def _relative(path: Path, file: Path) -> str:
+    return escaped(file.relative_to(path).as_posix())

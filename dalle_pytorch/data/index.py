@@ -9,6 +9,7 @@ from dalle_pytorch.errors import UserError
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+SKIPPED_NAME = "skipped.json"  # beside it: what was left out, and why
 KINDS = ("images", "tokens")
 
 

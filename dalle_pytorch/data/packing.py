@@ -4,8 +4,10 @@ A source is an iterator of `Item` (a captioned picture) and `Skipped` (what it c
 in memory.
 """
 
+import html
 import io
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dalle_pytorch.data.bad_samples import BadSamples
 from dalle_pytorch.data.emoji_names import slug
-from dalle_pytorch.data.index import hash_share
+from dalle_pytorch.data.index import SKIPPED_NAME, hash_share
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.files import write_json
@@ -22,12 +25,10 @@ from dalle_pytorch.images import fit, open_rgb
 
 log = logging.getLogger(__name__)
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-SKIPPED_NAME = "skipped.json"
 _QUALITY = 95  # of the WebP; at 90 and below the loss begins to show in flat colours
 _SLUG_LENGTH = 60
-_ALWAYS_ALLOWED = 10  # unusable samples, whatever their share: a few say nothing about a small data set
-_SHOWN = 5  # reasons in an error
+_ALWAYS_ALLOWED = 10  # bad samples: a few say nothing about a small data set
+_SHOWN = 5  # left out, in an error
 
 
 class Skipped(NamedTuple):
@@ -43,7 +44,7 @@ class Item(NamedTuple):
     Attributes:
         path: what names it in the source, unique there; its key and split follow from it.
         captions: at least one, none blank.
-        picture: the encoded picture, or a function that reads it (its ValueError or OSError leaves the picture out).
+        picture: the encoded picture, or a function that reads it (its UserError or OSError leaves the picture out).
     """
 
     path: str
@@ -58,28 +59,28 @@ class PackConfig:
     Attributes:
         image_size: side of the pictures in pixels.
         samples_per_shard: the most samples in one tar.
-        val_share: share of the pictures in "val", in [0, 1); above 0, at least one is. Unused with `split`.
+        val_fraction: fraction of the pictures in "val", in [0, 1); above 0, at least one is. Unused with `split`.
         split: the split of all pictures; None for "train" and "val" by the hash of the path.
-        max_bad_share: the largest share of unusable samples, in [0, 1], that is no error; up to 10 never are.
+        max_bad_fraction: the largest fraction of unusable samples, in [0, 1], that is no error; up to 10 never are.
     """
 
     image_size: int = 64
     samples_per_shard: int = 1000
-    val_share: float = 0.05
+    val_fraction: float = 0.05
     split: str | None = None
-    max_bad_share: float = 0.1
+    max_bad_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         at_least_one(self, "image_size")
-        if not 0 <= self.val_share < 1:
-            raise UserError(f"val_share must be at least 0 and below 1, got {self.val_share}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share must lie between 0 and 1, got {self.max_bad_share}")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction must lie between 0 and 1, got {self.max_bad_fraction}")
 
     def split_rule(self) -> dict[str, Any]:
         """How the splits came about, for the index."""
-        return {"val_share": self.val_share} if self.split is None else {"split": self.split}
+        return {"val_share": self.val_fraction} if self.split is None else {"split": self.split}
 
 
 class PackReport(NamedTuple):
@@ -145,20 +146,30 @@ def pack(
             writer.write(split, _key(sample.path), sample.image, "webp", meta)
             counts[split] += 1
         skipped.sort()
-        _check_share(where, counts.total(), skipped, config.max_bad_share)
+        bad = BadSamples(where, config.max_bad_fraction, "max_bad_fraction", allowed=_ALWAYS_ALLOWED)
+        for item in skipped:
+            bad.add(_kind(item), f"{item.path}: {item.reason}")
+        bad.check(counts.total() + len(skipped))
         if not counts[config.split or "train"]:
             raise UserError(_nothing_to_train_on(where, counts.total(), skipped, config))
-    write_json(out / SKIPPED_NAME, [item._asdict() for item in skipped])
+        write_json(out / SKIPPED_NAME, [item._asdict() for item in skipped])
     report = PackReport(writer.index(), skipped)
     log.info("%s", report.summary())
     return report
 
 
 def captions_of(value: object) -> list[str]:
-    """Take the captions from a text or a list of texts: white space is collapsed, what is blank or no text dropped."""
+    """The captions of a text or a list of texts: white space is collapsed, what shows nothing or is no text dropped."""
     values = value if isinstance(value, list) else [value]
     texts = [" ".join(escaped(text).split()) for text in values if isinstance(text, str)]
-    return [text for text in texts if text]
+    return [text for text in texts if _is_visible(text)]
+
+
+def _is_visible(text: str) -> bool:
+    """Whether anything of a caption would be printed, be it written as HTML ("&nbsp;")."""
+    # Zero-width and other format characters are Cf; a lone accent or variation selector (Mn) belongs to nothing.
+    blank = {"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"}
+    return any(unicodedata.category(character) not in blank for character in html.unescape(text))
 
 
 def escaped(text: str) -> str:
@@ -175,7 +186,7 @@ def _encoded(entries: Iterable[Item | Skipped], image_size: int, skipped: list[S
         try:
             data = entry.picture if isinstance(entry.picture, bytes) else entry.picture()
             image = _encode(data, image_size, entry.path)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             skipped.append(Skipped(entry.path, f"unreadable picture: {error}"))
             continue
         yield _Sample(entry.path, entry.captions, image)
@@ -187,13 +198,13 @@ def _assign(samples: Iterable[_Sample], config: PackConfig) -> Iterator[tuple[st
     By hash, "val" could stay empty. So until it has a sample, the one with the lowest hash so far is held back: it
     takes the place if nobody else does.
     """
-    if config.split is not None or config.val_share == 0:
+    if config.split is not None or config.val_fraction == 0:
         yield from ((config.split or "train", sample) for sample in samples)
         return
     held: _Sample | None = None
     val_has_one = False
     for sample in samples:
-        if hash_share(sample.path) < config.val_share:
+        if hash_share(sample.path) < config.val_fraction:
             val_has_one = True
             yield "val", sample
         elif val_has_one or (held is not None and hash_share(held.path) < hash_share(sample.path)):
@@ -223,22 +234,9 @@ def _kind(item: Skipped) -> str:
     return item.reason.split(":")[0]
 
 
-def _check_share(where: str, usable: int, skipped: list[Skipped], max_bad_share: float) -> None:
-    total = usable + len(skipped)
-    if len(skipped) <= max(_ALWAYS_ALLOWED, max_bad_share * total):
-        return
-    first = {_kind(item): item for item in reversed(skipped)}
-    common = Counter(_kind(item) for item in skipped).most_common(_SHOWN)
-    reasons = "".join(f"\n  {count} x {first[kind].reason} (as {first[kind].path})" for kind, count in common)
-    raise UserError(
-        f"{len(skipped)} of the {total} samples of {where} are unusable, more than max_bad_share={max_bad_share:g} "
-        f"allows; nothing was written. Mend them or raise max_bad_share:{reasons}"
-    )
-
-
 def _nothing_to_train_on(where: str, usable: int, skipped: list[Skipped], config: PackConfig) -> str:
     shown = "".join(f"\n  {item.path}: {item.reason}" for item in skipped[:_SHOWN])
-    needed = "" if config.split else ", and needs one to train on and one for val (val_share=0 for none)"
+    needed = "" if config.split else ", and needs one to train on and one for val (val_fraction=0 for none)"
     return (
         f"{where} has {usable} usable pictures{needed}; left out {len(skipped)}{', among them' if shown else ''}{shown}"
     )

@@ -24,7 +24,7 @@ from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.errors import UserError
 
 IMAGE_SIZE = 32
-TRAIN_SHARE = 0.3
+TRAIN_FRACTION = 0.3
 _FINE = 8  # drawn at 8 times the size, then averaged: smooth edges
 _STROKE = 2.0  # width of an outline, pixels
 
@@ -142,35 +142,35 @@ def turned(drawing: Drawing) -> Float[Array, "32 32"]:
     return np.rot90(_cover(drawing.size, drawing.fill, drawing.shape), ROTATIONS[drawing.rotation])
 
 
-def train_drawings(drawings: Sequence[Drawing], share: float = TRAIN_SHARE) -> set[Drawing]:
+def train_drawings(drawings: Sequence[Drawing], share: float = TRAIN_FRACTION) -> set[Drawing]:
     """Choose the share to train on: those with the smallest SHA-256 of their captions."""
     ranked = sorted(drawings, key=lambda d: hashlib.sha256(d.caption.encode()).digest())
     return set(ranked[: round(share * len(ranked))])
 
 
-def pack_rainbow(out: Path, *, train_share: float = TRAIN_SHARE, samples_per_shard: int = 1000) -> dict[str, Any]:
+def pack_rainbow(out: Path, *, train_fraction: float = TRAIN_FRACTION, samples_per_shard: int = 1000) -> dict[str, Any]:
     """Write the rainbow shards: splits "train" and "test".
 
     Args:
         out: shard folder to write; absent or empty.
-        train_share: share of the pictures in "train", in (0, 1).
+        train_fraction: fraction of the pictures in "train", in (0, 1).
         samples_per_shard: the most samples in one tar.
 
     Returns:
         The index written.
     """
-    if not 0 < train_share < 1:
-        raise UserError(f"train_share must lie between 0 and 1, got {train_share}")
+    if not 0 < train_fraction < 1:
+        raise UserError(f"train_fraction must lie between 0 and 1, got {train_fraction}")
     writer = ShardWriter(
         out,
         name="rainbow",
         image_size=IMAGE_SIZE,
         samples_per_shard=samples_per_shard,
-        source={"train_share": train_share},
+        source={"train_share": train_fraction},
     )
     with writer:
         drawings = all_drawings()
-        train = train_drawings(drawings, train_share)
+        train = train_drawings(drawings, train_fraction)
         for drawing in drawings:
             out_bytes = io.BytesIO()
             draw(drawing).save(out_bytes, "png")

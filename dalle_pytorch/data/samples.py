@@ -3,28 +3,26 @@
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dalle_pytorch.data.bad_samples import BadSamples
 from dalle_pytorch.data.batches import Batch, Position
+from dalle_pytorch.data.config import AugmentationConfig, DataConfig
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.tokens import TokenShards
-from dalle_pytorch.errors import UserError, not_negative
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.images import decode_image, random_crop, random_flip, random_resized_crop
 from dalle_pytorch.text import TextTokenizer
 
-if TYPE_CHECKING:
-    from dalle_pytorch.data.datamodule import DataConfig
-
 log = logging.getLogger(__name__)
 
+ENCODE_BATCH = 64  # pictures tokenised at once
 CAPTIONS_IN_MEMORY = 200_000  # pictures; above it captions are read when they are needed, about 50 us each
 
 
@@ -57,35 +55,6 @@ def pick_variant(tokens: Int[Tensor, "variants n"], rng: random.Random) -> Int[T
     return tokens[rng.randrange(len(tokens))]
 
 
-@dataclass(kw_only=True)
-class AugmentationConfig:
-    """How training pictures are changed."""
-
-    resize: bool = False
-    """Scale pictures of another size than the model's; without it they are an error."""
-    jitter: int = 0
-    """Training pictures are shifted by up to so many pixels each way; 0 = off."""
-    crop: bool = False
-    """Training pictures are cut at random, as in the paper (A.2, listing 1); needs resize, for larger pictures."""
-    flip: bool = False
-    """Training pictures are mirrored half the time; wrong for captions that tell left from right."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            ValueError: a negative jitter, or crop without resize.
-        """
-        not_negative(self, "jitter")
-        if self.crop and not self.resize:
-            raise UserError("crop cuts from pictures larger than the model's: set resize=true as well")
-
-    @property
-    def augments(self) -> list[str]:
-        """Names of what is on, of jitter, crop and flip."""
-        return [name for name in ("jitter", "crop", "flip") if getattr(self, name)]
-
-
 def augmented(
     decode: Callable[[int], Tensor], config: AugmentationConfig, *, image_size: int, rng: random.Random
 ) -> Float[Tensor, "3 H W"]:
@@ -112,37 +81,6 @@ def augmented(
     return random_flip(image, generator=generator) if config.flip else image
 
 
-class BadSamples:
-    """Counts samples that cannot be read, up to a limit; each process counts its own.
-
-    Args:
-        split: what they are of, for messages.
-        size: number of all samples.
-        share: largest share that may be bad, in [0, 1].
-    """
-
-    def __init__(self, split: str, size: int, share: float) -> None:
-        self.split, self.size, self.share = split, size, share
-        self.reasons: dict[int, str] = {}
-
-    def add(self, index: int, error: ValueError) -> None:
-        """Note one and tell its name.
-
-        Raises:
-            ValueError: they are too many now.
-        """
-        if index in self.reasons:
-            return
-        self.reasons[index] = str(error)
-        count = len(self.reasons)
-        if count > self.share * self.size:
-            raise UserError(
-                f"{count} of the {self.size} samples of {self.split!r} cannot be read, more than "
-                f"data.max_bad_share={self.share} lets pass; the last: {error}"
-            ) from error
-        log.warning("skipped: %s (%d of %d in %r)", error, count, self.size, self.split)
-
-
 class Captioned(Dataset[Batch]):
     """Samples with one caption each; the next readable one takes the place of one that cannot be read.
 
@@ -153,11 +91,13 @@ class Captioned(Dataset[Batch]):
         seed: of these choices.
     """
 
-    def __init__(self, shards: ShardDataset, config: "DataConfig", *, train: bool, seed: int) -> None:
+    def __init__(self, shards: ShardDataset, config: DataConfig, *, train: bool, seed: int) -> None:
         self.shards, self.config, self.train, self.seed = shards, config, train, seed
         self.captions = shards.captions() if len(shards) <= CAPTIONS_IN_MEMORY else None
         """All captions of every sample; None = read when they are needed."""
-        self.bad = BadSamples(shards.split, len(shards), config.max_bad_share)
+        self.unreadable: dict[int, str] = {}
+        """Why, by index. Each process counts its own."""
+        self._bad = BadSamples(f"{shards.split!r} of {shards.folder}", config.max_bad_fraction, "data.max_bad_fraction")
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -168,16 +108,29 @@ class Captioned(Dataset[Batch]):
         epoch, first = index if isinstance(index, tuple) else (0, index)
         for step in range(len(self)):
             place = (first + step) % len(self)
-            if place in self.bad.reasons:
+            if place in self.unreadable:
                 continue
             rng = sample_rng(self.seed, epoch, place)
             try:
                 captions = self.captions_of(place)
                 caption = pick_caption(captions, rng, self.config.caption_weights) if self.train else captions[0]
                 return {"index": place, "caption": caption, "rng": rng, **self.load(place, rng)}
-            except ValueError as error:
-                self.bad.add(place, error)
+            except UserError as error:
+                self.leave_out(place, error)
         raise UserError(f"no sample of {self.shards.split!r} can be read")
+
+    def leave_out(self, index: int, error: UserError) -> None:
+        """Note a sample that cannot be read and tell its name, once.
+
+        Raises:
+            UserError: they are too many now.
+        """
+        if index in self.unreadable:
+            return
+        self.unreadable[index] = str(error)
+        self._bad.add("unreadable", str(error))
+        self._bad.check(len(self))
+        log.warning("skipped: %s (%d of %d in %r)", error, self._bad.count, len(self), self.shards.split)
 
     def captions_of(self, index: int) -> list[str]:
         """All captions of a sample."""
@@ -235,7 +188,7 @@ class Pictures(Captioned):
     def __init__(
         self,
         shards: ShardDataset,
-        config: "DataConfig",
+        config: DataConfig,
         *,
         image_size: int,
         train: bool,
@@ -271,8 +224,8 @@ class Pictures(Captioned):
         for index in indices:
             try:
                 images.append(self.image(index, sample_rng(self.seed, variant, self.start + index)))
-            except ValueError as error:
-                self.bad.add(index, error)
+            except UserError as error:
+                self.leave_out(index, error)
                 images.append(torch.ones(3, self.image_size, self.image_size))
         return torch.stack(images)
 
@@ -289,8 +242,8 @@ class Pictures(Captioned):
         for index in range(len(self)):
             try:
                 decoded[index] = (self._decode(index, size) * 255).round().byte()
-            except ValueError as error:
-                self.bad.add(index, error)
+            except UserError as error:
+                self.leave_out(index, error)
         return decoded
 
 

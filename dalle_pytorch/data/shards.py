@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -18,10 +18,10 @@ from typing import Any, ClassVar, NamedTuple
 from torch.utils.data import Dataset
 from webdataset import TarWriter
 
-from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, read_index
+from dalle_pytorch.data.index import INDEX_NAME, INDEX_VERSION, SKIPPED_NAME, read_index
 from dalle_pytorch.data.tar import GZIP_SUFFIX, TarReader
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.files import sha256_file, write_json
+from dalle_pytorch.files import ensure_empty, sha256_file, write_json
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg")
 # WebDataset splits a file name at its first dot, and "/" would make folders inside the tar.
@@ -51,7 +51,7 @@ class ShardWriter:
     """Writes a shard folder; the same samples in the same order give the same bytes.
 
     Use it as a context manager. The index is written last, when the block ends without an error;
-    after an error the files written so far are removed.
+    after an error, a full disk for one, the files written so far are removed.
 
     Args:
         folder: where to write; must be absent or empty.
@@ -63,7 +63,8 @@ class ShardWriter:
         source: free description of where the data come from, for the index.
 
     Raises:
-        ValueError: the folder is not empty, or `samples_per_shard` is not positive.
+        FileExistsError: the folder is not empty.
+        UserError: `samples_per_shard` is not positive.
     """
 
     def __init__(
@@ -79,10 +80,7 @@ class ShardWriter:
         if samples_per_shard < 1:
             raise UserError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
         self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(
-                f"{self.folder} exists and is not an empty folder; nothing is overwritten: remove it or choose another"
-            )
+        ensure_empty(self.folder, "remove it or choose another out=")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.image_size = image_size
@@ -104,12 +102,22 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         """Write the index, or remove what was written if the block failed."""
+        try:
+            if kind is None:
+                for split in list(self._open):
+                    self._close(split)
+                write_json(self.folder / INDEX_NAME, self.index())
+                return
+        except BaseException:
+            self._remove()
+            raise
+        self._remove()
+
+    def _remove(self) -> None:
         for split in list(self._open):
-            self._close(split)
-        if kind is None:
-            write_json(self.folder / INDEX_NAME, self.index())
-            return
-        for file, _, _ in self._shards():
+            with suppress(OSError):  # what cannot be written any more
+                self._close(split)
+        for file in (*(file for file, _, _ in self._shards()), SKIPPED_NAME):
             (self.folder / file).unlink(missing_ok=True)
 
     def write(self, split: str, key: str, image: bytes, ext: str, meta: Mapping[str, Any]) -> None:
@@ -129,8 +137,8 @@ class ShardWriter:
         self._check(split, key, ext, meta)
         counts = self._counts.setdefault(split, [])
         if split not in self._open:
-            self._open[split] = self._open_shard(self.folder / self._name(split, len(counts)))
             counts.append(0)
+            self._open[split] = self._open_shard(self.folder / self._name(split, len(counts) - 1))
         meta = {"concept": None, "style": None, **meta, "split": split}
         text = json.dumps(meta, ensure_ascii=False, sort_keys=True)
         self._open[split][0].write({"__key__": key, ext: image, "json": text.encode()})
@@ -158,11 +166,12 @@ class ShardWriter:
 
     def _open_shard(self, path: Path) -> tuple[TarWriter, ExitStack]:
         # Fixed owner, time and (for gzip) file name: the bytes depend on the samples alone.
-        stack = ExitStack()
-        stream: Any = stack.enter_context(path.open("wb"))
-        if self.compress:
-            stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=9, fileobj=stream, mtime=0))
-        return stack.enter_context(TarWriter(stream, user="", group="", mtime=0, encoder=False)), stack
+        with ExitStack() as stack:
+            stream: Any = stack.enter_context(path.open("wb"))
+            if self.compress:
+                stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=9, fileobj=stream, mtime=0))
+            tar = stack.enter_context(TarWriter(stream, user="", group="", mtime=0, encoder=False))
+            return tar, stack.pop_all()
 
     def _close(self, split: str) -> None:
         _, stack = self._open.pop(split)
@@ -299,7 +308,7 @@ class ShardDataset(Dataset[Sample]):
     def _read(self, entry: _Entry, part: tuple[int, int]) -> bytes:
         try:
             return self._tars[entry.shard].read(*part)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"sample {entry.key!r} cannot be read: {error}") from error
 
 

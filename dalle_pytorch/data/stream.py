@@ -12,66 +12,44 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline, ResampledShards, SimpleShardList, batched, shuffle
-from webdataset.gopen import gopen, gopen_schemes, set_options
-from webdataset.shardlists import expand_urls
+from webdataset.gopen import gopen, set_options
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from dalle_pytorch.data.bad_samples import BadSamples
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.packing import captions_of
 from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
-from dalle_pytorch.data.shards import IMAGE_EXTENSIONS
 from dalle_pytorch.data.tokens import read_tokens
-from dalle_pytorch.errors import UserError
-from dalle_pytorch.images import fit, open_rgb, to_tensor
-
-if TYPE_CHECKING:
-    from dalle_pytorch.data.datamodule import DataConfig
+from dalle_pytorch.data.urls import expand
+from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.images import IMAGE_SUFFIXES, fit, open_rgb, to_tensor
 
 log = logging.getLogger(__name__)
 
 RawSample: TypeAlias = dict[str, Any]
 """``__key__``, ``__url__`` and the bytes of its files by extension."""
 
-PICTURES = (*IMAGE_EXTENSIONS, "jpeg")
+PICTURES = tuple(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
 TEXTS = ("json", "txt")
 TOKENS = "npy"
-SCHEMES = frozenset(gopen_schemes) - {"__default__"} | {"file"}
 CAPTIONS = 10_000  # to train a BPE on; the pictures between them travel too
-FEW, FEW_BAD = 100, 10  # of fewer samples a share says little: so many bad ones pass
+ALLOWED = 10  # bad samples: at the beginning of a stream a fraction says little
 CHUNK = 1 << 16
 
-_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)
-
-
-def is_stream(path: str) -> bool:
-    """Whether a data.path means remote shards rather than a folder."""
-    return "://" in path or path.startswith("pipe:")
-
-
-def expand(path: str) -> list[str]:
-    """The shards of a pattern: ``{000..123}`` counts up, ``::`` joins several.
-
-    Raises:
-        ValueError: braces that do not match, or a scheme that cannot be read; names it.
-    """
-    try:
-        urls = expand_urls(path)
-    except ValueError as error:
-        raise UserError(f"data.path={path}: {error}") from error
-    for url in urls:
-        if url.partition(":")[0].lower() not in SCHEMES:
-            raise UserError(
-                f"data.path: {url} is of no scheme that can be read ({', '.join(sorted(SCHEMES))}); for others give a "
-                "command that prints a shard, as in 'pipe:aws s3 cp s3://bucket/x-{000..123}.tar -'"
-            )
-    return urls
+_BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    tarfile.TarError,
+)  # WebDataset raises ValueError for tars that it cannot group
 
 
 def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
@@ -102,35 +80,25 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
         reason = error if isinstance(error, OSError) and error.errno is not None else error.args[0]
         raise UserError(f"shard {url} cannot be read: {reason}") from error
     if empty:
-        raise UserError(f"shard {url} has no samples: no files .{', .'.join(extensions)}")
+        raise UserError(f"shard {url} has no samples: no files of images, image tokens (.{TOKENS}) or captions")
 
 
 class Tally:
-    """Counts what was read and what could not be, up to a limit; each worker counts its own.
+    """What was read and what could not be; each worker counts its own."""
 
-    Args:
-        path: of the stream, for messages.
-        share: largest share that may be bad, in [0, 1].
-    """
+    def __init__(self, config: DataConfig) -> None:
+        self.read = 0
+        self.bad = BadSamples(config.path, config.max_bad_fraction, "data.max_bad_fraction", allowed=ALLOWED)
 
-    def __init__(self, path: str, share: float) -> None:
-        self.path, self.share = path, share
-        self.read, self.bad = 0, 0
-
-    def add(self, error: ValueError) -> None:
+    def add(self, kind: str, error: UserError) -> None:
         """Note what cannot be read and tell its name.
 
         Raises:
-            ValueError: it is too much now.
+            UserError: it is too much now.
         """
-        self.bad += 1
-        allowed = self.share * self.read
-        if self.bad > (allowed if self.read >= FEW else max(allowed, FEW_BAD)):
-            raise UserError(
-                f"{self.bad} samples or shards of {self.path} cannot be read, {self.read} samples were: more than "
-                f"data.max_bad_share={self.share} lets pass ({FEW_BAD} before the first {FEW}); the last: {error}"
-            ) from error
-        log.warning("skipped: %s (%d beside %d samples read)", error, self.bad, self.read)
+        self.bad.add(kind, str(error))
+        self.bad.check(self.read)
+        log.warning("skipped: %s (%d beside %d samples read)", error, self.bad.count, self.read)
 
 
 class Stream:
@@ -145,19 +113,21 @@ class Stream:
         ValueError: a bad URL, or the first shard cannot be read; names it.
     """
 
-    def __init__(self, config: "DataConfig", *, image_size: int, seed: int) -> None:
+    def __init__(self, config: DataConfig, *, image_size: int, seed: int) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
         self.urls = expand(config.path)
         first = next(read_shard(self.urls[0], (*PICTURES, TOKENS, *TEXTS)))
         try:
             count = tokens_of(first).shape[1] if TOKENS in first else None
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{_name(first)}: {error}") from error
         self.num_image_tokens: int | None = count
         """Image tokens of a picture; None if the stream is of pictures."""
         kinds = PICTURES if count is None else (TOKENS,)
         self.extensions = (*kinds, *TEXTS)
-        log.info("streaming %d shards of %s from %s", len(self.urls), "/".join(kinds), config.path)
+        log.info(
+            "streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path
+        )
 
     def __len__(self) -> int:
         """Samples that count as an epoch."""
@@ -166,7 +136,7 @@ class Stream:
     def some_captions(self) -> Iterator[str]:
         """The captions of the first samples of shards in random order, each shard once; the same in every process."""
         log.info("reading up to %d captions of %s", CAPTIONS, self.config.path)
-        tally = Tally(self.config.path, self.config.max_bad_share)
+        tally = Tally(self.config)
         yield from islice(self._captions(tally), CAPTIONS)
 
     def batches(self, place: str, collate: Collate, size: int) -> DataPipeline:
@@ -178,7 +148,7 @@ class Stream:
             size: samples of a batch.
         """
         rng = random.Random(f"{self.seed}/{place}")
-        tally = Tally(self.config.path, self.config.max_bad_share)
+        tally = Tally(self.config)
         return DataPipeline(
             # Its own worker_seed knows the process only where torch.distributed is up; rng knows it always.
             ResampledShards(self.urls, seed=rng.getrandbits(31), worker_seed=lambda: 0, deterministic=True),
@@ -193,16 +163,16 @@ class Stream:
         for shard in chosen:
             try:
                 yield from read_shard(shard["url"], self.extensions)
-            except ValueError as error:
-                tally.add(error)
+            except UserError as error:
+                tally.add("unreadable shard", error)
 
     def _captions(self, tally: Tally) -> Iterator[str]:
         for raw in self._raw(tally, SimpleShardList(self.urls, seed=self.seed)):
             tally.read += 1
             try:
                 yield from read_captions(raw)
-            except ValueError as error:
-                tally.add(error)
+            except UserError as error:
+                tally.add("unreadable sample", UserError(f"{_name(raw)}: {error}"))
 
     def _samples(self, tally: Tally, place: str, collate: Collate, raws: Iterable[RawSample]) -> Iterator[Batch]:
         """Batches of one, so that a sample that cannot be collated is known by its name."""
@@ -210,8 +180,8 @@ class Stream:
             tally.read += 1
             try:
                 yield collate([self._load(raw, random.Random(f"{self.seed}/{place}/{counter}"))])
-            except ValueError as error:
-                tally.add(ValueError(f"{_name(raw)}: {error}"))
+            except UserError as error:
+                tally.add("unreadable sample", UserError(f"{_name(raw)}: {error}"))
 
     def _load(self, raw: RawSample, rng: random.Random) -> Batch:
         """A sample as `Captioned` gives it in training."""
@@ -227,7 +197,7 @@ class Stream:
     def _decode(self, raw: RawSample, size: int) -> Float[Tensor, "3 H W"]:
         files = [ext for ext in PICTURES if ext in raw]
         if len(files) != 1:
-            raise UserError(f"it needs one picture (.{', .'.join(PICTURES)}), but has {files or 'none'}")
+            raise UserError(f"it needs one picture, but has {' and '.join(files) or 'none'}")
         picture = open_rgb(raw[files[0]], name=raw["__key__"])
         if picture.size != (self.image_size, self.image_size) and not self.config.resize:
             raise UserError(
@@ -243,11 +213,16 @@ def read_captions(raw: RawSample) -> list[str]:
     Raises:
         ValueError: broken JSON, or no caption.
     """
-    meta = json.loads(raw["json"]) if "json" in raw else {}
+    try:
+        meta = json.loads(raw["json"]) if "json" in raw else {}
+        value = meta.get("captions", meta.get("caption")) if isinstance(meta, dict) else None
+        if value is None and "txt" in raw:
+            value = raw["txt"].decode("utf-8-sig")
+    except ValueError as error:  # no JSON, or bytes that are no UTF-8
+        raise UserError(f"its captions cannot be read: {first_line(error)}") from error
     if not isinstance(meta, dict):
         raise UserError(f"its json holds no object but {meta!r}")
-    value = meta.get("captions", meta.get("caption"))
-    captions = captions_of(raw["txt"].decode() if value is None and "txt" in raw else value)
+    captions = captions_of(value)
     if not captions:
         raise UserError('it has no caption, neither "captions" or "caption" in a json nor a txt')
     return captions

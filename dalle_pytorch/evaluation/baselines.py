@@ -3,15 +3,22 @@
 Axes: b samples, n image tokens, k codebook_size, e features, c channels, H W pixels.
 """
 
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.likelihood import other_captions, unigram_nats
+from dalle_pytorch.evaluation.samples import distinct_pairs
 from dalle_pytorch.generation.engine import AnyDALLE
+from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 
@@ -134,3 +141,48 @@ def table(comparisons: list[Comparison]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+@dataclass(kw_only=True)
+class BaselinesConfig:
+    """The models and the pictures to judge them on."""
+
+    dalle: str = "???"
+    """Checkpoint of a DALLE; its VAE is judged too."""
+    clip: str = "???"
+    """Checkpoint of a CLIP."""
+    ranking: str = "???"
+    """``ranking.json`` of generate.py."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The validation split is judged, the training split gives mean picture and token frequencies."""
+    max_pairs: int = 256
+    """Pairs for the CLIP's recall; each with another caption."""
+    seed: int = 0
+    """Of the choice of those pairs."""
+
+
+@torch.no_grad()
+def compare(config: BaselinesConfig) -> list[Comparison]:
+    """All comparisons, stage by stage.
+
+    Raises:
+        FileNotFoundError: no ``ranking.json``.
+    """
+    if not Path(config.ranking).is_file():
+        raise FileNotFoundError(f"ranking={config.ranking} does not exist; generate.py writes it")
+    dalle, clip = load(config.dalle, kind="dalle"), load(config.clip, kind="clip")
+    train_shards, val_shards = open_splits(config.data)
+    train_images, _ = all_pictures(train_shards, config.data, dalle.vae.image_size)
+    images, captions = all_pictures(val_shards, config.data, dalle.vae.image_size)
+    train_tokens = torch.cat([dalle.vae.encode(part) for part in train_images.split(256)])
+    text = text_tokenizer_of(dalle, "dalle").tokenize(captions, dalle.config.text_len, truncate=True)
+    pairs = distinct_pairs(captions, config.max_pairs, config.seed)
+    clip_text = text_tokenizer_of(clip, "clip").tokenize(
+        [captions[i] for i in pairs], clip.config.text_len, truncate=True
+    )
+    return [
+        tokenizer_comparison(dalle.vae, images, train_images.mean(dim=0)),
+        *dalle_comparisons(dalle, text, dalle.vae.encode(images), train_tokens),
+        *clip_comparisons(clip, clip_text, images[pairs]),
+        ranking_comparison(json.loads(Path(config.ranking).read_text(encoding="utf-8"))),
+    ]

@@ -1,14 +1,34 @@
-"""Two evaluations side by side: ``python -m dalle_pytorch.evaluation.compare a/metrics.json b/metrics.json``.
+"""Two evaluations side by side. Numbers that were measured in two ways are refused."""
 
-``evaluate.py compare a/metrics.json b/metrics.json`` does the same. Numbers that were measured in two ways are refused.
-"""
-
-import sys
 from collections.abc import Container, Sequence
 
 from dalle_pytorch.evaluation.report import Difference, Metric, Record, compare, read, refusals, shown
 
-USAGE = "usage: evaluate.py compare A/metrics.json B/metrics.json"
+
+def side_by_side(first: str, second: str) -> tuple[str, str | None]:
+    """The numbers that both files have and that were measured alike.
+
+    Args:
+        first: a ``metrics.json``.
+        second: another.
+
+    Returns:
+        A table with a line a number, and which names are in one file only; what was left out and why, None if nothing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a file that is none, or no number that can be compared.
+    """
+    a, b, names = read(first), read(second), (first, second)
+    refused = refusals(a, b, names=names)
+    if len(refused) == len(set(a.metrics) & set(b.metrics)):
+        refused = {}  # compare refuses them all
+    lines = [table(compare(without(a, refused), without(b, refused), names=names))]
+    for path, own, other in ((first, a, b), (second, b, a)):
+        if left := [name for name in own.metrics if name not in other.metrics]:
+            lines.append(f"only in {path}: {', '.join(left)}")
+    why = f" ({next(iter(refused.values()))}); evaluate both alike" if refused else ""
+    return "\n".join(lines), f"left out, since measured in two ways: {', '.join(refused)}{why}" if refused else None
 
 
 def table(differences: Sequence[Difference]) -> str:
@@ -45,44 +65,6 @@ def verdict(difference: Difference) -> str:
     return f"{better}, {said[difference.apart]}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table of the numbers that were measured alike, and refuse the others.
-
-    Returns:
-        Exit code: 0; 1 where a number cannot be compared; 2 for a wrong call.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
-        print(USAGE, file=sys.stderr)
-        return 2
-    try:
-        first, second = read(arguments[0]), read(arguments[1])
-        names = (arguments[0], arguments[1])
-        refused = refusals(first, second, names=names)
-        if len(refused) < len(set(first.metrics) & set(second.metrics)):
-            differences = compare(without(first, refused), without(second, refused), names=names)
-        else:
-            differences = compare(first, second, names=names)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(differences))
-    for path, own, other in ((arguments[0], first, second), (arguments[1], second, first)):
-        if left := [name for name in own.metrics if name not in other.metrics]:
-            print(f"only in {path}: {', '.join(left)}")
-    if refused:
-        first_problem = next(iter(refused.values()))
-        print(
-            f"error: left out, since measured in two ways: {', '.join(refused)} ({first_problem}); evaluate both alike",
-            file=sys.stderr,
-        )
-    return int(bool(refused))
-
-
 def without(record: Record, names: Container[str]) -> Record:
     """A record without some of its numbers."""
     return Record(record.subject, {name: metric for name, metric in record.metrics.items() if name not in names})
-
-
-if __name__ == "__main__":
-    sys.exit(main())

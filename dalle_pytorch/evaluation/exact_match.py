@@ -3,11 +3,17 @@
 Axes: b samples, n image tokens, t text tokens.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
+from dalle_pytorch.evaluation.baselines import psnr
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens, make_decoder
+from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.generation.sampling import SamplingConfig
 
 BATCH = 256  # captions decoded together; no number depends on it
@@ -31,3 +37,44 @@ def greedy_matches(
         unused = torch.zeros(len(text), dalle.num_image_tokens)
         rows.append(generate_image_tokens(decoder, text, unused, greedy))
     return torch.cat(rows) == image_tokens
+
+
+@dataclass(kw_only=True)
+class ExactMatchConfig:
+    """The model and the pictures."""
+
+    dalle: str = "???"
+    """Checkpoint of a DALLE."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Both of its splits are judged."""
+
+
+@torch.no_grad()
+def judge(config: ExactMatchConfig) -> list[str]:
+    """A line for each split: exact match, share of right tokens, PSNR of the VAE.
+
+    Of the validation split also the pictures that are not, pixel for pixel, in the training split: a circle turned is
+    the same picture under another caption.
+    """
+    dalle = load(config.dalle, kind="dalle")
+    tokenizer, lines, seen = text_tokenizer_of(dalle, "dalle"), [], set()
+    for shards in open_splits(config.data):
+        images, captions = all_pictures(shards, config.data, dalle.vae.image_size)
+        text = tokenizer.tokenize(captions, dalle.config.text_len)
+        image_tokens = torch.cat([dalle.vae.encode(part) for part in images.split(256)])
+        decoded = torch.cat([dalle.vae.decode(part) for part in image_tokens.split(256)])
+        right = greedy_matches(dalle, text, image_tokens)
+        pixels = [image.numpy().tobytes() for image in images]
+        new = torch.tensor([p not in seen for p in pixels])
+        seen = seen or set(pixels)
+        lines.append(
+            f"{shards.split}: {len(captions)} captions, all tokens right {share(right.all(dim=1)):.4f} "
+            f"({share(right.all(dim=1)[new]):.4f} of the {int(new.sum())} whose picture is in no earlier split), "
+            f"tokens right {share(right):.4f}, VAE {psnr(decoded, images):.2f} dB PSNR"
+        )
+    return lines
+
+
+def share(right: Tensor) -> float:
+    """Part of a boolean tensor that is true; 0 of none."""
+    return right.float().mean().nan_to_num().item()

@@ -5,47 +5,30 @@ Axes: c channels, H W pixels.
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from dalle_pytorch.files import ensure_empty
+from dalle_pytorch.generation.config import GenerateConfig
 from dalle_pytorch.generation.generator import Generator, Preview, Ranked
 from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
 from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.image_tokenizer import margin_of
 
-if TYPE_CHECKING:
-    from dalle_pytorch.commands.generate import GenerateConfig
-
 SHOWN = 8
 """Pictures in the animated preview."""
-CANCELLED = 130
-"""Exit code after Ctrl-C, as of a shell."""
 
 
 def file_stem(number: int, prompt: str) -> str:
     """A file name that begins with the prompt's number and hints at its words."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return f"{number:02d}_{words[:40].strip('-')}".rstrip("_")
-
-
-def new_folder(path: str) -> Path:
-    """Make a folder for results.
-
-    Raises:
-        FileExistsError: it holds files already.
-    """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"out={folder} holds files already; choose another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def describe(result: Ranked, stem: str) -> list[dict[str, Any]]:
@@ -95,11 +78,17 @@ class Film:
 
 
 class Results:
-    """The folder that generate.py writes."""
+    """The folder that generate.py writes.
 
-    def __init__(self, config: "GenerateConfig") -> None:
+    Raises:
+        FileExistsError: it holds files already.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
         self.config, self.settings = config, asdict(config)
-        self.folder = new_folder(config.out)
+        self.folder = Path(config.out)
+        ensure_empty(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[GridRow] = []
         self.report: list[dict[str, Any]] = []
 
@@ -119,19 +108,19 @@ class Results:
             {"prompt": prompt, "kept": kept, "indices": result.candidates.indices, "all_scores": all_scores}
         )
 
-    def finish(self, cancelled: bool) -> None:
-        """Write the grid and ``ranking.json``, and say where they are."""
+    def finish(self) -> str:
+        """Write the grid and ``ranking.json``; without a finished prompt remove the folder.
+
+        Returns:
+            What was drawn and where it is; "" if nothing.
+        """
         if not self.rows:
             self.folder.rmdir()
-            print("cancelled: nothing was finished yet, so nothing is written", file=sys.stderr)
-            raise SystemExit(CANCELLED)
+            return ""
         grid, ranking = self.folder / "grid.png", self.folder / "ranking.json"
         save_png(picture_grid(self.rows), grid, self.settings)
         ranking.write_text(json.dumps({"settings": self.settings, "prompts": self.report}, indent=1), encoding="utf-8")
         counts = [len(row["indices"]) for row in self.report]
         drawn = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         kept = max(len(row["kept"]) for row in self.report)
-        print(f"best {kept} of {drawn} a prompt: {grid}, {ranking}")
-        if cancelled:
-            print("cancelled: this is what was finished until then", file=sys.stderr)
-            raise SystemExit(CANCELLED)
+        return f"best {kept} of {drawn} a prompt: {grid}, {ranking}"

@@ -4,7 +4,7 @@ Axes: b batch, c channels, H W pixels, n image tokens in raster order, d codeboo
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -16,51 +16,123 @@ from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, Quantizer, ScalarGrid, to_grid, to_sequence
 
-QUANTIZERS = ("vq", "fsq", "ibq")
+
+@dataclass(kw_only=True)
+class NarrowConfig(ConvConfig):
+    """Sizes and likelihood; code vectors are narrow, as ViT-VQGAN advises (quantizers.NearestCode)."""
+
+    codebook_dim: int = 16
+    """Width of a code vector."""
 
 
 @dataclass(kw_only=True)
-class VQVAEConfig(ConvConfig):
-    """Sizes, likelihood and codebook of a VQVAE."""
+class VQConfig(NarrowConfig):
+    """A VQVAE whose codes are learnt vectors; the nearest is taken, and it follows a moving average."""
 
-    codebook_dim: int = 16
-    """Width of a code vector; the narrow one of vq is ViT-VQGAN's advice (quantizers.NearestCode)."""
-    quantizer: str = "vq"
-    """"vq" (nearest learnt vector, moving averages), "fsq" (a grid of rounded numbers, ``levels``) or "ibq" (likeliest
-    code, gradients for all)."""
-    levels: list[int] = field(default_factory=list)
-    """fsq: levels of each coordinate, 5 or more best; their product is codebook_size (8, 5, 5, 5: 1,000)."""
     decay: float = 0.99
-    """vq: of the moving averages."""
+    """Of the moving averages, in (0, 1)."""
     idle: float = 0.1
-    """vq: codes that stand for fewer vectors of a batch, on average, are put on one of them."""
+    """Codes that stand for fewer vectors of a batch, on average, are put on one of them."""
     commitment: float = 0.25
-    """vq, ibq: weight of the distance from the encoder's vectors to their codes."""
+    """Weight of the distance from the encoder's vectors to their codes."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: a field is out of range; names it.
+        """
+        super().__post_init__()
+        if not 0 < self.decay < 1:
+            raise UserError(f"decay must lie in (0, 1), got {self.decay}")
+        not_negative(self, "idle", "commitment")
+
+
+@dataclass(kw_only=True)
+class FSQConfig(NarrowConfig):
+    """A VQVAE whose codes are a grid of rounded numbers."""
+
+    codebook_size: int = 0
+    """Number of codes, the product of ``levels``; 0 = filled from them."""
+    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
+    """Levels of each coordinate, 5 or more best ([8, 5, 5, 5]: 1,000 codes)."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: a field is out of range; names it.
+        """
+        if not self.levels or min(self.levels) < 3:
+            raise UserError(f"levels must be 3 or more each, e.g. [8,5,5,5] for 1,000 codes; got {list(self.levels)}")
+        if self.codebook_size not in (0, math.prod(self.levels)):
+            raise UserError(
+                f"levels {list(self.levels)} make {math.prod(self.levels)} codes: leave codebook_size "
+                f"({self.codebook_size}) out"
+            )
+        self.codebook_size = math.prod(self.levels)
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class IBQConfig(NarrowConfig):
+    """A VQVAE whose codes are learnt vectors; the likeliest is taken, and the gradient reaches all of them."""
+
+    commitment: float = 0.25
+    """Weight of the distance from the encoder's vectors to their codes."""
     entropy: float = 0.002
-    """ibq: weight of sure choices and of all codes in use (authors': 0.05, beside larger losses than a picture's error;
+    """Weight of sure choices and of all codes in use (authors': 0.05, beside larger losses than an image's error;
     docs/experiments.md)."""
 
     def __post_init__(self) -> None:
         """Validate.
 
         Raises:
-            ValueError: a field is out of range; names it.
+            UserError: a field is out of range; names it.
+        """
+        super().__post_init__()
+        not_negative(self, "commitment", "entropy")
+
+
+QUANTIZERS: dict[str, type[NarrowConfig]] = {"vq": VQConfig, "fsq": FSQConfig, "ibq": IBQConfig}
+
+
+@dataclass(kw_only=True)
+class VQVAEConfig(NarrowConfig):
+    """What a checkpoint says of a VQVAE: which quantizer, and the settings of all of them."""
+
+    quantizer: str = "vq"
+    """One of QUANTIZERS, whose config says what each of the settings below means."""
+    levels: list[int] = field(default_factory=list)
+    """fsq."""
+    decay: float = 0.99
+    """vq."""
+    idle: float = 0.1
+    """vq."""
+    commitment: float = 0.25
+    """vq, ibq."""
+    entropy: float = 0.002
+    """ibq."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: no such quantizer, or a field is out of range; names it.
         """
         super().__post_init__()
         if self.quantizer not in QUANTIZERS:
             raise UserError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
-        if self.quantizer == "fsq" and (not self.levels or min(self.levels) < 3):
-            raise UserError(f"levels must be 3 or more each, e.g. [8,5,5,5] for 1,000 codes; got {self.levels}")
-        if self.quantizer == "fsq" and math.prod(self.levels) != self.codebook_size:
-            raise UserError(
-                f"levels {self.levels} make {math.prod(self.levels)} codes: set codebook_size to it "
-                f"(it is {self.codebook_size})"
-            )
         if self.quantizer != "fsq" and self.levels:
             raise UserError(f"levels are those of quantizer=fsq; with {self.quantizer} leave them empty")
-        if not 0 < self.decay < 1:
-            raise UserError(f"decay must lie in (0, 1), got {self.decay}")
-        not_negative(self, "idle", "commitment", "entropy")
+        config = QUANTIZERS[self.quantizer]
+        config(**{item.name: getattr(self, item.name) for item in fields(config)})
+
+    @classmethod
+    def of(cls, config: NarrowConfig) -> "VQVAEConfig":
+        """The same from the settings of one quantizer."""
+        quantizer = next(name for name, kind in QUANTIZERS.items() if type(config) is kind)
+        return cls(quantizer=quantizer, **{item.name: getattr(config, item.name) for item in fields(config)})
 
 
 class VQLoss(NamedTuple):

@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from dalle_pytorch.errors import UserError
+from dalle_pytorch.files import split_lines
 from dalle_pytorch.text.bpe import SPACE, ByteBPE, merge_symbols, read_merge
 
 BOS, PAD, EOS, UNK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -224,7 +225,7 @@ def read_words(path: str | Path) -> list[str]:
         FileNotFoundError: no such file.
         ValueError: it is empty.
     """
-    words = [line.split()[0] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    words = [line.split()[0] for line in split_lines(Path(path).read_text(encoding="utf-8")) if line.strip()]
     if not words:
         raise UserError(f"{path} holds no words")
     return words

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dalle_pytorch.checkpoints.checkpoint import header
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.models.gradient_scaling import update_scales
-from dalle_pytorch.training.optim import OptimConfig, make_optimizer, make_scheduler
+from dalle_pytorch.training.optim import MuonAdamW, OptimConfig, make_optimizer, make_scheduler
 from dalle_pytorch.training.sharding import shard
 from dalle_pytorch.training.stability import SkippedSteps, clip_gradients, is_logged
 from dalle_pytorch.training.strategies import PowerSGDStrategy
@@ -79,6 +79,9 @@ class LitBase(pl.LightningModule, Generic[Net]):
         self.skipped.note(finite, self.net, self.global_step, overflowed)
         self.log("train/grad_norm", norm if finite else 0.0)
         self.log("train/skipped_steps", float(self.skipped.total))
+        for group in optimizer.param_groups:  # groups of one kind share their rate; only Muon's have a momentum
+            is_muon = isinstance(optimizer, MuonAdamW) and "momentum" in group
+            self.log("train/muon_lr" if is_muon else "train/lr", group["lr"])
         if not finite:
             optimizer.zero_grad()  # without gradients an optimiser changes nothing
             if isinstance(self.trainer.strategy, PowerSGDStrategy):
@@ -93,7 +96,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
         """Shard the weights, if the strategy wants it; called by Lightning before the optimiser is made."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
             assert self.device_mesh is not None  # the strategy has set it
-            shard(self.net, self.device_mesh, half=str(self.trainer.precision) == "bf16-mixed")
+            shard(self.net, self.device_mesh, bf16=str(self.trainer.precision) == "bf16-mixed")
             self.sharded = True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -138,6 +141,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting the steps that were left out."""
         self.skipped.in_a_row, self.skipped.total = checkpoint["skipped_steps"]
+        checkpoint["callbacks"].pop("Timer", None)  # trainer.max_time is that of one start, not of all together
 
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """One picture, in [0, 1], that shows how far the training is.

@@ -11,7 +11,7 @@ from dalle_pytorch.models.clip import CLIP, CLIPConfig, CLIPLoss, contrastive_lo
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.text.phrases import check_phrases, swapped_captions
 from dalle_pytorch.training.base import LitBase, tile
-from dalle_pytorch.training.run import RunConfig
+from dalle_pytorch.training.config import RunConfig
 from dalle_pytorch.training.text import TextConfig
 from dalle_pytorch.training.wrong_captions import read_wrong
 

@@ -6,8 +6,10 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from omegaconf import MISSING
 from torch import Tensor
 
+from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens
@@ -18,14 +20,20 @@ from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
-from dalle_pytorch.training.plan import ClusterConfig
-from dalle_pytorch.training.run import RunConfig
+from dalle_pytorch.training.config import RunConfig
+from dalle_pytorch.training.plan import HardwareConfig
 from dalle_pytorch.training.text import TextConfig
 from dalle_pytorch.training.wrong_captions import read_wrong, wrong_caption
 
 SHOWN_PROMPTS = 6  # prompts in a picture of samples
 SHOWN_EACH = 4  # samples of each, one row
 IMAGE_CODES = ("likeliest", "sampled", "soft")
+MODELS: dict[str, type[Any]] = {"dalle": DALLEConfig, "dalle_bart": DALLEBartConfig}
+"""Schemas of the options of model=."""
+for _name, _config in MODELS.items():
+    register(_name, _config, group="model")
+RENAMED["bart"] = "say model.NAME=, with model=dalle_mini, model=dalle_mega or model=bart"
+RENAMED["cluster"] = "say hardware.NAME="
 
 
 @dataclass(kw_only=True)
@@ -40,15 +48,11 @@ class TrainDALLEConfig(RunConfig):
     model.contrast_weight is not taken over."""
     plan: bool = False
     """Only print what the training would cost: parameters, arithmetic, memory, days."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """The machines that a plan is for."""
-    model: DALLEConfig = field(default_factory=DALLEConfig)
-    """Sizes of the DALLE; text_vocab_size is filled from the text tokenizer."""
-    network: str = "dalle"
-    """What is trained: "dalle" (settings in model) or "dalle_bart", a DALL·E mini (settings in bart); model=dalle_mini
-    and init= choose it."""
-    bart: DALLEBartConfig = field(default_factory=DALLEBartConfig)
-    """Sizes of a DALL·E mini; vocabulary, grid and codebook are filled from the tokenizers."""
+    model: Any = MISSING
+    """Sizes; model=dalle_mini, dalle_mega and bart are a DALL·E mini's, an encoder-decoder, all others a DALLE's.
+    Vocabularies and grid are filled from the tokenizers."""
     image_codes: str = "likeliest"
     """Which codes of a picture are learned: "likeliest" (the ones that are cached), "sampled" (drawn anew every time by
     the image tokenizer's probabilities), or "soft" (drawn likewise, and their probabilities predicted). The last two
@@ -72,9 +76,10 @@ class TrainDALLEConfig(RunConfig):
             raise UserError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
         check_phrases(self.contrast_phrases, "contrast_phrases")
 
-    def sizes(self) -> DALLEConfig | DALLEBartConfig:
-        """The settings of the network that is trained."""
-        return self.bart if self.network == "dalle_bart" else self.model
+    @property
+    def schema(self) -> str:
+        """Option of ``schema/model`` that the model's settings are of."""
+        return next(name for name, config in MODELS.items() if type(self.model) is config)
 
 
 class LitDALLE(LitBase[AnyDALLE]):
@@ -172,9 +177,9 @@ def check_contrast(config: TrainDALLEConfig) -> None:
     Raises:
         ConfigError: the network has no such loss, or it has no weight, or no wrong captions.
     """
-    if config.network == "dalle_bart":
+    if isinstance(config.model, DALLEBartConfig):
         if config.contrast_phrases:
-            raise ConfigError("contrast_phrases is not there for network=dalle_bart: leave it out")
+            raise ConfigError("contrast_phrases is not there for a DALL·E mini: leave it out")
     elif config.contrast_phrases and not config.model.contrast_weight:
         raise ConfigError("contrast_phrases changes nothing while model.contrast_weight is 0: set it, e.g. to 0.3")
     elif config.model.contrast_weight and config.data.batch_size == 1 and not config.contrast_phrases:
@@ -197,8 +202,8 @@ def check_codes(config: TrainDALLEConfig, vae: ImageTokenizer, *, cached: bool) 
     """
     if config.image_codes == "likeliest":
         return
-    if config.image_codes == "soft" and config.network == "dalle_bart":
-        raise ConfigError("image_codes=soft is not there for network=dalle_bart: use sampled or likeliest")
+    if config.image_codes == "soft" and isinstance(config.model, DALLEBartConfig):
+        raise ConfigError("image_codes=soft is not there for a DALL·E mini: use sampled or likeliest")
     if not hasattr(vae, "encode_logits"):
         raise ConfigError(
             f"image_codes={config.image_codes} draws codes by their probability, and a {type(vae).__name__} gives "

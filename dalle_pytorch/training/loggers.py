@@ -1,7 +1,7 @@
 """The loggers of a run; after an interruption they go on in the same files."""
 
 import csv
-import importlib.util
+import inspect
 import os
 import uuid
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from dalle_pytorch.config import build
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.config import build, target_of
 
 
 def make_loggers(sections: dict[str, Any], out: Path, *, step: int = 0) -> list[Any]:
-    """The loggers of a run; wandb stays offline unless WANDB_API_KEY is set.
+    """The loggers of a run.
+
+    W&B is online where a person has logged in (``wandb login``, WANDB_API_KEY), else offline; ``offline`` of its
+    section and WANDB_MODE have the last word.
 
     Args:
         sections: by name, each with ``_target_``.
@@ -22,19 +24,24 @@ def make_loggers(sections: dict[str, Any], out: Path, *, step: int = 0) -> list[
         step: steps that the checkpoint has from which the run goes on; what was logged after it is dropped.
 
     Raises:
-        ValueError: wandb is asked for and not installed, or a logger's argument does not exist.
+        ConfigError: a logger's class or argument does not exist.
     """
     loggers = []
     for name, section in sections.items():
         extra: dict[str, Any] = {"save_dir": str(out)}
-        if name == "wandb":
-            if importlib.util.find_spec("wandb") is None:
-                raise UserError("logger=wandb needs the package wandb: pip install '.[wandb]'")
-            # Without a key wandb would ask for one, and without a network wait for a minute.
-            extra["offline"] = section.get("offline") or not os.environ.get("WANDB_API_KEY")
+        if section.get("_target_", "").endswith("WandbLogger"):
+            import wandb  # half a second, and few runs need it
+
+            if "WANDB_MODE" not in os.environ:
+                offline = section.get("offline", not wandb.login(prompt=False, verify=False))
+                # as ``mode``: for ``offline`` Lightning sets a variable, which the next run of a sweep would find
+                extra |= {"offline": False, "mode": "offline" if offline else "online"}
             extra |= {"id": _wandb_id(out), "resume": "allow"}
         elif name in ("csv", "tensorboard"):
             extra["version"] = 0
+        else:  # one of the user's own, which may not take a folder
+            parameters = inspect.signature(target_of(section, f"logger.{name}")).parameters
+            extra = {key: value for key, value in extra.items() if key in parameters}
         if name == "tensorboard" and step:
             extra["purge_step"] = step  # TensorBoard hides what an interrupted run logged after its checkpoint
         rows = _rows(out / "csv" / "version_0" / "metrics.csv", step) if name == "csv" and step else []

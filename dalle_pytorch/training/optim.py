@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dalle_pytorch.config import build
 from dalle_pytorch.errors import UserError, not_negative
 from dalle_pytorch.models.blocks import STACKS
 from dalle_pytorch.models.linear import onednn_computes
@@ -51,6 +52,9 @@ class OptimConfig:
     """How often "paper" halves the learning rate."""
     clip: float = 1.0
     """Largest gradient norm; 0 = off."""
+    custom: dict[str, Any] = field(default_factory=dict)
+    """An optimiser of your own in place of ``kind``: ``_target_`` and its arguments; ``lr``, ``weight_decay`` and the
+    schedule above are applied to it."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -116,6 +120,8 @@ def make_optimizer(net: nn.Module, config: OptimConfig, *, fused: bool = True) -
         {"params": without, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if config.custom:
+        return build(config.custom, "optim.custom", groups, lr=config.lr)
     beta1, beta2 = config.betas
     if config.kind == "adamw8bit":
         return _adamw8bit()(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps)

@@ -31,7 +31,7 @@ GB = 1e9
 
 
 @dataclass(kw_only=True)
-class ClusterConfig:
+class HardwareConfig:
     """The machines that a plan is for, and the pictures where no vae= is given."""
 
     gpus: int = 8
@@ -59,9 +59,9 @@ class ClusterConfig:
         """
         for name in ("gpus", "memory_gb", "tflops", "image_size", "grid_size", "codebook_size"):
             if getattr(self, name) <= 0:
-                raise UserError(f"cluster.{name} must be above 0, got {getattr(self, name)}")
+                raise UserError(f"hardware.{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.utilisation <= 1:
-            raise UserError(f"cluster.utilisation must lie in (0, 1], got {self.utilisation}")
+            raise UserError(f"hardware.utilisation must lie in (0, 1], got {self.utilisation}")
 
 
 class Sizes(ImageTokenizer):
@@ -97,12 +97,12 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def skeleton(config: DALLEConfig, vae: str | Header | None, cluster: ClusterConfig) -> DALLE:
-    """The model on the meta device: names, shapes, no memory; its image tokenizer from a file, a header or cluster."""
+def skeleton(config: DALLEConfig, vae: str | Header | None, hardware: HardwareConfig) -> DALLE:
+    """The model on the meta device: names, shapes, no memory; its image tokenizer from a file, a header or hardware."""
     head = read_header(vae, kind="vae") if isinstance(vae, str) else vae
     with torch.device("meta"):
         sizes: nn.Module = (
-            Sizes(cluster.image_size, cluster.grid_size, cluster.codebook_size)
+            Sizes(hardware.image_size, hardware.grid_size, hardware.codebook_size)
             if head is None
             else checkpoint.build(head)
         )
@@ -274,20 +274,20 @@ def make_plan(config: Any) -> str:
     Raises:
         ValueError: the training does not fit on the GPUs; says what it needs, and what would help.
     """
-    cluster, section = config.cluster, config.trainer
-    if config.network != "dalle":
-        raise UserError("plan=true counts the DALLE only, not a DALL·E mini (bart.*)")
+    hardware, section = config.hardware, config.trainer
+    if not isinstance(config.model, DALLEConfig):
+        raise UserError("plan=true counts the DALLE only, not a DALL·E mini")
     if config.init is None:
         model = dataclasses.replace(config.model, text_vocab_size=vocabulary(config.text))
-        net = skeleton(model, config.vae, cluster)
+        net = skeleton(model, config.vae, hardware)
     else:
-        net = skeleton(config.model, read_header(config.init)["vae"], cluster)
-    batch, accumulated = config.data.batch_size, section.get("accumulate_grad_batches", 1)
-    if batch % cluster.gpus:
-        raise UserError(f"data.batch_size ({batch}) must be a multiple of cluster.gpus ({cluster.gpus})")
-    each = batch // cluster.gpus
+        net = skeleton(config.model, read_header(config.init)["vae"], hardware)
+    batch = config.data.batch_size
+    if batch % hardware.gpus:
+        raise UserError(f"data.batch_size ({batch}) must be a multiple of hardware.gpus ({hardware.gpus})")
+    each = config.data.micro_batch_size or batch // hardware.gpus
     half = "bf16" in str(section.get("precision")) or "16" in str(section.get("precision"))
-    settings: dict[str, Any] = {"gpus": cluster.gpus, "half": half, "averaged": bool(config.callbacks.ema_decay)}
+    settings: dict[str, Any] = {"gpus": hardware.gpus, "half": half, "averaged": bool(config.callbacks.ema_decay)}
     settings["moments"] = {"adamw": 8, "muon": 4, "adamw8bit": 2}[config.optim.kind]
     rows = []
     for sharded in (False, True):
@@ -300,29 +300,26 @@ def make_plan(config: Any) -> str:
     chosen = (
         "fsdp" if is_sharded(section) else "ddp"
     ) + " + checkpoint_activations" * config.model.checkpoint_activations
-    text = "\n".join(
-        [*_sizes(net), *_arithmetic(net, config, batch * accumulated), *_table(rows, cluster, each, chosen)]
-    )
-    need, room = dict(rows)[chosen].total / GB, cluster.memory_gb - cluster.reserve_gb
+    text = "\n".join([*_sizes(net), *_arithmetic(net, config, batch), *_table(rows, hardware, each, chosen)])
+    need, room = dict(rows)[chosen].total / GB, hardware.memory_gb - hardware.reserve_gb
     if need > room:
         fitting = [name for name, other in rows if other.total / GB <= room]
         mends = [f"the strategies that fit are {', '.join(fitting)}"] * bool(fitting) + _smaller(
-            dict(rows)[chosen], room, each, cluster.gpus, accumulated
+            dict(rows)[chosen], room, each
         )
         raise UserError(
             f"{text}\n\n{chosen} needs {need:.1f} GB on each GPU, which has {room:.1f} GB free; "
-            + ("; ".join(mends) or "it takes more cluster.gpus, and trainer=fsdp")
+            + ("; ".join(mends) or "it takes more hardware.gpus, and trainer=fsdp")
         )
     return text
 
 
-def _smaller(need: Memory, room: float, each: int, gpus: int, accumulated: int) -> list[str]:
+def _smaller(need: Memory, room: float, each: int) -> list[str]:
     """The same step in smaller parts, if that would fit."""
     parts = 2
     while each % parts == 0:
         if (need.total - need.activations * (1 - 1 / parts)) / GB <= room:
-            settings = f"data.batch_size={each // parts * gpus} trainer.accumulate_grad_batches={accumulated * parts}"
-            return [f"{settings} fits, the same step in {parts} parts"]
+            return [f"data.micro_batch_size={each // parts} fits, the same step in smaller parts"]
         parts *= 2
     return []
 
@@ -349,14 +346,14 @@ def _sizes(net: DALLE) -> list[str]:
 
 
 def _arithmetic(net: DALLE, config: Any, batch: int) -> list[str]:
-    cluster, tokens = config.cluster, net.config.text_len + net.num_image_tokens
+    hardware, tokens = config.hardware, net.config.text_len + net.num_image_tokens
     picture = sum(flops(net))
-    rate = cluster.gpus * cluster.tflops * 1e12 * cluster.utilisation / picture  # pictures a second
+    rate = hardware.gpus * hardware.tflops * 1e12 * hardware.utilisation / picture  # pictures a second
     steps = config.trainer.get("max_steps", -1)
     lines = [
         f"arithmetic: {picture / tokens / 1e9:.2f} GFLOP a token, {picture * batch / 1e12:,.4g} TFLOP a step of "
         f"{batch:,} pictures",
-        f"speed on {cluster.gpus} GPUs of {cluster.tflops:g} TFLOP/s at {cluster.utilisation:.0%}: "
+        f"speed on {hardware.gpus} GPUs of {hardware.tflops:g} TFLOP/s at {hardware.utilisation:.0%}: "
         f"{rate:,.1f} pictures/s, {rate * tokens * 86400 / 1e9:,.2f} billion tokens a day",
     ]
     if steps > 0:
@@ -366,12 +363,12 @@ def _arithmetic(net: DALLE, config: Any, batch: int) -> list[str]:
     return lines
 
 
-def _table(rows: list[tuple[str, Memory]], cluster: ClusterConfig, each: int, chosen: str) -> list[str]:
+def _table(rows: list[tuple[str, Memory]], hardware: HardwareConfig, each: int, chosen: str) -> list[str]:
     names = [*Memory._fields, "total"]
-    lines = [f"GB on each GPU of {cluster.memory_gb:g}, {each} pictures at a time:"]
+    lines = [f"GB on each GPU of {hardware.memory_gb:g}, {each} pictures at a time:"]
     lines.append(f"  {'':<32}" + "".join(f"{name:>13}" for name in names))
     for name, need in rows:
         values = "".join(f"{value / GB:>13.2f}" for value in (*need, need.total))
-        fits = "" if need.total / GB <= cluster.memory_gb - cluster.reserve_gb else "  does not fit"
+        fits = "" if need.total / GB <= hardware.memory_gb - hardware.reserve_gb else "  does not fit"
         lines.append(f"{'* ' if name == chosen else '  '}{name:<32}{values}{fits}")
     return lines

@@ -17,11 +17,11 @@ from dalle_pytorch.training.resume import checkpoint_path, prune
 
 log = logging.getLogger(__name__)
 
-# SIGTERM: a scheduler takes the machine away; the others announce that it will, SLURM's --signal and submitit's.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM: a scheduler takes the machine away; USR1, USR2: it announces that (SLURM's --signal, submitit); INT: Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
-class Stopped(Exception):
+class PreemptedError(Exception):
     """A signal stopped the run; all that it learnt is saved.
 
     Args:
@@ -37,9 +37,9 @@ class Stopped(Exception):
     def requeue(self) -> None:
         """Ask the scheduler to run the job again: through submitit where it started us, else SLURM itself.
 
-        Not after SIGTERM, which cancels a job; where SLURM itself takes a job's machines away it requeues it too.
+        Not after SIGTERM, which cancels a job, nor Ctrl-C; where SLURM takes a job's machines away it requeues it.
         """
-        if self.number == signal.SIGTERM:
+        if self.number in (signal.SIGTERM, signal.SIGINT):
             return
         owner = getattr(self.handler, "__self__", None)
         if callable(self.handler) and type(owner).__module__.startswith("submitit"):
@@ -60,11 +60,12 @@ class StopOnSignal(Callback):
 
     Args:
         folder: where checkpoints are.
-        keep: how many of them are kept.
+        keep_last: how many of them are kept.
+        keep_every: those of every so many steps are kept for good; 0 = none.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.received: int | None = None
         self.saved: Path | None = None
         self.before: dict[signal.Signals, Any] = {}
@@ -78,6 +79,8 @@ class StopOnSignal(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGINT:  # once more ends the program at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,7 +93,7 @@ class StopOnSignal(Callback):
             self.saved = checkpoint_path(self.folder, trainer.global_step)
             trainer.save_checkpoint(self.saved)
             if trainer.is_global_zero:
-                prune(self.folder, self.keep)
+                prune(self.folder, self.keep_last, self.keep_every)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop before a validation, which may take longer than there is time."""
@@ -106,13 +109,13 @@ class StopOnSignal(Callback):
         """Stop, if the run is saved.
 
         Raises:
-            Stopped: it is.
+            PreemptedError: it is.
         """
         if self.saved is not None:
             # a process that heard nothing itself stops for the same reason as the others
             heard = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
             number = signal.Signals(int(trainer.strategy.reduce(heard, reduce_op="max")))
-            raise Stopped(number, self.saved, self.before.get(number))
+            raise PreemptedError(number, self.saved, self.before.get(number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back."""

@@ -14,7 +14,7 @@ from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.probe import UNKNOWN, Probe, ProbeConfig
 from dalle_pytorch.training.base import LitBase, tile
-from dalle_pytorch.training.run import RunConfig
+from dalle_pytorch.training.config import RunConfig
 
 SHOWN = 8
 """Pictures in a row: those it takes for right, then those it takes for wrong."""
@@ -22,7 +22,7 @@ SHOWN = 8
 
 @dataclass(kw_only=True)
 class TrainProbeConfig(RunConfig):
-    """Settings of ``python -m dalle_pytorch.commands.train_probe``."""
+    """Settings of ``dalle-train-probe``."""
 
     model: ProbeConfig = field(default_factory=ProbeConfig)
     """Sizes of the probe; classes are filled from the training split."""

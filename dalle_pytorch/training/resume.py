@@ -4,7 +4,6 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,9 @@ from dalle_pytorch.errors import UserError
 log = logging.getLogger(__name__)
 
 # Settings that say how a run is carried out, not what it computes.
-FREE = ("resume", "out", "logger", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "data.num_workers",
-        "data.verify", "launcher", "callbacks.checkpoint_every", "callbacks.keep_last")  # fmt: skip
-
-
-def claim(out: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds files, unless its run is to be continued.
-
-    Raises:
-        FileExistsError: it does, and ``resume`` is off.
-    """
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists and holds files; resume=true continues the run there, another out= starts a new one"
-        )
-
-
-def default_folder(kind: str) -> Path:
-    """Where a run goes that was given no folder."""
-    return Path("runs", kind, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+HOW_TO_RUN = ("resume", "out", "logger", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "data.num_workers",
+              "data.verify", "data.prefetch_factor", "data.micro_batch_size", "callbacks.checkpoint_every",
+              "callbacks.keep_last", "callbacks.keep_every")  # fmt: skip
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -54,7 +37,7 @@ def find_last(folder: Path) -> Path | None:
     found = sorted(folder.glob("step_*.ckpt"), reverse=True)
     reasons = []
     for path in found:
-        reason = damage(path)
+        reason = checkpoint_error(path)
         if reason is None:
             if reasons:
                 log.warning("DAMAGED CHECKPOINT: %s; going on from %s instead", "; ".join(reasons), path.name)
@@ -65,7 +48,7 @@ def find_last(folder: Path) -> Path | None:
     return None
 
 
-def damage(path: Path) -> str | None:
+def checkpoint_error(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     if path.is_dir():  # sharded: what is not sharded is written last
         if not (path / ".metadata").is_file() or not (path / SHARDED_META).is_file():
@@ -79,9 +62,11 @@ def damage(path: Path) -> str | None:
     return None if bad is None else f"has another checksum in {bad}"
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for path in sorted(folder.glob("step_*.ckpt"), reverse=True)[keep:]:
+def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but the newest checkpoints, and those of every ``keep_every`` steps (0 = none)."""
+    found = {int(path.stem.removeprefix("step_")): path for path in folder.glob("step_*.ckpt")}
+    old = sorted(step for step in found if not keep_every or step % keep_every)[:-keep_last]
+    for path in (found[step] for step in old):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -93,11 +78,12 @@ def remove_leftovers(folder: Path) -> None:
 
 def warn_of_changes(saved: Path, now: dict[str, Any]) -> None:
     """Tell which settings differ from those that a run began with; it goes on with the new ones."""
-    before = OmegaConf.to_container(OmegaConf.load(saved))
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(saved))
+    before = {key: loaded[key] for key in now if key in loaded}  # sections of other versions say nothing
     changes = [
         f"{key} was {old}, is {new}"
         for key, old, new in differences(before, now)
-        if not any(key == name or key.startswith(name + ".") for name in FREE)
+        if not any(key == name or key.startswith(name + ".") for name in HOW_TO_RUN)
     ]
     if changes:
         log.warning("resumed with other settings: %s", "; ".join(changes))

@@ -2,51 +2,54 @@
 
 import logging
 import os
+import socket
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.amp import GradScaler
 
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.checkpoint import Header
-from dalle_pytorch.config import build
-from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
-from dalle_pytorch.errors import UserError
-from dalle_pytorch.files import atomic
+from dalle_pytorch.config import build, explicit_overrides
+from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.errors import ConfigError, UserError
+from dalle_pytorch.files import atomic, ensure_empty, write_json
 from dalle_pytorch.models.blocks import BLOCKS
 from dalle_pytorch.training.base import LitBase
-from dalle_pytorch.training.callbacks import CallbacksConfig, make_callbacks
-from dalle_pytorch.training.launch import LauncherConfig
+from dalle_pytorch.training.callbacks import make_callbacks
+from dalle_pytorch.training.config import RunConfig
 from dalle_pytorch.training.loggers import make_loggers
-from dalle_pytorch.training.optim import OptimConfig
 from dalle_pytorch.training.precision import fast_precision
-from dalle_pytorch.training.preemption import Stopped
+from dalle_pytorch.training.preemption import PreemptedError
 from dalle_pytorch.training.progress import StepBar
-from dalle_pytorch.training.resume import (
-    claim,
-    default_folder,
-    differences,
-    find_last,
-    remove_leftovers,
-    warn_of_changes,
-)
+from dalle_pytorch.training.resume import differences, find_last, remove_leftovers, warn_of_changes
 from dalle_pytorch.training.sharding import whole_state
 from dalle_pytorch.training.strategies import check_strategy, is_sharded
 
 log = logging.getLogger(__name__)
 
-OUT_VARIABLE = "DALLE_PYTORCH_OUT"  # how the processes that Lightning starts learn the folder of the first
+SWEEP_FILES = ("multirun.yaml", "scores.csv", ".submitit")
+"""What Hydra and its launchers write into a folder before the run in it begins."""
+PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "numpy", "transformers", "dalle-pytorch-lab")
+"""Versions that a run records."""
 
 # Advice of Lightning that does not fit here: each is answered in this package or is no concern of a reader.
 NOISE = (
@@ -63,57 +66,29 @@ NOISE = (
 )
 
 
-@dataclass(kw_only=True)
-class RunConfig:
-    """Settings that the three trainings share."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    """Pictures and captions."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-    """Averaging, pictures, checkpoints."""
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    """Scheduler."""
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """pytorch_lightning.Trainer: ``_target_`` and its arguments."""
-    logger: dict[str, Any] = field(default_factory=dict)
-    """Loggers by name, each with ``_target_``; ``save_dir`` is filled in."""
-    seed: int = 0
-    """Of weights, order, augmentation and noise."""
-    out: str | None = None
-    """Folder of the run; null = runs/<kind>/<date and time>."""
-    resume: bool = False
-    """Continue the run in ``out`` from its last checkpoint, or begin it: the same command after every interruption."""
-    compile: bool = False
-    """Compile the transformers' blocks (torch.compile); pays on GPUs."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            ValueError: ``resume`` without ``out``.
-        """
-        if self.resume and self.out is None:
-            raise UserError("resume=true continues the run in a folder: say which with out=")
-
-
 class Run:
     """The folder of a training, taken or continued. Nothing is written before `fit`.
 
     Args:
-        kind: vae, dalle or clip.
-        config: settings.
+        kind: vae, dalle, clip or probe.
+        config: settings; ``out`` is the folder.
+        schema: option of ``schema/model`` that the settings of the model are of; "" = the command's own.
 
     Raises:
         FileExistsError: the folder holds files and ``resume`` is off.
-        ValueError: the checkpoint to resume from is of another kind, or all are damaged.
+        UserError: several processes were started without a folder in common, or the checkpoint to resume from is of
+            another kind, or all are damaged.
     """
 
-    def __init__(self, kind: str, config: RunConfig) -> None:
+    def __init__(self, kind: str, config: RunConfig, schema: str = "") -> None:
+        check_folder(config)
         # in the settings themselves, so that the run's record says what it was
-        self.kind, self.config = kind, replace(config, trainer=fast_precision(config.trainer))
-        self.out = _run_folder(kind, config)
+        self.kind, self.config, self.schema = kind, replace(config, trainer=fast_precision(config.trainer)), schema
+        self.out = Path(config.out).absolute()
+        self.first = rank() == 0
+        if self.first and not config.resume:
+            advice = "resume=true continues the run there, another out= starts a new one"
+            ensure_empty(self.out, advice, ignore=lambda path: path.name in SWEEP_FILES)
         self.last = find_last(self.out / "checkpoints") if config.resume else None
         """Checkpoint that the run continues from."""
         self.header = None if self.last is None else checkpoint.read_header(self.last, kind=kind)
@@ -127,6 +102,7 @@ class Run:
                 )
             log.info("%s has no checkpoint yet: starting at step 0", self.out)
         _quieten()
+        torch.set_float32_matmul_precision(config.matmul_precision)
         pl.seed_everything(config.seed, verbose=False)
 
     @property
@@ -169,15 +145,14 @@ class Run:
                 f"{different[0] if different else 'by surplus ones'} first): resume with the vae= of the first start"
             )
 
-    def fit(self, lit: LitBase[Any], data: TextImageDataModule) -> Path:
-        """Train, write the weights that the run ends with, and log their path.
+    def fit(self, lit: LitBase[Any], data: TextImageDataModule) -> float | None:
+        """Train, write the weights that the run ends with, and log their path, ``<out>/<kind>.safetensors``.
 
         Returns:
-            ``<out>/<kind>.safetensors``.
+            The value of ``lit.monitor`` of these weights; None where nothing was validated.
 
         Raises:
-            ValueError: a Trainer or logger setting that does not exist, or a model that differs from the one
-                to resume.
+            UserError: a Trainer or logger setting that does not exist, or a model that differs from the one to resume.
             SystemExit: a signal stopped the run, which is saved.
         """
         config, result = self.config, self.out / f"{self.kind}.safetensors"
@@ -185,51 +160,122 @@ class Run:
         if self.last is not None and self.last.is_dir() and not is_sharded(config.trainer):
             raise UserError(
                 f"{self.last} holds sharded weights: resume with trainer=fsdp, or make one file of the weights with "
-                "python -m dalle_pytorch.commands.consolidate"
+                "dalle-export weights=FOLDER out=FILE.safetensors"
             )
         step = 0 if self.header is None else self.header["training"]["step"]
         if step and step >= config.trainer.get("max_steps", -1) > 0:
             log.info("%s is finished: %d steps. More of them: trainer.max_steps=", self.out, step)
-            self._write_finished(result)
-            return result
-        trainer = make_trainer(config, self.out, lit, step)
-        if trainer.is_global_zero:
-            self.out.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.out / "checkpoints")
-            if self.last is not None:
-                log.info("going on from step %d", step)
-                warn_of_changes(self.out / "config.yaml", asdict(config))
-            name = "config.yaml" if self.last is None else f"config_from_step_{step:08d}.yaml"
-            OmegaConf.save(OmegaConf.create(asdict(config)), self.out / name)
-            count = sum(p.numel() for p in lit.net.parameters() if p.requires_grad) / 1e6
-            pictures = len(data.train_set)
-            log.info("%s: %.2f M parameters, %d training pictures, %s", self.kind, count, pictures, self.out)
+            return self._write_finished(result, lit.monitor)
+        if data.val_set is None:
+            config = replace(config, trainer={**config.trainer, "limit_val_batches": 0})
+        trainer = make_trainer(config, self.out, lit, step, accumulate=data.accumulate)
+        handler = self._begin(trainer, lit, data, step) if trainer.is_global_zero else None
         if config.compile:
             for block in (part for part in lit.net.modules() if isinstance(part, BLOCKS)):
                 block.compile()
         try:
             trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)
-        except Stopped as stopped:
+            net, notes = _final(trainer, lit, config.callbacks.keep)
+            if trainer.is_global_zero:
+                checkpoint.save(net, result, training=notes, overwrite=True)
+                log.info("%s", result)
+        except PreemptedError as stopped:
             log.warning("%s", stopped)
             stopped.requeue()
             # As a shell reports it; but a failing process could take down the one that asks SLURM for another turn.
             sys.exit(128 + stopped.number if trainer.is_global_zero else 0)
-        net, notes = _final(trainer, lit, config.callbacks.keep)
-        if trainer.is_global_zero:
-            checkpoint.save(net, result, training=notes, overwrite=True)
-            log.info("%s", result)
-        return result
+        finally:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                    logger.experiment.finish()  # the next run of a sweep is one of its own
+            if handler is not None:
+                logging.getLogger().removeHandler(handler)
+                handler.close()
+        score = notes.get(lit.monitor)
+        return float(trainer.callback_metrics[lit.monitor]) if score is None and validates(trainer, lit) else score
 
-    def _write_finished(self, result: Path) -> None:
-        """The result of a run that was killed after its last checkpoint."""
-        if result.is_file() or getattr(rank_zero_only, "rank", 0):
-            return
+    def _begin(self, trainer: pl.Trainer, lit: LitBase[Any], data: TextImageDataModule, step: int) -> logging.Handler:
+        """Write what the run is: its settings, what started it and which versions it runs on; and begin its log."""
+        settings = asdict(self.config)
+        self.out.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.out / f"train_{self.kind}.log")
+        logging.getLogger().addHandler(handler)
+        remove_leftovers(self.out / "checkpoints")
+        suffix = "" if self.last is None else f"_from_step_{step:08d}"
+        if self.last is not None:
+            log.info("going on from step %d", step)
+            if (self.out / "config.yaml").is_file():
+                warn_of_changes(self.out / "config.yaml", settings)
+        schema = [f"schema/model/{self.schema}@model"] if self.schema else []
+        defaults = [f"train_{self.kind}_schema", "base", "run", *schema, "_self_"]
+        # With its defaults the file is a configuration of its own: train_vae.py config=<out>/config.yaml
+        OmegaConf.save(OmegaConf.create({"defaults": defaults, **settings}), self.out / f"config{suffix}.yaml")
+        record: dict[str, Any] = {
+            "command": sys.argv,
+            "started": datetime.now().isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "commit": git_commit(),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+        if HydraConfig.initialized():
+            hydra = HydraConfig.get()
+            record["overrides"] = list(hydra.overrides.task)
+            (self.out / ".hydra").mkdir(exist_ok=True)
+            OmegaConf.save(hydra.overrides.task, self.out / ".hydra" / f"overrides{suffix}.yaml")
+        write_json(self.out / f"run{suffix}.json", record)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({key: value for key, value in settings.items() if key != "logger"})
+        count = sum(p.numel() for p in lit.net.parameters() if p.requires_grad) / 1e6
+        log.info("%s: %.2f M parameters, %d training pictures, %s", self.kind, count, len(data.train_set), self.out)
+        return handler
+
+    def _write_finished(self, result: Path, monitor: str) -> float | None:
+        """The score of a run that has ended, and its result if it was killed after its last checkpoint."""
         best = self.out / "checkpoints" / "best.ckpt"
         keep = "best" if self.config.callbacks.keep == "best" and best.exists() else "last"
         path = best if keep == "best" else self.last
         assert path is not None
-        step = checkpoint.read_header(path)["training"]["step"]
-        checkpoint.save(checkpoint.load(path), result, training={"step": step, "kept": keep})
+        if not result.is_file() and self.first:
+            step = checkpoint.read_header(path)["training"]["step"]
+            checkpoint.save(checkpoint.load(path), result, training={"step": step, "kept": keep})
+        return checkpoint.read_header(result)["training"].get(monitor)
+
+
+def rank() -> int:
+    """This process's number among those of the training; Lightning finds it out when it is imported."""
+    return getattr(rank_zero_only, "rank", 0) or 0
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse the default folder, whose name is the time, where several processes or several starts must agree on one.
+
+    Raises:
+        UserError: says why ``out`` is needed.
+    """
+    if not HydraConfig.initialized() or "out" in explicit_overrides() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return
+    if config.resume:
+        raise ConfigError("resume=true continues the run in a folder: say which with out=")
+    outside = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    if outside is not None and outside.world_size() > 1 and not interactive():
+        raise UserError("several processes need one folder: say which with out=")
+
+
+def interactive() -> bool:
+    """Whether SLURM has given out machines, as to a shell, but did not start this process (srun would number it)."""
+    return "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package is in, with "+" if it was changed; None outside of one."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    ask = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -241,35 +287,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0) -> pl.Trainer:
-    """The Trainer of a run, with its loggers and callbacks; ``step`` is where it goes on.
+def make_trainer(
+    config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0, *, accumulate: Callable[[int], int] = lambda _: 1
+) -> pl.Trainer:
+    """The Trainer of a run, with its loggers and callbacks.
+
+    Args:
+        config: settings.
+        out: folder of the run.
+        lit: what it trains.
+        step: where it goes on.
+        accumulate: micro-batches of an optimiser step, for a number of processes.
 
     Raises:
-        ValueError: an argument that Trainer does not take, or wandb missing.
+        UserError: an argument that Trainer does not take.
     """
     section = dict(config.trainer)
-    if "gradient_clip_val" in section:
-        raise UserError("clipping is set with optim.clip, not trainer.gradient_clip_val")
-    interval = section.get("val_check_interval")
-    batches = section.get("max_steps", -1) * section.get("accumulate_grad_batches", 1)
-    if isinstance(interval, int) and batches > 0:
-        # The last steps are to be validated as well: as many validations as asked for, evenly spread.
-        interval *= section.get("accumulate_grad_batches", 1)  # Lightning counts batches, we count steps
-        section["val_check_interval"] = batches // max(1, round(batches / interval))
-    settings = config.callbacks
-    if (steps := section.get("max_steps", -1)) > 0:
-        settings = replace(settings, checkpoint_every=steps // max(1, round(steps / settings.checkpoint_every)))
-    validates = section.get("limit_val_batches", 1.0) != 0
     check_strategy(section, lit.net.config, config.optim.kind)
-    callbacks = make_callbacks(settings, out, lit, validates=validates, sharded=is_sharded(section))
+    validates = section.get("limit_val_batches", 1.0) != 0
+    sharded = is_sharded(section)
+    callbacks = make_callbacks(
+        config.callbacks, out, lit, validates=validates, sharded=sharded, count=not config.compile
+    )
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())
-    plugins: list[Any] = [] if is_sharded(section) else [AtomicCheckpointIO()]
+    plugins: list[Any] = [] if sharded else [AtomicCheckpointIO()]
+    if interactive():  # Lightning would take the shell's number of tasks for that of its processes
+        plugins.append(LightningEnvironment())
     if section.get("precision") == "16-mixed" and getattr(lit.net.config, "gradient_scaling", False):
         # every block has a gradient scale of its own, so there is none over all
         device = "cpu" if section.get("accelerator") == "cpu" else "cuda"
         plugins.append(MixedPrecision(section.pop("precision"), device, GradScaler(device, enabled=False)))
-    return build(
+    trainer = build(
         section,
         "trainer",
         plugins=plugins,
@@ -278,6 +327,10 @@ def make_trainer(config: RunConfig, out: Path, lit: LitBase[Any], step: int = 0)
         default_root_dir=str(out),
         use_distributed_sampler=False,  # EpochBatches splits a batch itself
     )
+    trainer.accumulate_grad_batches = parts = accumulate(trainer.world_size)
+    if isinstance(trainer.val_check_interval, int):
+        trainer.val_check_interval *= parts  # Lightning counts batches, we count optimiser steps
+    return trainer
 
 
 def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -312,22 +365,9 @@ def _whole(net: nn.Module, first: bool) -> nn.Module:
     return whole
 
 
-def _run_folder(kind: str, config: RunConfig) -> Path:
-    """Choose and check the folder; the processes that Lightning starts take over that of the first."""
-    rank = getattr(rank_zero_only, "rank", 0)  # Lightning sets it when it is imported
-    if config.out is not None:
-        out = Path(config.out)
-    elif rank and OUT_VARIABLE in os.environ:
-        return Path(os.environ[OUT_VARIABLE])
-    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("several processes need one folder: say which with out=")
-    else:
-        out = default_folder(kind)
-    out = out.absolute()
-    os.environ[OUT_VARIABLE] = str(out)
-    if rank == 0:
-        claim(out, resume=config.resume)
-    return out
+def validates(trainer: pl.Trainer, lit: LitBase[Any]) -> bool:
+    """Whether the monitored metric is known."""
+    return lit.monitor in trainer.callback_metrics
 
 
 def _quieten() -> None:
@@ -337,4 +377,3 @@ def _quieten() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     for pattern in NOISE:
         warnings.filterwarnings("ignore", pattern)
-    torch.set_float32_matmul_precision("high")

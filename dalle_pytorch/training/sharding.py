@@ -10,11 +10,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from dalle_pytorch.models.blocks import BLOCKS
 
-ENTRANCES = ("loss", "encode", "decode", "encode_text", "encode_image")
+FORWARD_METHODS = ("loss", "encode", "decode", "encode_text", "encode_image")
 """Methods by which a training calls its network, in place of ``forward``."""
 
 
-def shard(net: nn.Module, mesh: DeviceMesh, *, half: bool) -> None:
+def shard(net: nn.Module, mesh: DeviceMesh, *, bf16: bool) -> None:
     """Spread the trainable weights: block by block, and what is left together.
 
     Frozen weights (a DALLE's image tokenizer) stay whole in every process, and so do single numbers (CLIP's scale),
@@ -23,17 +23,17 @@ def shard(net: nn.Module, mesh: DeviceMesh, *, half: bool) -> None:
     Args:
         net: the network; changed in place.
         mesh: the processes.
-        half: gather weights in bfloat16; gradients are summed in fp32 in any case.
+        bf16: gather weights in bfloat16; gradients are summed in fp32 in any case.
     """
     data = mesh["data_parallel"]
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     whole = {p for p in net.parameters() if not p.requires_grad or p.ndim == 0}
     settings: dict[str, Any] = {"mesh": data, "mp_policy": policy, "ignored_params": whole}
     for part in net.modules():
         if isinstance(part, BLOCKS):
             fully_shard(part, **settings)
     fully_shard(net, **settings)
-    for name in ENTRANCES:
+    for name in FORWARD_METHODS:
         if hasattr(net, name):
             register_fsdp_forward_method(net, name)
 

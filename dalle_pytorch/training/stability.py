@@ -10,8 +10,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.blocks import BLOCKS
-from dalle_pytorch.models.dalle_bart import DALLEBart
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class SkippedSteps:
             overflowed: branches whose scaled gradients overflowed; their scales fall, so such steps are never too many.
 
         Raises:
-            FloatingPointError: too many in a row were not finite; names the parameters.
+            UserError: too many in a row were not finite; names the parameters.
         """
         if finite:
             self.in_a_row = 0
@@ -67,10 +67,12 @@ class SkippedSteps:
         names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if self.in_a_row >= MOST_SKIPPED:
-            mends = "" if isinstance(net, DALLEBart) else ", model.qk_norm=true or model.z_loss=1e-4"
-            raise FloatingPointError(
+            config = getattr(net, "config", None)
+            options = {"qk_norm": "true", "z_loss": "1e-4"}
+            mends = "".join(f", model.{name}={value}" for name, value in options.items() if hasattr(config, name))
+            raise UserError(
                 f"{self.in_a_row} steps in a row up to step {step} had gradients that are not finite, in {where}: "
-                f"lower optim.lr, or set trainer.precision=bf16-mixed{mends}"
+                f"lower optim.lr, or set optim.clip=1, trainer.precision=bf16-mixed{mends}"
             )
         log.warning("step %d left out: gradients are not finite in %s (%d steps so far)", step, where, self.total)
 

@@ -2,8 +2,8 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from dalle_pytorch.checkpoints.checkpoint import Header
 from dalle_pytorch.checkpoints.loading import read_header
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import UserError
@@ -15,9 +15,6 @@ from dalle_pytorch.text import (
     TextTokenizer,
     text_tokenizer_from_state,
 )
-
-if TYPE_CHECKING:
-    from dalle_pytorch.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +52,15 @@ class TextConfig:
             raise UserError(f"text.bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
 
 
-def make_tokenizer(config: TextConfig, data: TextImageDataModule, run: "Run") -> TextTokenizer:
-    """The tokenizer of a run: that of the checkpoint it resumes, of another model, or a new one.
+def make_tokenizer(config: TextConfig, data: TextImageDataModule, resumed: Header | None) -> TextTokenizer:
+    """The tokenizer of a run: that of the checkpoint it resumes (its header is given), of another model, or a new one.
 
     Raises:
         FileNotFoundError: no file at ``path`` or ``tokenizer_from``.
         ValueError: a file that does not hold what it should.
     """
-    if run.header is not None:
-        return text_tokenizer_from_state(run.header["text_tokenizer"])
+    if resumed is not None:
+        return text_tokenizer_from_state(resumed["text_tokenizer"])
     if config.tokenizer_from is not None:
         state = read_header(config.tokenizer_from)["text_tokenizer"]
         if state is None:

@@ -1,47 +1,43 @@
 """Training of image tokenizers: the schedules of a DiscreteVAE's loss, and how well codes are used."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
+from omegaconf import MISSING
 from torch import Tensor
 
+from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.errors import ConfigError, UserError
+from dalle_pytorch.errors import ConfigError
+from dalle_pytorch.models.conv_tokenizer import ConvConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, VQVAEConfig
+from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, NarrowConfig, VQVAEConfig
 from dalle_pytorch.training.base import LitBase, tile
-from dalle_pytorch.training.run import RunConfig
+from dalle_pytorch.training.config import RunConfig
 from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
 
 AnyVAE: TypeAlias = DiscreteVAE | VQVAE
 
 SHOWN = 16  # pictures in a grid of reconstructions
-NETWORKS = ("dvae", "vq")
-STRANGE = {
-    "dvae": r"[+~]*(vq\.\w+)",
-    "vq": r"[+~]*((?:model|gumbel_tau|kl_weight|usage_weight)\.\w+|(?:gumbel_tau|kl_weight|usage_weight)(?==))",
-}
-"""Settings on a command line that are of the other network."""
-USERS = {"levels": ("fsq",), "decay": ("vq",), "idle": ("vq",), "commitment": ("vq", "ibq"), "entropy": ("ibq",)}
-"""Settings of a VQVAE that not all quantizers have."""
+MODELS: dict[str, type[ConvConfig]] = {"dvae": DiscreteVAEConfig, **QUANTIZERS}
+"""Schemas of the options of model=."""
+for _name, _config in MODELS.items():
+    register(_name, _config, group="model")
+RENAMED["vq"] = "say model.NAME=, with model=vq, model=fsq or model=ibq"
+RENAMED["network"] = "model=NAME chooses the network, as model=vq or model=dalle_mini"
 
 
 @dataclass(kw_only=True)
 class TrainVAEConfig(RunConfig):
     """Settings of train_vae.py."""
 
-    model: DiscreteVAEConfig = field(default_factory=DiscreteVAEConfig)
-    """Sizes of the DiscreteVAE."""
-    network: str = "dvae"
-    """What is trained: "dvae" (settings in model), or "vq", another codebook in the same convolutions (settings in vq);
-    model=vq, model=fsq and model=ibq choose it."""
-    vq: VQVAEConfig = field(default_factory=VQVAEConfig)
-    """Sizes and codebook of a VQVAE."""
+    model: Any = MISSING
+    """Sizes and codebook; model=base, paper and tiny are a DiscreteVAE's, model=vq, fsq and ibq have other codebooks in
+    the same convolutions."""
     gumbel_tau: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=1.0, end=0.0625))
     """Temperature of the relaxation (paper: 1 to 1/16)."""
     kl_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=6.6))
@@ -49,40 +45,33 @@ class TrainVAEConfig(RunConfig):
     usage_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=0.0))
     """Weight of the usage term, which keeps codes alive; 0 = off, as in the paper. These three are a DiscreteVAE's."""
 
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            ValueError: no such network.
-        """
-        super().__post_init__()
-        if self.network not in NETWORKS:
-            raise UserError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
-
-    def sizes(self) -> DiscreteVAEConfig | VQVAEConfig:
-        """The settings of the network that is trained."""
-        return self.model if self.network == "dvae" else self.vq
+    @property
+    def schema(self) -> str:
+        """Option of ``schema/model`` that the model's settings are of."""
+        return next(name for name, config in MODELS.items() if type(self.model) is config)
 
 
-def check_settings(config: TrainVAEConfig, overrides: Sequence[str]) -> None:
-    """Refuse settings of the network, or of the quantizer, that is not trained.
+def make_vae(config: DiscreteVAEConfig | NarrowConfig) -> AnyVAE:
+    """The network of a config, with fresh weights."""
+    return DiscreteVAE(config) if isinstance(config, DiscreteVAEConfig) else VQVAE(VQVAEConfig.of(config))
+
+
+def check_schedules(config: TrainVAEConfig, explicit: Set[str]) -> None:
+    """Refuse schedules of a DiscreteVAE's loss for another network.
+
+    Args:
+        config: says what is trained.
+        explicit: dotted names of the settings that the command line gives.
 
     Raises:
-        ConfigError: names the setting, or the experiment that gives sizes to the other network.
+        ConfigError: names the setting.
     """
-    size = config.model.image_size
-    for item in overrides:
-        if match := re.match(STRANGE[config.network], item):
-            raise ConfigError(f"{match[1]} is no setting of network={config.network}: leave it out")
-        match = re.match(r"[+~]*vq\.(\w+)", item)
-        # an empty list is how the levels of an experiment are taken back
-        if match and not item.endswith("=[]") and config.vq.quantizer not in (users := USERS.get(match[1], QUANTIZERS)):
-            raise ConfigError(f"vq.{match[1]} is for quantizer={' or '.join(users)}, not {config.vq.quantizer}")
-        if config.network == "vq" and item.startswith("experiment=") and config.vq.image_size != size:
-            raise ConfigError(
-                f"{item} is for pictures of {size} pixels, and vq.image_size is {config.vq.image_size}: give the "
-                f"sizes as vq.*, as vq.image_size={size}"
-            )
+    schedules = ("gumbel_tau", "kl_weight", "usage_weight")
+    given = sorted(name for name in explicit if name.partition(".")[0] in schedules)
+    if given and not isinstance(config.model, DiscreteVAEConfig):
+        raise ConfigError(
+            f"{given[0]} is a setting of a DiscreteVAE's loss, and model={config.schema} has none: leave it out"
+        )
 
 
 class LitVAE(LitBase[AnyVAE]):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dalle_pytorch import CLIP, DALLE, DALLEConfig, DiscreteVAE
 from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.models.clip import CLIP
+from dalle_pytorch.models.dalle import DALLE, DALLEConfig
+from dalle_pytorch.models.discrete_vae import DiscreteVAE
 from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.text import BPETokenizer
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 import dalle_pytorch
 from dalle_pytorch.checkpoints import checkpoint, hub, sources
+from dalle_pytorch.checkpoints.export import ExportConfig, card
 from dalle_pytorch.checkpoints.loading import load_vae
 from dalle_pytorch.commands import export
 from dalle_pytorch.commands import import_weights as command
@@ -190,7 +191,9 @@ def foreign_dvae(vae):
 
 def test_the_command_reads_words_of_python_too():
     words = {"a=True": True, "a=false": False, "a=None": None, "a=1": 1, "a=x.yaml": "x.yaml", "a=1e-5": 1e-5}
-    assert {word: command.parse(word)[1] for word in words} == words
+    assert {word: sources.parse_options([word]) for word in words} == {
+        word: {"a": value} for word, value in words.items()
+    }
 
 
 def test_the_command_refuses_what_is_no_option_of_a_source(foreign, tmp_path, monkeypatch):
@@ -248,7 +251,7 @@ def test_the_command_explains_itself():
 
 
 def test_every_release_has_a_source():
-    assert {release.source for release in hub.RELEASES.values()} <= sources.SOURCES.keys()
+    assert {release.source for release in hub.RELEASES.values() if not release.bundled} <= sources.SOURCES.keys()
 
 
 class FakeHub:
@@ -391,8 +394,8 @@ def test_a_file_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_only_a_dalles_card_speaks_of_an_image_tokenizer(make_dalle, tiny_vae, tiny_clip):
-    config = export.ExportConfig(weights="a", out="b")
-    cards = {name: export.card(model, checkpoint.header(model), config)
+    config = ExportConfig(weights="a", out="b")
+    cards = {name: card(model, checkpoint.header(model), config)
              for name, model in (("dalle", make_dalle()), ("vae", tiny_vae), ("clip", tiny_clip))}  # fmt: skip
     assert [name for name, card in cards.items() if "image tokenizer included" in card] == ["dalle"]
 
@@ -416,7 +419,24 @@ def test_exported_folders_come_back(make_dalle, tmp_path):
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["config"]["depth"] == 3
     result = subprocess.run(run, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "holds files already" in result.stderr
+    assert "holds files; nothing is overwritten" in result.stderr
+
+
+def test_an_export_may_be_one_file(tiny_vae, tmp_path, monkeypatch, capsys):
+    checkpoint.save(tiny_vae, tmp_path / "vae.pt", training={"step": 7})
+    out = tmp_path / "one.safetensors"
+    monkeypatch.setattr(sys, "argv", ["export", f"weights={tmp_path / 'vae.pt'}", f"out={out}"])
+    export.main()
+    assert checkpoint.read_header(out)["training"] == {"step": 7}
+    loaded = dalle_pytorch.load(out).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny_vae.state_dict().items())
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        export.main()
+    assert "one.safetensors exists" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    with pytest.raises(ValueError, match="push=me/mine uploads a folder, and out=a"):
+        ExportConfig(weights="x", out="a.safetensors", push="me/mine")
 
 
 def test_an_export_may_be_half_as_large(make_dalle, tmp_path, monkeypatch, capsys):

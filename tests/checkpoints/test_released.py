@@ -1,35 +1,36 @@
 """The weights that come along: whole, small enough to download, found by name, used where no others are named."""
 
 import shutil
-import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra._internal.utils import get_args_parser
+from hydra import compose, initialize_config_dir
 
 import dalle_pytorch
-from dalle_pytorch.checkpoints import released
+from dalle_pytorch.checkpoints import hub
 from dalle_pytorch.checkpoints.loading import load_vae, read_header
 from dalle_pytorch.commands import generate
-from dalle_pytorch.config import implied
+from dalle_pytorch.config import CONFIGS, typed
+from dalle_pytorch.generation.config import GenerateConfig
+from dalle_pytorch.generation.sampling import SamplingConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = ("clip", "dalle", "vae")
 
 
 @pytest.fixture
 def moved(tmp_path, monkeypatch):
     """The release in another folder, for damage."""
-    shutil.copytree(released.folder("emoji"), tmp_path / "emoji")
-    monkeypatch.setattr(released, "PLACES", (tmp_path,))
+    shutil.copytree(hub.bundled_folder("emoji"), tmp_path / "emoji")
+    monkeypatch.setattr(hub, "PLACES", (tmp_path,))
     return tmp_path / "emoji"
 
 
 def test_files_are_whole_and_small():
-    sizes = [released.file("emoji", kind).stat().st_size for kind in KINDS]
+    sizes = [hub.fetch("emoji", kind).stat().st_size for kind in KINDS]
     assert max(sizes) <= 15e6
     assert sum(sizes) <= 45e6
 
@@ -37,8 +38,9 @@ def test_files_are_whole_and_small():
 def test_the_wheel_takes_every_file_along():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    names = ["README.md", released.SUMS, *(f"{kind}.safetensors" for kind in KINDS)]
-    assert included == {f"weights/emoji/{name}": f"dalle_pytorch/weights/emoji/{name}" for name in names}
+    names = ["README.md", hub.SUMS, *(f"{kind}.safetensors" for kind in KINDS)]
+    weights = {f"weights/emoji/{name}": f"dalle_pytorch/weights/emoji/{name}" for name in names}
+    assert included == {**weights, "configs": "dalle_pytorch/configs"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,13 +80,13 @@ def test_damaged_and_missing_files_are_named_with_the_mend(moved):
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
     with pytest.raises(ValueError, match=r"clip\.safetensors is damaged.*git checkout"):
-        released.file("emoji", "clip")
+        hub.fetch("emoji", "clip")
     dalle.unlink()
     with pytest.raises(FileNotFoundError, match=r"dalle\.safetensors is missing: git checkout"):
-        released.file("emoji")
-    (moved / released.SUMS).unlink()
+        hub.fetch("emoji")
+    (moved / hub.SUMS).unlink()
     with pytest.raises(FileNotFoundError, match="weights emoji did not come with this installation"):
-        released.file("emoji")
+        hub.fetch("emoji")
 
 
 def test_a_file_of_that_name_comes_first_but_no_folder(tmp_path, monkeypatch, tiny_vae):
@@ -96,43 +98,24 @@ def test_a_file_of_that_name_comes_first_but_no_folder(tmp_path, monkeypatch, ti
     assert type(dalle_pytorch.load("emoji")) is type(tiny_vae)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "whole"),
-    [
-        (["p=x"], ["a=1", "b=2", "p=x"]),
-        (["p=x", "c=mine"], ["a=1", "p=x", "c=mine"]),
-        (["+a=x"], ["b=2", "+a=x"]),
-        (["~a"], ["b=2", "~a"]),
-        (["a=x", "c=y"], ["a=x", "c=y"]),
-        (["p=a=x"], ["a=1", "b=2", "p=a=x"]),
-        (["-m", "p=x"], ["-m", "a=1", "b=2", "p=x"]),
-        (["p=x", "-m"], ["a=1", "b=2", "p=x", "-m"]),
-        (["--cfg", "job", "p=x"], ["--cfg", "job", "a=1", "b=2", "p=x"]),
-        (["--help"], ["--help", "a=1", "b=2"]),
-        (["--config-dir=x", "p=x"], ["--config-dir=x", "a=1", "b=2", "p=x"]),
-    ],
-)
-def test_overrides_are_implied_unless_the_command_line_has_one_of_their_keys(arguments, whole):
-    found = implied(arguments, {"a=1": ("a",), "b=2": ("b", "c")})
-    assert found == whole
-    overrides = get_args_parser().parse_args(found).overrides  # Hydra's own parser reads them
-    assert overrides == [item for item in whole if not item.startswith("-") and item != "job"]
+def composed(*overrides):
+    assert generate.main
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return typed(compose("generate", overrides=["prompt=x", *overrides]), GenerateConfig)
 
 
-def test_generate_draws_with_them_where_no_model_is_named(monkeypatch):
-    seen = []
-    monkeypatch.setattr(generate.GenerateConfig, "prompts", lambda self: seen.append(self) or sys.exit(0))
-    for extra in ([], ["sampling.cfg_scale=1", "clip=mine"], ["weights=mine"], ["experiment=emoji", "dalle=mine"]):
-        monkeypatch.setattr(sys, "argv", ["generate.py", 'prompt="a red apple"', *extra])
-        before = list(sys.argv)
-        with pytest.raises(SystemExit):
-            generate.main()
-        assert sys.argv == before
-    plain, unguided, mine, settings = seen
-    with initialize_config_module("dalle_pytorch.configs", version_base="1.3"):
-        card = compose("generate", overrides=["experiment=emoji"])
-    assert (plain.weights, plain.clip) == ("emoji", "emoji")
-    assert plain.sampling.cfg_scale == card.sampling.cfg_scale != 1
+def test_generate_draws_with_them_where_no_model_is_named():
+    plain, unguided, mine = composed(), composed("sampling.cfg_scale=1", "clip=mine"), composed("weights=mine")
+    card = composed("experiment=emoji", "weights=mine")
+    assert (plain.weights, plain.clip, plain.sampling) == ("emoji", "emoji", card.sampling)
+    assert card.sampling.cfg_scale != 1
     assert (unguided.weights, unguided.clip, unguided.sampling.cfg_scale) == ("emoji", "mine", 1)
-    assert (mine.weights, mine.clip, mine.sampling.cfg_scale) == ("mine", None, 1)
-    assert (settings.model(), settings.clip, settings.sampling.cfg_scale) == ("mine", None, card.sampling.cfg_scale)
+    assert (mine.weights, mine.clip, mine.sampling) == ("mine", None, SamplingConfig())
+    assert (card.weights, card.clip) == ("mine", None)
+
+
+def test_the_old_name_of_the_weights_means_the_same():
+    old, new = composed("dalle=mine"), composed("weights=mine")
+    assert replace(old, dalle=None, out=new.out) == new
+    with pytest.raises(ValueError, match="weights=mine and dalle=other mean the same: give one"):
+        composed("weights=mine", "dalle=other")

@@ -129,7 +129,7 @@ def releases(tmp_path, monkeypatch, states, recorded, reference_script, min_dall
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_every_release_loads_by_its_name(releases):
     kinds = {"openai_dvae": "vae", "vqgan_f16_1024": "vae", "clip_vit_b32": "clip"}
-    assert hub.RELEASES.keys() == {"dalle_mini", "dalle_mega", *kinds}
+    assert hub.RELEASES.keys() == {"emoji", "dalle_mini", "dalle_mega", *kinds}
     for name in hub.RELEASES:
         model = dalle_pytorch.load(name, kind=kinds.get(name, "dalle"))
         head = dalle_pytorch.checkpoints.loading.read_header(name)

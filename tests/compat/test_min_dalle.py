@@ -10,8 +10,8 @@ from PIL import Image
 
 from dalle_pytorch import MinDalle
 from dalle_pytorch.checkpoints import hub
-from dalle_pytorch.commands import image_from_text
-from dalle_pytorch.compat import min_dalle
+from dalle_pytorch.commands import image_from_text as cli
+from dalle_pytorch.compat import image_from_text, min_dalle
 from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
@@ -298,7 +298,7 @@ def test_an_empty_folder_is_none(tmp_path, monkeypatch):
     """min-dalle makes it before it downloads."""
     (tmp_path / "dalle_bart_mini").mkdir()
     asked = []
-    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or tmp_path / "nowhere")
+    monkeypatch.setattr(hub, "fetch", lambda name, kind=None: asked.append(name) or tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         MinDalle(tmp_path, is_mega=False, is_verbose=False, device="cpu")
     assert asked == ["dalle_mini"]
@@ -312,7 +312,7 @@ def command(root, monkeypatch, capsys):
         given = ["--no-mega", "--text=a cat", "--seed=3", f"--models-root={root}", "--device=cpu", *flags]
         monkeypatch.setattr(sys, "argv", ["image_from_text", *map(str, given)])
         try:
-            image_from_text.main()
+            cli.main()
         except SystemExit as stop:
             return stop.code, capsys.readouterr().err
         return capsys.readouterr().out.splitlines()
@@ -333,7 +333,7 @@ def test_the_command_takes_min_dalles_flags(command, tmp_path):
 def quick(monkeypatch):
     """No weights: a white picture in place of a drawn one; the flags of each call."""
     calls = []
-    monkeypatch.setattr(image_from_text, "draw", lambda flags: calls.append(flags) or Image.new("RGB", (8, 8), "white"))
+    monkeypatch.setattr(cli, "draw", lambda flags: calls.append(flags) or Image.new("RGB", (8, 8), "white"))
     return calls
 
 

@@ -110,11 +110,11 @@ def test_a_finished_folder_is_never_overwritten(pictures, vae_path, tmp_path):
 
 def test_unreadable_pictures_are_named_and_too_many_are_fatal(vae_path, tmp_path):
     path = write_pictures(tmp_path / "pictures", broken=[("train", 4)])
-    config = EncodeConfig(vae=vae_path, path=path, max_bad_share=0.05)
-    with pytest.raises(ValueError, match=r"1 of 11 pictures.*max_bad_share=0\.05: train4"):
+    config = EncodeConfig(vae=vae_path, path=path, max_bad_fraction=0.05)
+    with pytest.raises(ValueError, match=r"(?s)1 of the 11 samples of 'train'.*max_bad_fraction=0\.05.*train4"):
         encode_folder(config, tmp_path / "tokens", workers=1)
     assert not (tmp_path / "tokens/index.json").exists()
-    encode_folder(EncodeConfig(vae=vae_path, path=path, max_bad_share=0.1), tmp_path / "tokens", workers=1)
+    encode_folder(EncodeConfig(vae=vae_path, path=path, max_bad_fraction=0.1), tmp_path / "tokens", workers=1)
     train = TokenShards(tmp_path / "tokens", "train")
     assert train.keys() == [f"train{i}" for i in range(11) if i != 4]
     (left_out,) = json.loads((tmp_path / "tokens/skipped.json").read_text())
@@ -174,11 +174,11 @@ def test_the_smallest_type_that_holds_every_code(codebook_size, kind):
 
 def test_a_bad_sample_gives_its_place_to_the_next_and_too_many_are_fatal(tmp_path, caplog):
     path = write_pictures(tmp_path / "pictures", broken=[("train", 4)])
-    data = TextImageDataModule(DataConfig(path=path, batch_size=11, max_bad_share=0.1), image_size=16, seed=0)
+    data = TextImageDataModule(DataConfig(path=path, batch_size=11, max_bad_fraction=0.1), image_size=16, seed=0)
     batch = next(iter(data.train_dataloader()))
     assert len(batch["captions"]) == 11
     assert "train4" in caplog.text
     assert torch.equal(data.train_set[0, 4]["image"], data.train_set[0, 5]["image"])
     assert caplog.text.count("skipped") == 1
-    with pytest.raises(ValueError, match=r"1 of the 11.*max_bad_share.*train4"):
+    with pytest.raises(ValueError, match=r"(?s)1 of the 11.*data\.max_bad_fraction.*train4"):
         next(iter(TextImageDataModule(DataConfig(path=path, batch_size=11), image_size=16, seed=0).train_dataloader()))

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,10 @@ from dalle_pytorch.data.folder import pack_folder
 from dalle_pytorch.data.index import hash_share, read_index
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.images import decode_image
+
+# Orientation 6, and an XResolution that is text in place of a fraction.
+_ENTRIES = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72")
+DAMAGED_EXIF = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + _ENTRIES + bytes(4)
 
 
 def command(arguments: list[str]) -> None:
@@ -58,6 +65,78 @@ def test_lines_are_captions_and_names_may_be_anything(tmp_path: Path) -> None:
         "d.webp": ["a webp"],
     }
     assert reasons(out) == {}
+
+
+def test_only_the_line_ends_of_files_divide_captions(tmp_path: Path) -> None:
+    texts = {
+        "ends": ("one\r\ntwo\rthree\n", ["one", "two", "three"]),
+        "nel": ("the cat waits\u0085 and sleeps", ["the cat waits and sleeps"]),
+        "ls": ("a red apple\u2028on a table", ["a red apple on a table"]),
+        "vt": ("a blue\x0bcup", ["a blue cup"]),
+        "ff": ("a green\x0cplate", ["a green plate"]),
+        "fs": ("a\x1cb\x1dc\x1ed\u2029e", ["a b c d e"]),
+        "blank": ("\u200b\n&nbsp;\na cat", ["a cat"]),
+    }
+    for name, (text, _) in texts.items():
+        picture(tmp_path / "in" / f"{name}.png")
+        (tmp_path / "in" / f"{name}.txt").write_bytes(text.encode())
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {f"{name}.png": captions for name, (_, captions) in texts.items()}
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".jp2", ".ppm", ".tga", ".ico"])
+def test_whatever_pillow_reads_is_an_image(tmp_path: Path, suffix: str) -> None:
+    captioned(tmp_path / "in" / f"a{suffix}", "a")
+    captioned(tmp_path / "in" / "b.png", "b")
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {f"a{suffix}": ["a"], "b.png": ["b"]}
+
+
+def test_a_photo_with_damaged_metadata_is_kept(tmp_path: Path) -> None:
+    captioned(tmp_path / "in" / "a.png", "a")
+    captioned(tmp_path / "in" / "phone.jpg", "from a phone")
+    Image.new("RGB", (90, 60)).save(tmp_path / "in" / "phone.jpg", exif=DAMAGED_EXIF)
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {"a.png": ["a"], "phone.jpg": ["from a phone"]}
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    folder, store = tmp_path / "in", tmp_path / "store"
+    captioned(folder / "z" / "own.png", "own")
+    captioned(store / "sub" / "other.png", "other")
+    (store / "back").symlink_to(folder)  # a loop
+    (folder / "z" / "loop").symlink_to(folder)
+    (folder / "a").symlink_to(folder / "z")  # has a place of its own, which gives the name
+    (folder / "more").symlink_to(store)
+    (folder / "more again").symlink_to(store / "sub")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    pack_folder(folder, tmp_path / "out", image_size=8)
+    assert sorted(read(tmp_path / "out").values()) == [["other"], ["own"]]
+    assert "z/own.png" in read(tmp_path / "out")
+    assert reasons(tmp_path / "out").keys() == {"gone"}
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    captioned(tmp_path / "store" / "a" / "a.png", "a")
+    captioned(tmp_path / "store" / "b.png", "b")
+    (tmp_path / "in").symlink_to(tmp_path / "store")
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert read(tmp_path / "out") == {"a/a.png": ["a"], "b.png": ["b"]}
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png", "locked/c.png"):
+        captioned(tmp_path / "in" / name, "x")
+    scan = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:  # to root, no real folder is locked
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=8)
+    assert reasons(tmp_path / "out") == {"locked": "unreadable folder: Permission denied"}
 
 
 def test_a_stem_in_two_folders_never_pairs_across_them(tmp_path: Path) -> None:
@@ -109,20 +188,20 @@ def test_the_split_of_a_picture_is_fixed_by_its_path(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for i in range(40):
         captioned(folder / f"{i}.png", "x")
-    pack_folder(folder, tmp_path / "a", image_size=8, val_share=0.3)
-    pack_folder(folder, tmp_path / "again", image_size=8, val_share=0.3)
+    pack_folder(folder, tmp_path / "a", image_size=8, val_fraction=0.3)
+    pack_folder(folder, tmp_path / "again", image_size=8, val_fraction=0.3)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     val = {meta["path"] for meta in ShardDataset(tmp_path / "a", "val").metas()}
     assert val == {f"{i}.png" for i in range(40) if hash_share(f"{i}.png") < 0.3}
-    pack_folder(folder, tmp_path / "none", image_size=8, val_share=0.0)
+    pack_folder(folder, tmp_path / "none", image_size=8, val_fraction=0.0)
     assert len(ShardDataset(tmp_path / "none", "train")) == 40
 
 
 def test_the_smallest_folder_has_both_splits(tmp_path: Path) -> None:
     captioned(tmp_path / "in" / "a.png", "a")
     captioned(tmp_path / "in" / "b.png", "b")
-    report = pack_folder(tmp_path / "in", tmp_path / "out", image_size=8, val_share=0.01)
+    report = pack_folder(tmp_path / "in", tmp_path / "out", image_size=8, val_fraction=0.01)
     assert report.index["splits"] == {"train": 1, "val": 1}
 
 
@@ -141,7 +220,7 @@ def test_pictures_are_scaled_to_the_middle_square(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     image.save(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "a.txt").write_text("white")
-    pack_folder(tmp_path / "in", tmp_path / "out", image_size=5, val_share=0.0)
+    pack_folder(tmp_path / "in", tmp_path / "out", image_size=5, val_fraction=0.0)
     sample = ShardDataset(tmp_path / "out", "train")[0]
     with Image.open(io.BytesIO(sample.image)) as stored:
         assert stored.size == (5, 5)
@@ -155,12 +234,14 @@ def test_the_command_packs_a_folder_and_names_mistakes(tmp_path: Path, capsys: p
     command(arguments)
     assert read(tmp_path / "out") == {"a.png": ["a"], "b.png": ["b"]}
     assert read_index(tmp_path / "out")["image_size"] == 16
+    for name in ("val_share", "val_fraction"):
+        command([*arguments[:2], f"out={tmp_path / name}", f"{name}=0"])
+        assert read_index(tmp_path / name)["splits"] == {"train": 2}
     for wrong, message in [
         (arguments, "nothing is overwritten"),
-        (["source=folder", f"out={tmp_path / 'x'}"], "path=FOLDER"),
-        (["source=foldr", f"out={tmp_path / 'x'}"], "source=foldr"),
-        (["source=rainbow"], "out=FOLDER"),
-        (["source=rainbow", "out=x", "image_size=64"], "image_size=32"),
+        (["source=folder", f"out={tmp_path / 'x'}"], "path= is missing"),
+        (["source=foldr", f"out={tmp_path / 'x'}"], "source=foldr: no such option; did you mean folder?"),
+        (["source=rainbow"], "out= is missing"),
         (["styels=[noto]"], "did you mean styles"),
     ]:
         with pytest.raises(SystemExit):

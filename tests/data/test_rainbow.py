@@ -85,5 +85,5 @@ def test_packed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = ShardDataset(tmp_path / "a", "train+test")
     assert len(everything) == len(few)
     assert everything[0].meta["captions"] == [Drawing(**everything[0].meta["factors"]).caption]
-    with pytest.raises(ValueError, match="train_share"):
-        pack_rainbow(tmp_path / "c", train_share=1.0)
+    with pytest.raises(ValueError, match="train_fraction"):
+        pack_rainbow(tmp_path / "c", train_fraction=1.0)

@@ -1,17 +1,21 @@
 """Writing shards and reading them back."""
 
+import errno
 import gc
 import io
 import json
+import os
 import pickle
 import tarfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
 from PIL import Image
 
+from dalle_pytorch.data import shards
 from dalle_pytorch.data.index import read_index
 from dalle_pytorch.data.shards import ShardDataset, ShardWriter
 
@@ -83,7 +87,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path, compress: bool) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(ValueError, match="nothing is overwritten"):
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
         write(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -96,6 +100,34 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="power cut"):
         fail()
+    assert list((tmp_path / "a").iterdir()) == []
+    write(tmp_path / "a")
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["write", "close", "open", "index"])
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, compress: bool
+) -> None:
+    close = webdataset.TarWriter.close
+
+    def fail_to_close(writer: webdataset.TarWriter) -> None:
+        close(writer)
+        full()
+
+    target: Any = {
+        "write": (webdataset.TarWriter, "write", full), "close": (webdataset.TarWriter, "close", fail_to_close),
+        "open": (Path, "open", full), "index": (shards, "write_json", full),
+    }[place]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        with ShardWriter(tmp_path / "a", name="toy", compress=compress) as writer:
+            writer.write("train", "one", png(1), "png", {"captions": ["one"]})
+            patch.setattr(*target)
+            writer.write("val", "two", png(1), "png", {"captions": ["two"]})
     assert list((tmp_path / "a").iterdir()) == []
     write(tmp_path / "a")
 

@@ -1,9 +1,13 @@
 """Packing COCO captions, img2dataset's output and Hugging Face data sets."""
 
+import errno
+import gzip
 import io
 import json
+import os
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +17,14 @@ import pytest
 from PIL import Image
 
 from dalle_pytorch.commands.prepare_data import main
-from dalle_pytorch.data import packing
+from dalle_pytorch.data import packing, shards
 from dalle_pytorch.data.coco import pack_coco
 from dalle_pytorch.data.huggingface import pack_huggingface
 from dalle_pytorch.data.img2dataset import pack_img2dataset
 from dalle_pytorch.data.index import hash_share, read_index
 from dalle_pytorch.data.packing import Item, PackConfig, Skipped, pack
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.images import decode_image
 
 SMALL = PackConfig(image_size=8)
@@ -153,7 +158,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path, make: Callable) ->
 
 @every_source
 def test_splits_follow_hashes_and_stay_when_samples_are_added(tmp_path: Path, make: Callable) -> None:
-    config = PackConfig(image_size=8, val_share=0.3)
+    config = PackConfig(image_size=8, val_fraction=0.3)
     make(tmp_path / "few", 30)(tmp_path / "a", config)
     make(tmp_path / "more", 50)(tmp_path / "b", config)
     few, more = splits(tmp_path / "a"), splits(tmp_path / "b")
@@ -165,10 +170,10 @@ def test_splits_follow_hashes_and_stay_when_samples_are_added(tmp_path: Path, ma
 @every_source
 def test_val_has_at_least_one_unless_it_is_to_have_none(tmp_path: Path, make: Callable) -> None:
     run = make(tmp_path / "in", 12)
-    run(tmp_path / "tiny", PackConfig(image_size=8, val_share=1e-9))
+    run(tmp_path / "tiny", PackConfig(image_size=8, val_fraction=1e-9))
     (held_out,) = splits(tmp_path / "tiny")["val"]
     assert held_out == min(read(tmp_path / "tiny"), key=hash_share)
-    run(tmp_path / "none", PackConfig(image_size=8, val_share=0.0))
+    run(tmp_path / "none", PackConfig(image_size=8, val_fraction=0.0))
     assert list(splits(tmp_path / "none")) == ["train"]
     run(tmp_path / "fixed", PackConfig(image_size=8, split="test"))
     assert {name: len(paths) for name, paths in splits(tmp_path / "fixed").items()} == {"test": 12}
@@ -178,11 +183,11 @@ def test_val_has_at_least_one_unless_it_is_to_have_none(tmp_path: Path, make: Ca
 @every_source
 def test_too_many_unusable_samples_are_an_error_that_leaves_nothing(tmp_path: Path, make: Callable) -> None:
     run = make(tmp_path / "in", 60, bad=20)
-    with pytest.raises(ValueError, match=r"20 of the 80 samples of .* max_bad_share=0\.1 .*\n  20 x ") as error:
+    with pytest.raises(ValueError, match=r"20 of the 80 samples of .* max_bad_fraction=0\.1 .*\n  20 x ") as error:
         run(tmp_path / "out", SMALL)
     assert any(kind in str(error.value) for kind in ("missing picture", "no captions", "unreadable picture"))
     assert list((tmp_path / "out").iterdir()) == []
-    report = run(tmp_path / "out", PackConfig(image_size=8, max_bad_share=0.25))
+    report = run(tmp_path / "out", PackConfig(image_size=8, max_bad_fraction=0.25))
     assert (sum(report.index["splits"].values()), len(report.skipped)) == (60, 20)
     assert reasons(tmp_path / "out") == {item.path: item.reason for item in report.skipped}
     assert "left out 20" in report.summary()
@@ -191,7 +196,7 @@ def test_too_many_unusable_samples_are_an_error_that_leaves_nothing(tmp_path: Pa
 @every_source
 def test_a_few_unusable_samples_are_no_error_whatever_their_share(tmp_path: Path, make: Callable) -> None:
     run = make(tmp_path / "in", 5, bad=10)
-    assert len(run(tmp_path / "out", PackConfig(image_size=8, max_bad_share=0.0)).skipped) == 10
+    assert len(run(tmp_path / "out", PackConfig(image_size=8, max_bad_fraction=0.0)).skipped) == 10
 
 
 @every_source
@@ -212,6 +217,19 @@ def test_an_error_of_the_source_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_full_disk_at_the_last_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    entries = [Item(name, [name], png()) for name in "abc"]
+    for module in (packing, shards):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(module, "write_json", full)
+            pack(entries, tmp_path / "out", SMALL, name="x", where="x")
+        assert list((tmp_path / "out").iterdir()) == []
+    pack(entries, tmp_path / "out", SMALL, name="x", where="x")
+
+
 def test_one_picture_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_so_far, written = [0], [0]
 
@@ -227,7 +245,7 @@ def test_one_picture_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.
             written[0] += 1
 
     monkeypatch.setattr(packing, "ShardWriter", Writer)
-    pack(source(), tmp_path / "out", PackConfig(image_size=8, val_share=1e-9), name="x", where="x")
+    pack(source(), tmp_path / "out", PackConfig(image_size=8, val_fraction=1e-9), name="x", where="x")
     assert written[0] == 40
 
 
@@ -238,7 +256,15 @@ def test_captions_are_cleaned_and_names_are_text() -> None:
     assert packing.captions_of("half \ud83d") == ["half \\ud83d"]
 
 
-@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"val_share": 1.0}, {"max_bad_share": 1.5}])
+@pytest.mark.parametrize(
+    "text", ["&nbsp;", "&#8203;", "\u00a0", "\u200b", "\ufeff", " \u2060\u00ad ", "\ufe0f", "\x00"]
+)
+def test_what_shows_nothing_is_no_caption(text: str) -> None:
+    assert packing.captions_of([text, f"a cat{text}"]) == packing.captions_of(f"a cat{text}")
+    assert len(packing.captions_of(["🙂", "R&amp;D", "猫", "é"])) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"val_fraction": 1.0}, {"max_bad_fraction": 1.5}])
 def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PackConfig(**wrong)
@@ -328,7 +354,7 @@ def test_img2dataset_reads_captions_and_names_what_it_leaves_out(tmp_path: Path)
         "00001/0.jpg": ["the key of another tar, été"],
     }
     assert {path: reason.split(":")[0] for path, reason in reasons(out).items()} == {
-        "00000/bare": "no picture",
+        "00000/bare": "no image",
         "00000/mute.jpg": "no captions",
         "00000/odd.jpg": "unreadable captions",
         "00000/latin.jpg": "unreadable captions",
@@ -366,10 +392,10 @@ def test_a_truncated_tar_gives_what_is_before_the_break_and_is_named(tmp_path: P
         folder.mkdir()
         tar(folder / "00000.tar", {"a.jpg": png(), "a.txt": b"a"})
         (folder / "00001.tar").write_bytes(whole[:length])
-        pack_img2dataset(folder, out, PackConfig(image_size=8, val_share=0.0))
+        pack_img2dataset(folder, out, PackConfig(image_size=8, val_fraction=0.0))
         expected = {f"00001/{i}.jpg" for i, end in enumerate(ends) if end <= length}
         assert read(out).keys() == {"00000/a.jpg"} | expected, length
-        assert reasons(out)["00001.tar"].startswith("truncated tar"), length
+        assert reasons(out)["00001.tar"].startswith("broken tar"), length
 
 
 def test_a_tar_with_a_broken_header_inside_is_named(tmp_path: Path) -> None:
@@ -380,7 +406,7 @@ def test_a_tar_with_a_broken_header_inside_is_named(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "in" / "00000.tar").read_bytes())
     data[offset : offset + 512] = b"x" * 512
     (tmp_path / "in" / "00000.tar").write_bytes(data)
-    pack_img2dataset(tmp_path / "in", tmp_path / "out", PackConfig(image_size=8, val_share=0.0))
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", PackConfig(image_size=8, val_fraction=0.0))
     assert read(tmp_path / "out") == {"00000/0.jpg": ["text"]}
     assert list(reasons(tmp_path / "out")) == ["00000.tar"]
 
@@ -391,13 +417,62 @@ def test_repeated_files_of_a_tar_are_named(tmp_path: Path) -> None:
     with tarfile.open(path, "a") as file:
         file.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
     (tmp_path / "in" / "00000").mkdir()
+    (tmp_path / "in" / "00000" / "x.jpg").write_bytes(png())
     pack_img2dataset(path.parent, out, SMALL)
     assert read(out) == {"00000/a.jpg": ["first"], "00000/b.jpg": ["b"]}
     assert {path: reason.split(":")[0] for path, reason in reasons(out).items()} == {
-        "00000/a": "repeated key",
         "00000/a.jpg": "repeated file",
-        "00000": "folder beside tars",
+        "00000/x.jpg": "image beside tars",
     }
+    assert len(json.loads((out / "skipped.json").read_text())) == 3
+
+
+def test_dotted_names_are_samples_of_their_own(tmp_path: Path) -> None:
+    names = [f"{i:03d}" for i in range(4)] + [f"holiday.{i:03d}" for i in range(6)] + ["v1.2 a/b.c"]
+    files = {f"{name}{ext}": png() if ext == ".jpg" else name.encode() for name in names for ext in (".jpg", ".txt")}
+    tar(tmp_path / "in" / "00000.tar", {**files, "mask.seg.png": png()})
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    assert read(tmp_path / "out") == {f"00000/{name}.jpg": [name] for name in names}
+    assert reasons(tmp_path / "out").keys() == {"00000/mask.seg.png"}
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz", "00000.tgz", "00000.TAR", "00000.tar.xz"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_tars_are_read_in_any_order_and_compression(tmp_path: Path, name: str, mode: str) -> None:
+    parts = [(f"{i:03d}{ext}", png(9 * i) if ext == ".png" else b"grey") for ext in (".txt", ".png") for i in range(14)]
+    folder = tmp_path / "in" / "part_a"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / name, mode) as file:
+        for part, data in parts[::-1]:
+            info = tarfile.TarInfo(part)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    report = pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    assert report.skipped == []
+    found = greys(tmp_path / "out")
+    assert found.keys() == {f"part_a/00000/{i:03d}.png" for i in range(14)}
+    assert all(abs(grey - 9 * int(path[-7:-4])) <= 1 for path, grey in found.items())
+
+
+def test_tars_that_are_none_and_a_compressed_one_cut_short_are_named(tmp_path: Path) -> None:
+    files = {f"{i}.{ext}": os.urandom(3000) if ext == "txt" else png() for i in range(9) for ext in ("jpg", "txt")}
+    tar(
+        tmp_path / "in" / "0.tar",
+        {name: data if name[-1] == "g" else data.hex().encode() for name, data in files.items()},
+    )
+    plain = (tmp_path / "in" / "0.tar").read_bytes()
+    (tmp_path / "in" / "1.tar.gz").write_bytes(gzip.compress(plain)[:-9000])
+    (tmp_path / "in" / "2.tar").write_bytes(b"<html>not found</html>")
+    (tmp_path / "in" / "3.tar.gz").write_bytes(plain)
+    (tmp_path / "in" / "3.tar").write_bytes(plain)
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    why = reasons(tmp_path / "out")
+    assert why["1.tar.gz"].startswith("broken tar")
+    assert why["2.tar"].startswith("broken tar")
+    assert why["3.tar.gz"].startswith("repeated tar")
+    shards = Counter(path.partition("/")[0] for path in read(tmp_path / "out"))
+    assert (shards["0"], shards["3"]) == (9, 9)
+    assert 0 < shards["1"] < 9
 
 
 def test_img2dataset_names_wrong_folders(tmp_path: Path) -> None:
@@ -475,7 +550,7 @@ def test_huggingface_without_its_package_or_data_says_so(tmp_path: Path, monkeyp
     with pytest.raises(FileNotFoundError, match="nowhere"):
         pack_huggingface(str(tmp_path / "nowhere"), tmp_path / "out", SMALL)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[datasets\]'"):
         pack_huggingface(str(tmp_path), tmp_path / "out", SMALL)
 
 
@@ -497,15 +572,22 @@ def test_the_command_packs_each_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["source=coco", "path=x.json"], "source=coco needs images=FOLDER"),
-        (["source=img2dataset"], "source=img2dataset needs path=FOLDER"),
-        (["source=huggingface"], "source=huggingface needs path="),
-        (["source=emoji", "path=x"], "path goes with source=folder or coco or img2dataset or huggingface"),
-        (["source=folder", "path=x", "images=y"], "images goes with source=coco, not with source=folder"),
-        (["source=folder", "path=x", "max_bad_share=0.5"], "not with source=folder"),
-        (["source=coco", "path=x", "images=y", "hf_split=test"], "hf_split goes with source=huggingface"),
-        (["source=img2dataset", "path=x", "skin_tones=true"], "skin_tones goes with source=emoji"),
-        (["source=img2dataset", "path=/nowhere", "max_bad_share=2"], "max_bad_share must lie between 0 and 1"),
+        (["source=coco", "path=x.json"], "images= is missing"),
+        (["source=img2dataset"], "path= is missing"),
+        (["source=huggingface"], "path= is missing"),
+        (["source=emoji", "path=x"], "path is no setting; "),
+        (["source=folder", "path=x", "images=y"], "images is no setting; did you mean image_size?"),
+        (["source=folder", "path=x", "max_bad_fraction=0.5"], "max_bad_fraction is no setting"),
+        (["source=coco", "path=x", "images=y", "hf_split=test"], "hf_split is no setting; did you mean split?"),
+        (["source=img2dataset", "path=x", "skin_tones=true"], "skin_tones is no setting"),
+        (["source=img2dataset", "path=/nowhere", "max_bad_fraction=2"], "max_bad_fraction must lie between 0 and 1"),
+        (["source=img2dataset", "path=/nowhere", "max_bad_share=0.2"], "say max_bad_fraction="),
+        (["source=rainbow", "train_share=0.2"], "say train_fraction="),
+        (["source=rainbow", "image_size=64"], "image_size is no setting"),
+        (["source=shards", "path=/nowhere"], "vae= is missing"),
+        (["source=shards", "path=x", "vae=y", "image_size=64"], "image_size is no setting"),
+        (["encode=true", "path=x", "vae=y"], "say source=shards"),
+        (["source=folder", "path=x", "val_share=1"], "val_fraction must be at least 0 and below 1"),
     ],
 )
 def test_the_command_names_settings_that_do_not_go_together(

@@ -33,12 +33,6 @@ def evaluation_script() -> Callable[[str], ModuleType]:
     return lambda name: load_script(REFERENCE / f"{name}.py")
 
 
-@pytest.fixture(scope="session")
-def seeded_weights() -> ModuleType:
-    """``fill(state, seed)``: weights that need not be stored."""
-    return load_script(Path(__file__).parents[1] / "importers" / "reference" / "seeded.py")
-
-
 @pytest.fixture
 def generator() -> torch.Generator:
     """A source of randomness of its own."""

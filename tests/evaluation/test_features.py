@@ -44,7 +44,7 @@ def recorded():
 
 
 @pytest.fixture(scope="module")
-def inception_file(recorded, evaluation_script, seeded_weights, tmp_path_factory):
+def inception_file(recorded, evaluation_script, seeded, tmp_path_factory):
     """Seeded weights in the layout of pt_inception-2015-12-05-6726825d.pth."""
     _, checksum, shapes = recorded
     state = {
@@ -52,7 +52,7 @@ def inception_file(recorded, evaluation_script, seeded_weights, tmp_path_factory
         for name, shape in shapes.items()
     }
     evaluation_script("inception").fill(state)
-    assert seeded_weights.checksum(state) == checksum
+    assert seeded.checksum(state) == checksum
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(state, path)
     return path
@@ -117,10 +117,10 @@ def vgg():
 
 
 @pytest.fixture(scope="module")
-def vgg_file(vgg, seeded_weights, tmp_path_factory):
+def vgg_file(vgg, seeded, tmp_path_factory):
     """Seeded weights in the layout of vgg16-397923af.pth; the classifier is there too."""
     state = {f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}
-    seeded_weights.fill(state)
+    seeded.fill(state)
     state |= {f"classifier.{place}.weight": torch.zeros(2, 2) for place in (0, 3, 6)}
     path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
     torch.save(state, path)

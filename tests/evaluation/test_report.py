@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_pytorch.evaluation import compare as command
+from dalle_pytorch.commands import evaluate
 from dalle_pytorch.evaluation import page
 from dalle_pytorch.evaluation.page import Gallery, Line, Picture, Plot, Table
 from dalle_pytorch.evaluation.report import Metric, Record, Subject, compare, read, shown, write
@@ -97,35 +97,41 @@ def test_records_without_a_common_number_are_refused():
 
 
 def test_the_command_prints_a_table_or_one_line(tmp_path, capsys, monkeypatch):
+    def command(*files):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", *map(str, files)])
+        try:
+            evaluate.run()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
     a, b, c = (tmp_path / f"{name}.json" for name in "abc")
     write(record(psnr=metric(), fid_clip=looked_through()), a)
     write(record(psnr=metric(2.0), fid_clip=looked_through(5.0, interval=(4.0, 6.0)), ssim=metric()), b)
     write(record(psnr=metric(protocol={**PROTOCOL, "split": "test"})), c)
-    assert command.main([str(a), str(b)]) == 0
+    assert command(a, b) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"psnr\s+1\.500\s+2\.000\s+\+0\.5000\s+10\s+second better, no interval", lines[2])
     assert re.search(r"9\.000 \[8\.000, 11\.00\].*-4\.000\s+10\s+second better, intervals part", lines[1])
     assert lines[3] == f"only in {b}: ssim"
-    assert command.main([str(a), str(c)]) == 1
+    assert command(a, c) == 1
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("error: measured in two ways, so not to be compared: psnr: protocol.split is 'val' in")
     write(record(psnr=metric(2.0), fid_clip=looked_through(count=11)), c)
-    assert command.main([str(a), str(c)]) == 1
+    assert command(a, c) == 1
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == ["metric", "psnr"]
     assert error.startswith("error: left out, since measured in two ways: fid_clip (fid_clip: count is 10 in")
     assert error.count("\n") == 1
-    assert command.main([str(a)]) == 2
-    assert "usage" in capsys.readouterr().err
-    assert command.main([str(a), str(tmp_path / "none.json")]) == 1
+    assert "usage" in command(a)
+    assert command(a, tmp_path / "none.json") == 1
     assert "none.json" in capsys.readouterr().err
     for content in ("{}", "[]", '{"version": 1, "metrics": []}', '{"version": 1, "metrics": {"x": {"interval": [1]}}}'):
         b.write_text(content)
-        assert command.main([str(a), str(b)]) == 1
+        assert command(a, b) == 1
         assert "is no metrics.json" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["compare", str(a), str(a)])
-    assert command.main() == 0
+    assert command(a, a) == 0
     assert "equal" in capsys.readouterr().out
 
 

@@ -9,7 +9,6 @@ import dalle_pytorch
 from dalle_pytorch.commands import train_dalle
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.text import BPETokenizer
-from dalle_pytorch.training.initial import asked_for
 
 COMMON = [
     "trainer=cpu",
@@ -122,9 +121,3 @@ def test_a_plan_counts_the_checkpoints_model(start, monkeypatch, capsys):
     train_dalle.main()
     count = sum(p.numel() for p in dalle_pytorch.load(path).parameters())
     assert f"parameters: {count:,} " in capsys.readouterr().out
-
-
-def test_what_a_command_line_asks_for():
-    assert asked_for(["model.depth=3", "+model.dim=4", "optim=muon"]) == {"model.depth", "model.dim", "optim"}
-    for choice in ("model=tiny", "experiment=coco"):
-        assert {"model.dim", "model.rotary"} < asked_for([choice])

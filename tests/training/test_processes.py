@@ -89,12 +89,17 @@ def test_sharded_weights_take_the_same_steps_resume_and_become_one_file(odd_shar
     assert losses(out) == pytest.approx(losses(one), abs=1e-5)
 
     file = tmp_path / "one_file.safetensors"
-    train("consolidate", f"checkpoint={last}", f"out={file}")
+    train("export", f"weights={last}", f"out={file}")
     together = dalle_pytorch.load(file).state_dict()
     final = dalle_pytorch.load(out / "dalle.safetensors").state_dict()
     assert all(torch.equal(together[name], final[name]) for name in final)
     train(
-        "generate", f"dalle={file}", 'prompt="a red square"', "num_candidates=2", "num_keep=2", f"out={tmp_path}/drawn"
+        "generate",
+        f"weights={file}",
+        'prompt="a red square"',
+        "num_candidates=2",
+        "num_keep=2",
+        f"out={tmp_path}/drawn",
     )
     assert json.loads((tmp_path / "drawn/ranking.json").read_text())
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dalle_pytorch
-from dalle_pytorch.training.resume import damage, find_last
+from dalle_pytorch.training.resume import checkpoint_error, find_last
 
 STEPS = 24
 PHRASES = "contrast_phrases=[red,green,blue]"
@@ -153,13 +153,13 @@ def test_a_kill_while_checkpointing_leaves_the_one_before(shards, vae_file, whol
     arguments = command(shards, vae_file, out)
     slow = """
 import os, sys, time
-from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch import files
 replace = os.replace
 def wait(source, target):
     if "step_00000008" in str(target):
         time.sleep(60)  # written, not yet in its place
     replace(source, target)
-checkpoint.os.replace = wait
+files.os.replace = wait
 sys.argv = ["train_dalle.py", *sys.argv[1:]]
 from dalle_pytorch.commands.train_dalle import main
 main()
@@ -194,11 +194,11 @@ def test_a_truncated_checkpoint_is_passed_over_loudly(shards, vae_file, whole, t
 def test_damage_is_seen_by_checksum(tmp_path):
     torch.save({"weights": torch.rand(1000)}, tmp_path / "step_00000002.ckpt")
     torch.save({"weights": torch.rand(1000)}, tmp_path / "step_00000001.ckpt")
-    assert damage(tmp_path / "step_00000002.ckpt") is None
+    assert checkpoint_error(tmp_path / "step_00000002.ckpt") is None
     content = bytearray((tmp_path / "step_00000002.ckpt").read_bytes())
     content[len(content) // 2] ^= 1  # one bit of the weights
     (tmp_path / "step_00000002.ckpt").write_bytes(content)
-    assert "another checksum" in damage(tmp_path / "step_00000002.ckpt")
+    assert "another checksum" in checkpoint_error(tmp_path / "step_00000002.ckpt")
     assert find_last(tmp_path).name == "step_00000001.ckpt"
     (tmp_path / "step_00000001.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint.*is whole.*another out="):

@@ -11,6 +11,7 @@ from torch import nn
 
 import dalle_pytorch
 from dalle_pytorch.commands import train_dalle
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.training.stability import MOST_SKIPPED, SkippedSteps, clip_gradients
 
@@ -35,18 +36,28 @@ def test_skipped_steps_are_named_and_too_many_in_a_row_are_fatal(caplog):
     for step in range(MOST_SKIPPED - 1):
         skipped.note(False, net, step)
     assert skipped.total == MOST_SKIPPED
-    with pytest.raises(FloatingPointError, match=r"20 steps in a row.*weight.*lower optim\.lr.*model\.qk_norm=true"):
+    with pytest.raises(
+        UserError,
+        match=r"20 steps in a row.*weight.*lower optim\.lr, or set optim\.clip=1, trainer\.precision=bf16-mixed$",
+    ):
         skipped.note(False, net, 99)
 
 
-def test_the_advice_fits_the_network(tiny_vae):
+def test_the_advice_fits_the_network(tiny_vae, make_dalle):
+    for net, has in ((make_dalle(), True), (tiny_vae, False)):
+        skipped = SkippedSteps()
+        for step in range(MOST_SKIPPED - 1):
+            skipped.note(False, net, step)
+        with pytest.raises(UserError) as stop:
+            skipped.note(False, net, 99)
+        assert ("model.qk_norm=true, model.z_loss=1e-4" in str(stop.value)) == has
     config = DALLEBartConfig(
         dim=8, encoder_layers=1, decoder_layers=1, heads=1, ffn_dim=8, grid_size=4, text_vocab_size=9, text_positions=4
     )
     net, skipped = DALLEBart(config, tiny_vae), SkippedSteps()
     for step in range(MOST_SKIPPED - 1):
         skipped.note(False, net, step)
-    with pytest.raises(FloatingPointError, match=r"lower optim\.lr, or set trainer\.precision=bf16-mixed$"):
+    with pytest.raises(UserError, match=r"lower optim\.lr, or set optim\.clip=1, trainer\.precision=bf16-mixed$"):
         skipped.note(False, net, 99)
 
 
@@ -104,7 +115,7 @@ def test_norms_and_activation_scales_are_logged(train):
 
 @pytest.mark.parametrize(
     "option",
-    [["model.checkpoint_activations=true"], ["trainer.accumulate_grad_batches=2", "data.batch_size=2"]],
+    [["model.checkpoint_activations=true"], ["data.micro_batch_size=2"]],
 )
 def test_options_that_change_no_training(train, tmp_path, option):
     """Recomputed blocks, or a step in two halves, end with the same weights."""

@@ -160,7 +160,7 @@ PHRASES = "contrast_phrases=[red,green,blue]"
     ("more", "message"),
     [
         ([PHRASES], "changes nothing while model.contrast_weight is 0"),
-        ([PHRASES, "model=dalle_mini"], "contrast_phrases is not there for network=dalle_bart"),
+        ([PHRASES, "model=dalle_mini"], "contrast_phrases is not there for a DALL·E mini"),
         (["model.contrast_weight=0.3", "data.batch_size=1"], "no other picture's caption"),
         (["model.contrast_weight=0.3", "contrast_phrases=[red,pink]"], "training captions holds 'pink'"),
         (["model.contrast_weight=-1"], "contrast_weight must not be negative"),

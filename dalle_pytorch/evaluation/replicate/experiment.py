@@ -14,7 +14,7 @@ CONSTANT = re.compile(r"-?[\d.]+(e-?\d+)?")
 
 @dataclass(kw_only=True)
 class ReplicateConfig:
-    """Settings of ``python -m dalle_pytorch.evaluation.replicate``."""
+    """Settings of ``dalle-replicate``."""
 
     name: str = "???"
     """Of the experiment, and of its folder."""

@@ -20,7 +20,7 @@ NAMES = ("2048", "logits_unbiased")
 
 def seeded():
     """The module that fills weights."""
-    path = HERE.parents[1] / "importers" / "reference" / "seeded.py"
+    path = HERE.parents[1] / "checkpoints" / "reference" / "seeded.py"
     spec = importlib.util.spec_from_file_location("seeded", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

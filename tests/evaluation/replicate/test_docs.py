@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from dalle_pytorch.commands import replicate
 from dalle_pytorch.config import CONFIGS, typed
-from dalle_pytorch.evaluation.replicate import __main__ as replicate
-from dalle_pytorch.evaluation.replicate import summary
+from dalle_pytorch.evaluation.replicate import runner, summary
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -39,5 +39,5 @@ def test_every_row_has_a_verdict_or_says_that_it_was_not_run():
     for verdict in ROWS.values():
         assert verdict in ("holds", "does not hold", "undecided") or verdict.startswith("not run")
     ready = [re.search(r"`(\w+)` is ready", verdict) for verdict in ROWS.values()]
-    experiments = replicate.names()
+    experiments = runner.names()
     assert sorted([*PUBLISHED, *(each[1] for each in ready if each)]) == experiments

@@ -8,9 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dalle_pytorch import CLIP, CLIPConfig
-from dalle_pytorch.commands import train_clip, train_dalle, train_vae
+from dalle_pytorch.commands import replicate, train_clip, train_dalle, train_vae
 from dalle_pytorch.config import CONFIGS, typed
-from dalle_pytorch.evaluation.replicate import __main__ as replicate
 from dalle_pytorch.evaluation.replicate import clips, dalles, drawn
 from dalle_pytorch.evaluation.replicate.arms import RUNS, Job, function, settings_of, slug
 from dalle_pytorch.evaluation.replicate.drawn import DrawnConfig

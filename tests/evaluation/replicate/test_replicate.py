@@ -10,8 +10,8 @@ from importlib import import_module
 import pytest
 from PIL import Image
 
-from dalle_pytorch.evaluation.replicate import __main__ as replicate
-from dalle_pytorch.evaluation.replicate import arms, plot
+from dalle_pytorch.commands import replicate
+from dalle_pytorch.evaluation.replicate import arms, plot, runner
 from dalle_pytorch.evaluation.replicate.arms import ArmError, Curve, Job, Result, perform, slug
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
@@ -69,7 +69,7 @@ def test_results_of_other_recipes_are_refused(tmp_path, counted, monkeypatch):
 
 
 def test_every_arm_gets_a_folder_of_its_own(tmp_path):
-    found = replicate.jobs_of(config(tmp_path))
+    found = runner.jobs_of(config(tmp_path))
     assert len({each.folder for each in found.values()}) == 4
     assert all(each.folder.is_relative_to(tmp_path / "toy") for each in found.values())
     assert [each.seed for each in found.values()] == [0, 0, 1, 1]  # all arms of a seed, then the next seed
@@ -97,7 +97,7 @@ def test_written_files_hold_numbers_verdict_and_plot(tmp_path):
         "1": {seed: Result({"psnr": seed + 5.0}) for seed in (0, 1)},
     }
     publish = tmp_path / "docs"
-    folder = replicate.write(config(tmp_path, publish=str(publish)), results)
+    folder = runner.write(config(tmp_path, publish=str(publish)), results)
     text = (folder / "table.md").read_text(encoding="utf-8")
     assert "psnr[1] > psnr[1/2]: by 4.000 ± 0, holds" in text
     assert "At this scale: holds." in text
@@ -140,17 +140,17 @@ def test_arms_are_really_trained_and_an_experiment_goes_on(tmp_path, shared):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(concurrent.futures, "ProcessPoolExecutor", Here)
         patch.setattr(arms, "command", train_here)
-        first = replicate.run_all(toy)
+        first = runner.run_all(toy)
     assert first["1"][0].numbers["psnr"] > 5
     kept, lost = (tmp_path / "toy" / slug(arm) / "seed_0" for arm in ("1/2", "1"))
     written = (kept / "result.json").stat().st_mtime_ns
     shutil.rmtree(lost)
-    again = replicate.run_all(toy)
+    again = runner.run_all(toy)
     assert again == first
     assert (lost / "vae.log").stat().st_size
     assert (kept / "result.json").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="holds a result with settings"):
-        replicate.run_all(replace(toy, arms={"1": ["model.codebook_dim=16"]}, expect=[]))
+        runner.run_all(replace(toy, arms={"1": ["model.codebook_dim=16"]}, expect=[]))
 
 
 def test_without_a_name_the_names_are_shown(monkeypatch):

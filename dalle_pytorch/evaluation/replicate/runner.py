@@ -1,25 +1,21 @@
-"""Run and draw one replication: ``python -m dalle_pytorch.evaluation.replicate kl_weight jobs=2``.
+"""Runs the arms of one replication and writes its table, numbers and plot.
 
 Arms that ended before are not run again, so that an interrupted experiment goes on where it was.
 """
 
 import concurrent.futures
 import json
-import logging
 import multiprocessing
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle_pytorch.config import CONFIGS, entry
+from dalle_pytorch.config import CONFIGS
 from dalle_pytorch.evaluation.replicate import plot, summary
 from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, read, slug, threads_of
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 from dalle_pytorch.files import atomic
-
-log = logging.getLogger(__name__)
 
 Results = Mapping[str, Mapping[int, Result]]
 """arm -> seed -> result."""
@@ -91,28 +87,6 @@ def write(config: ReplicateConfig, results: Results) -> Path:
     return folder
 
 
-@entry("replicate", ReplicateConfig)
-def main(config: ReplicateConfig) -> None:
-    """Run, judge, draw."""
-    folder = write(config, run_all(config))
-    log.info("%s\n%s", (folder / "table.md").read_text(encoding="utf-8"), folder)
-
-
 def names() -> list[str]:
     """The bundled experiments."""
     return sorted(path.stem for path in (CONFIGS / "replicate/experiment").glob("*.yaml"))
-
-
-def run() -> None:
-    """``NAME`` as the first word stands for ``experiment=NAME``."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(
-            f"usage: python -m dalle_pytorch.evaluation.replicate NAME [jobs=2 ...]; there are {', '.join(names())}"
-        )
-    if "=" not in sys.argv[1]:
-        sys.argv[1] = f"experiment={sys.argv[1]}"
-    main()
-
-
-if __name__ == "__main__":
-    run()
