@@ -86,7 +86,9 @@ class _Accounted(_Split):
 
     def packing(self) -> PackConfig:
         """How to pack."""
-        return PackConfig(self.image_size, self.samples_per_shard, self.val_fraction, self.split, self.max_bad_fraction)
+        return PackConfig(
+            self.image_size, self.samples_per_shard, self.val_fraction, self.split, self.max_bad_fraction
+        )
 
 
 @dataclass(kw_only=True)

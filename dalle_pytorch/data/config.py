@@ -88,9 +88,7 @@ class DataConfig(AugmentationConfig):
         at_least_one(self, "batch_size", "shuffle_buffer", "epoch_size")
         super().__post_init__()
         not_negative(self, "num_workers", "token_crops")
-        at_least_one(
-            self, *(name for name in ("micro_batch_size", "prefetch_factor") if getattr(self, name) is not None)
-        )
+        at_least_one(self, *(name for name in ("micro_batch_size", "prefetch_factor") if getattr(self, name) is not None))
         if self.prefetch_factor is not None and self.num_workers == 0:
             raise UserError(f"prefetch_factor={self.prefetch_factor} needs processes that read ahead: set num_workers=")
         weights = self.caption_weights

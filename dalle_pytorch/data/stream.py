@@ -44,12 +44,7 @@ CAPTIONS = 10_000  # to train a BPE on; the pictures between them travel too
 ALLOWED = 10  # bad samples: at the beginning of a stream a fraction says little
 CHUNK = 1 << 16
 
-_BROKEN = (
-    OSError,
-    EOFError,
-    ValueError,
-    tarfile.TarError,
-)  # WebDataset raises ValueError for tars that it cannot group
+_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)  # WebDataset raises ValueError for tars that it cannot group
 
 
 def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
@@ -125,9 +120,7 @@ class Stream:
         """Image tokens of a picture; None if the stream is of pictures."""
         kinds = PICTURES if count is None else (TOKENS,)
         self.extensions = (*kinds, *TEXTS)
-        log.info(
-            "streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path
-        )
+        log.info("streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path)
 
     def __len__(self) -> int:
         """Samples that count as an epoch."""

@@ -256,9 +256,7 @@ def test_captions_are_cleaned_and_names_are_text() -> None:
     assert packing.captions_of("half \ud83d") == ["half \\ud83d"]
 
 
-@pytest.mark.parametrize(
-    "text", ["&nbsp;", "&#8203;", "\u00a0", "\u200b", "\ufeff", " \u2060\u00ad ", "\ufe0f", "\x00"]
-)
+@pytest.mark.parametrize("text", ["&nbsp;", "&#8203;", "\u00a0", "\u200b", "\ufeff", " \u2060\u00ad ", "\ufe0f", "\x00"])
 def test_what_shows_nothing_is_no_caption(text: str) -> None:
     assert packing.captions_of([text, f"a cat{text}"]) == packing.captions_of(f"a cat{text}")
     assert len(packing.captions_of(["🙂", "R&amp;D", "猫", "é"])) == 4
@@ -456,10 +454,7 @@ def test_tars_are_read_in_any_order_and_compression(tmp_path: Path, name: str, m
 
 def test_tars_that_are_none_and_a_compressed_one_cut_short_are_named(tmp_path: Path) -> None:
     files = {f"{i}.{ext}": os.urandom(3000) if ext == "txt" else png() for i in range(9) for ext in ("jpg", "txt")}
-    tar(
-        tmp_path / "in" / "0.tar",
-        {name: data if name[-1] == "g" else data.hex().encode() for name, data in files.items()},
-    )
+    tar(tmp_path / "in" / "0.tar", {name: data if name[-1] == "g" else data.hex().encode() for name, data in files.items()})
     plain = (tmp_path / "in" / "0.tar").read_bytes()
     (tmp_path / "in" / "1.tar.gz").write_bytes(gzip.compress(plain)[:-9000])
     (tmp_path / "in" / "2.tar").write_bytes(b"<html>not found</html>")

@@ -220,10 +220,7 @@ def test_bad_samples_are_named_and_skipped(tmp_path, caplog):
 
 def test_too_many_bad_samples_are_fatal(tmp_path):
     path = bad_samples(tmp_path, {i: {"png": b"nonsense", "txt": b"grey"} for i in range(SHARDS * EACH)})
-    with pytest.raises(
-        ValueError,
-        match=rf"(?s){ALLOWED + 1} of the .*max_bad_fraction.*11 x unreadable sample, such as sample 'key\d+' of .*tar",
-    ):
+    with pytest.raises(ValueError, match=rf"(?s){ALLOWED + 1} of the .*max_bad_fraction.*11 x unreadable sample, such as sample 'key\d+' of .*tar"):
         next(iter(module(path).train_dataloader()))
     (tmp_path / "second").mkdir()
     path = bad_samples(tmp_path / "second", {0: {"png": b"nonsense", "txt": b"grey"}})

@@ -58,14 +58,7 @@ def mini(tmp_path, vae_file):
 
 def test_it_trains_on_and_resumes(shards, mini, tmp_path, run_command):
     out = tmp_path / "run"
-    more = [
-        f"data.path={shards}",
-        f"out={out}",
-        f"init={mini}",
-        "model=bart",
-        "optim.warmup_steps=0",
-        "model.dropout=0.1",
-    ]
+    more = [f"data.path={shards}", f"out={out}", f"init={mini}", "model=bart", "optim.warmup_steps=0", "model.dropout=0.1"]
     first = dalle_pytorch.load(run_command(train_dalle.main, *COMMON, *more, "trainer.max_steps=1"))
     before = dalle_pytorch.load(mini)
     assert first.text_tokenizer.state() == before.text_tokenizer.state()

@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from dalle_pytorch.training.launch import LauncherConfig
 
 import dalle_pytorch
 from dalle_pytorch.commands import train_vae
+from dalle_pytorch.training.launch import LauncherConfig
 
 JOB = str(40_000 + os.getpid() % 10_000)  # Lightning's port is 15,000 + its last four digits
 COMMON = f"""#!{sys.executable}
