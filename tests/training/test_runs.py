@@ -239,6 +239,19 @@ def test_micro_batches_change_no_step(shards, tmp_path, run_command):
     assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
 
 
+def test_micro_batches_of_captions_of_any_length_change_no_step(shards, vae_file, tmp_path, run_command):
+    """The text loss is a mean over the caption tokens of the whole step; negative captions are those of the step."""
+    more = [f"vae={vae_file}", "trainer.max_steps=1", "data.batch_size=6", "text.vocab_size=270", "logger=default"]
+    more += ["model.contrast_weight=0.5", "model.loss_img_weight=0.1"]
+    norms = []
+    for size in (6, 2, 1):
+        out = tmp_path / str(size)
+        run_command(train_dalle.main, *small(shards, out, *more, f"data.micro_batch_size={size}"))
+        with (out / "csv/version_0/metrics.csv").open() as file:
+            norms.append(float(next(csv.DictReader(file))["train/grad_norm"]))
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
 def test_the_default_folder_is_refused_where_several_must_agree_on_it(shards, tmp_path, run_command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [argument for argument in small(shards, "x", "trainer.max_steps=1") if not argument.startswith("out=")]
