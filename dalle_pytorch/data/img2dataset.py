@@ -77,11 +77,12 @@ def _from_tars(path: Path, tars: list[Path], folders: list[tuple[Path, list[str]
     shards: set[str] = set()
     for tar in tars:
         shard = _TAR.sub("", _relative(path, tar))
+        entries = _from_tar(tar, shard, _relative(path, tar))
         if shard in shards:  # 00000.tar and 00000.tar.gz
-            yield Skipped(_relative(path, tar), "repeated tar: another of the same name is read; remove one of them")
-            continue
+            reason = f"repeated tar: another {shard} is read; rename {tar.name} or remove it"
+            entries = (Skipped(f"{tar.name}: {entry.path}", reason) for entry in entries)
         shards.add(shard)
-        yield from _from_tar(tar, shard, _relative(path, tar))
+        yield from entries
     yield from _beside(path, folders, "image beside tars: only the tars are read; give its folder as path of its own")
 
 

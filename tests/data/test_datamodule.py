@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from dalle_pytorch.data.batches import EpochBatches, epoch_order
-from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.data.samples import Collate
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.errors import UserError

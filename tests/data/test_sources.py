@@ -468,11 +468,11 @@ def test_tars_that_are_none_and_a_compressed_one_cut_short_are_named(tmp_path: P
     (tmp_path / "in" / "2.tar").write_bytes(b"<html>not found</html>")
     (tmp_path / "in" / "3.tar.gz").write_bytes(plain)
     (tmp_path / "in" / "3.tar").write_bytes(plain)
-    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", PackConfig(image_size=8, max_bad_fraction=0.5))
     why = reasons(tmp_path / "out")
     assert why["1.tar.gz"].startswith("broken tar")
     assert why["2.tar"].startswith("broken tar")
-    assert why["3.tar.gz"].startswith("repeated tar")
+    assert sum(reason.startswith("repeated tar") for reason in why.values()) == 9
     shards = Counter(path.partition("/")[0] for path in read(tmp_path / "out"))
     assert (shards["0"], shards["3"]) == (9, 9)
     assert 0 < shards["1"] < 9
