@@ -250,7 +250,7 @@ def arguments_of(argv: Sequence[str]) -> list[str]:
     ``config=runs/x/config.yaml``, settings that a run wrote, becomes the flags for them; and where no sweep is asked
     for, a launcher takes ``out`` as the folder of its one run.
     """
-    arguments = []
+    overrides, flags = [], []
     for item in argv[1:]:
         if item.startswith("config="):
             path = Path(item.removeprefix("config=").strip("'\"")).expanduser().absolute()
@@ -258,12 +258,12 @@ def arguments_of(argv: Sequence[str]) -> list[str]:
                 sys.exit(report(FileNotFoundError(f"config={path} does not exist: give the config.yaml of a run")))
             if "defaults" not in (OmegaConf.load(path) or {}):
                 sys.exit(report(ConfigError(f"{path} names no defaults: it was written before a run's could be used")))
-            arguments += ["--config-dir", str(path.parent), "--config-name", path.stem]
+            flags += ["--config-dir", str(path.parent), "--config-name", path.stem]
         else:
-            arguments.append(item)
-    if not {"-m", "--multirun"} & set(arguments):
-        arguments.append("hydra.sweep.subdir=.")
-    return [argv[0], *arguments]
+            overrides.append(item)
+    if any(item.startswith("launcher=") for item in overrides) and not {"-m", "--multirun"} & set(overrides):
+        overrides.insert(0, "hydra.sweep.subdir=.")
+    return [argv[0], *flags, *overrides]
 
 
 def explain(error: BaseException) -> str:
