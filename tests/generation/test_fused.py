@@ -34,7 +34,7 @@ import json, sys, torch
 from dalle_pytorch import load
 from dalle_pytorch.generation.engine import make_decoder
 
-torch._inductor.config.cpp.simdlen = 1  # scalar code, which C++ compilers are done with sooner
+torch._inductor.config.compile_threads = torch._inductor.config.cpp.simdlen = 1  # scalar code, compiled here: quick
 text, tokens = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]]), torch.arange(96).reshape(6, 16) * 5 % 12
 errors, programs = [], []
 for path in sys.argv[1:]:
