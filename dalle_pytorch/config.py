@@ -220,7 +220,7 @@ class Task:
         overrides = list(settings.overrides.task)
         # What Lightning starts the other processes of a training with: this point's command line, not the sweep's.
         given, sys.argv = sys.argv, [*self.argv[:1], *(a for a in self.argv if a.startswith("config=")), *overrides]
-        with read_write(settings):
+        with read_write(settings):  # type: ignore[bad-argument-type]
             settings.run.dir = settings.runtime.output_dir
         log.info("#%s: %s", settings.job.num, " ".join(overrides))
         try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle_pytorch.errors import UserError, first_line
 
 # Pillow's own limit is 1 MB, which editors exceed; all text of an image together is still limited to 64 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # type: ignore[bad-assignment]
 
 
 def _suffixes() -> frozenset[str]:

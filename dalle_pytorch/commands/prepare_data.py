@@ -112,7 +112,8 @@ class EmojiSource(_Images):
 
     def write(self) -> dict[str, Any]:
         """Fetch, draw and pack."""
-        packages = Path(self.packages) if self.packages else fetch_packages(packages_of(self.styles), Path(self.cache))
+        cache = Path(self.cache).expanduser()
+        packages = Path(self.packages) if self.packages else fetch_packages(packages_of(self.styles), cache)
         return pack_emoji(
             packages, Path(self.out), styles=self.styles, skin_tones=self.skin_tones, image_size=self.image_size,
             samples_per_shard=self.samples_per_shard, workers=self.workers,

@@ -56,8 +56,8 @@ class DataConfig(AugmentationConfig):
     batch_size: int = 64
     """Images of one optimiser step, over all devices and micro-batches together."""
     micro_batch_size: int | None = None
-    """Images that one device holds at a time. A step adds up the gradients of as many micro-batches as it needs, so this
-    changes memory and speed alone; null = a device's whole share of the step."""
+    """Images that one device holds at a time; a step adds up the gradients of its micro-batches, so this changes memory
+    and speed alone. null = a device's whole share of the step."""
     num_workers: int = 0
     """Processes that read and augment; 0 = the training process itself."""
     prefetch_factor: int | None = None
@@ -88,7 +88,8 @@ class DataConfig(AugmentationConfig):
         at_least_one(self, "batch_size", "shuffle_buffer", "epoch_size")
         super().__post_init__()
         not_negative(self, "num_workers", "token_crops")
-        at_least_one(self, *(name for name in ("micro_batch_size", "prefetch_factor") if getattr(self, name) is not None))
+        optional = ("micro_batch_size", "prefetch_factor")
+        at_least_one(self, *(name for name in optional if getattr(self, name) is not None))
         if self.prefetch_factor is not None and self.num_workers == 0:
             raise UserError(f"prefetch_factor={self.prefetch_factor} needs processes that read ahead: set num_workers=")
         weights = self.caption_weights

@@ -1,6 +1,7 @@
 """The datamodule of the three trainings."""
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dalle_pytorch.data.batches import Batch, EpochBatches, ResumableLoader
+from dalle_pytorch.data.batches import Batch, EpochBatches, ResumableLoader, divide
 from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.index import read_index
 from dalle_pytorch.data.samples import ENCODE_BATCH, Captioned, Collate, Pictures, Tokens
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.stream import Stream, StreamLoader
@@ -34,10 +36,11 @@ class TextImageDataModule(pl.LightningDataModule):
         seed: of order, augmentation and captions.
         shards: the two splits, if they are open already (see `open_splits`).
         tokens: token shards will do.
+        validate: False = there need be nothing to validate on.
 
     Raises:
         FileNotFoundError: no such shards; says how to make them.
-        ValueError: no such split, too few pictures, pictures of another size, tokens in place of pictures, or a stream
+        UserError: no such split, too few pictures, pictures of another size, tokens in place of pictures, or a stream
             that cannot be read.
     """
 
@@ -49,28 +52,35 @@ class TextImageDataModule(pl.LightningDataModule):
         seed: int,
         shards: tuple[ShardDataset, ShardDataset] | None = None,
         tokens: bool = False,
+        validate: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
         self.train_set: Captioned | Stream
         self.val_set: Captioned | None = None
-        """None for a stream without ``data.val_path``: validation must be off."""
-        if shards is None and is_stream(config.path):
-            val = None if config.val_path is None else open_split(config.val_path, config.val_split, "data.val_path")
+        """None where there is nothing to validate on: validation must be off."""
+        val: ShardDataset | None
+        if shards is not None:
+            train, val = shards
+        else:
+            train = None if is_stream(config.path) else open_split(config.path, config.train_split, "data.path")
+            val = _open_validation(config, validate=validate)
+        for part in (train, val):
+            if isinstance(part, TokenShards) and not tokens:
+                raise UserError(
+                    f"{part.folder} holds image tokens, and this needs the pictures: give data.path= the folder "
+                    "that they were encoded from"
+                )
+        if train is None:
             self.train_set = _open_stream(config, image_size=image_size, seed=seed)
         else:
-            train, val = shards or open_splits(config)
-            for part in (train, val):
-                if isinstance(part, TokenShards) and not tokens:
-                    raise UserError(
-                        f"{part.folder} holds image tokens, and this needs the pictures: give data.path= the folder "
-                        "that they were encoded from"
-                    )
             if len(train) < config.batch_size:
                 EpochBatches(len(train), config.batch_size, seed=seed)  # raises, before pictures are decoded
             self.train_set = _samples(train, config, image_size=image_size, train=True, seed=seed)
         if val is not None:
             self.val_set = _samples(val, config, image_size=image_size, train=False, seed=seed)
+        else:
+            log.info("there is nothing to validate on: the run goes without validation")
         self.train_collate = Collate(None, 0, truncate=False, dropout=0.0)
         self.val_collate = self.train_collate
 
@@ -95,7 +105,7 @@ class TextImageDataModule(pl.LightningDataModule):
     @property
     def can_cache_tokens(self) -> bool:
         """Whether `cache_image_tokens` can work: all pictures are in folders."""
-        return isinstance(self.train_set, Pictures) and isinstance(self.val_set, Pictures)
+        return isinstance(self.train_set, Pictures) and (self.val_set is None or isinstance(self.val_set, Pictures))
 
     def check_tokenizer(self, given: dict[str, Any], name: str) -> None:
         """Refuse token shards of another image tokenizer.
@@ -131,6 +141,8 @@ class TextImageDataModule(pl.LightningDataModule):
             raise UserError(f"the image tokens of {self.config.path} cannot be cached: it is no folder of pictures")
         vae.to(device)
         for data, variants in ((self.train_set, self.config.token_crops), (self.val_set, 1)):
+            if data is None:
+                continue
             assert isinstance(data, Pictures)
             rows = []
             starts = [(variant, first) for variant in range(variants) for first in range(0, len(data), ENCODE_BATCH)]
@@ -141,26 +153,34 @@ class TextImageDataModule(pl.LightningDataModule):
         vae.to("cpu")
 
     def setup(self, stage: str) -> None:
-        """Refuse a training that is to be validated and has nothing for it."""
-        if self.trainer is not None and self.trainer.limit_val_batches:
+        """Refuse a stream that is to be validated and has nothing for it."""
+        if self.trainer is not None and self.trainer.limit_val_batches and isinstance(self.train_set, Stream):
             self._validated()
 
     def accumulate(self, world_size: int) -> int:
-        """Micro-batches of an optimiser step."""
-        return 1
+        """Micro-batches of a step in each of so many processes: after as many gradients comes a step of the optimiser.
+
+        Raises:
+            UserError: the processes cannot share a step; names the numbers.
+        """
+        return divide(self.config.batch_size, world_size, self.config.micro_batch_size)[1]
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Endless epochs' worth of augmented batches; resumes in the middle of an epoch, unless it is a stream."""
         rank, world_size = _place(self.trainer)
         if isinstance(self.train_set, Stream):
             return StreamLoader(self.train_set, self.train_collate, rank=rank, world_size=world_size, **self._workers())
-        sampler = EpochBatches(
-            len(self.train_set), self.config.batch_size, seed=self.seed, rank=rank, world_size=world_size
+        batches = EpochBatches(
+            len(self.train_set), self.config.batch_size, seed=self.seed, rank=rank, world_size=world_size,
+            micro_batch_size=self.config.micro_batch_size,
+        )  # fmt: skip
+        sha256 = self.train_set.shards.sha256
+        return ResumableLoader(
+            self.train_set, batches, data_sha256=sha256, collate_fn=self.train_collate, **self._workers()
         )
-        return ResumableLoader(self.train_set, sampler, collate_fn=self.train_collate, **self._workers())
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """All validation pictures in order, the last batch smaller.
+    def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
+        """All validation pictures in order, in micro-batches, the last one smaller; none if there is no `val_set`.
 
         Each of several processes takes every n-th, and all the same number: the last few pictures are left out, since a
         process that lacked a batch would keep the others waiting.
@@ -169,6 +189,8 @@ class TextImageDataModule(pl.LightningDataModule):
             ValueError: fewer pictures than processes; names the numbers.
         """
         rank, world_size = _place(self.trainer)
+        if self.val_set is None and not isinstance(self.train_set, Stream):
+            return []
         pictures = self._validated()
         if len(pictures) < world_size:
             raise UserError(f"the split to validate on has {len(pictures)} pictures for {world_size} processes")
@@ -178,7 +200,7 @@ class TextImageDataModule(pl.LightningDataModule):
             )
         return DataLoader(
             pictures,
-            batch_size=max(1, self.config.batch_size // world_size),
+            batch_size=self.config.micro_batch_size or max(1, self.config.batch_size // world_size),
             sampler=range(rank, len(pictures) // world_size * world_size, world_size),
             collate_fn=self.val_collate,
             **self._workers(),
@@ -205,7 +227,15 @@ class TextImageDataModule(pl.LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),  # otherwise a loader draws from the global one
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "prefetch_factor": self.config.prefetch_factor,
+            "worker_init_fn": ignore_signals,
         }
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave signals to the main process, in a worker of a DataLoader: it ends the workers once it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def all_pictures(
@@ -270,6 +300,23 @@ def open_splits(config: DataConfig) -> tuple[ShardDataset, ShardDataset]:
     return train, open_split(config.val_path, config.val_split, "data.val_path")
 
 
+def _open_validation(config: DataConfig, *, validate: bool) -> ShardDataset | None:
+    """The split to validate on; None if there is none and need be none."""
+    path, name = (config.path, "data.path") if config.val_path is None else (config.val_path, "data.val_path")
+    if is_stream(path):
+        return None
+    index = read_index(_folder(path, name), kind=None)
+    if set(config.val_split.split("+")) <= index["splits"].keys():
+        return open_split(path, config.val_split, name)
+    packed_without = config.val_split == "val" and index.get("source", {}).get("val_share") == 0
+    if packed_without or not validate:
+        return None
+    raise UserError(
+        f"{path} has no split {config.val_split!r} to validate on; it has: {', '.join(index['splits'])}. Name one with "
+        "data.val_split=, or train without validation (trainer.limit_val_batches=0)"
+    )
+
+
 def open_split(path: str, split: str, name: str) -> ShardDataset:
     """A split of a folder; ``name`` is the setting that it comes from, for errors.
 
@@ -277,13 +324,17 @@ def open_split(path: str, split: str, name: str) -> ShardDataset:
         FileNotFoundError: no such folder; says where it was looked for and how to make one.
         ValueError: no such split, or broken shards.
     """
+    return open_shards(_folder(path, name), split)
+
+
+def _folder(path: str, name: str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{name}={path}: there is no folder {folder.absolute()}. The emoji come with a checkout, in "
             "data/emoji; prepare_data.py writes others (source=emoji, source=rainbow, source=folder path=...)"
         )
-    return open_shards(folder, split)
+    return folder
 
 
 def _place(trainer: pl.Trainer | None) -> tuple[int, int]:

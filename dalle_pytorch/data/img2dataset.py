@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -62,29 +63,26 @@ def pack_img2dataset(path: str | Path, out: str | Path, config: PackConfig) -> P
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: path must be the output folder of img2dataset")
-    folders: list[tuple[Path, list[str]]] = []
     unreadable: list[Skipped] = []
-    folders.extend(walk(path, unreadable))
+    folders = list(walk(path, unreadable))
     tars = [folder / name for folder, names in folders for name in names if _TAR.search(name)]
     if not tars and len(folders) == 1 and not unreadable:
         raise UserError(f"{path} has neither .tar files nor folders: path must be the output folder of img2dataset")
-    entries = _from_tars(path, tars, folders) if tars else _from_folders(path, folders)
+    entries = chain(unreadable, _from_tars(path, tars, folders) if tars else _from_folders(path, folders))
     name = path.resolve().name
-    return pack(
-        (*unreadable, *entries) if unreadable else entries,
-        Path(out), config, name=name, where=str(path), source={"format": "img2dataset"},
-    )  # fmt: skip
+    return pack(entries, Path(out), config, name=name, where=str(path), source={"format": "img2dataset"})
 
 
 def _from_tars(path: Path, tars: list[Path], folders: list[tuple[Path, list[str]]]) -> Iterator[Item | Skipped]:
     shards: set[str] = set()
     for tar in tars:
         shard = _TAR.sub("", _relative(path, tar))
+        entries = _from_tar(tar, shard, _relative(path, tar))
         if shard in shards:  # 00000.tar and 00000.tar.gz
-            yield Skipped(_relative(path, tar), "repeated tar: another of the same name is read; remove one of them")
-            continue
+            reason = f"repeated tar: another {shard} is read; rename {tar.name} or remove it"
+            entries = (Skipped(f"{tar.name}: {entry.path}", reason) for entry in entries)
         shards.add(shard)
-        yield from _from_tar(tar, shard, _relative(path, tar))
+        yield from entries
     yield from _beside(path, folders, "image beside tars: only the tars are read; give its folder as path of its own")
 
 
@@ -155,7 +153,16 @@ def _entries(shard: str, files: list[_File]) -> Iterator[Item | Skipped]:
             yield Skipped(f"{escaped(shard)}/{file.key}{file.suffix}", reason)
         parts.setdefault(file.suffix, file)
     for key, parts in samples.items():
+        folder, slash, name = key.rpartition("/")
+        whole = samples.get(f"{folder}{slash}{name.partition('.')[0]}")
+        if whole is not None and whole is not parts and _is_whole(whole) and not _is_whole(parts):
+            continue  # another file of that sample, such as "0001.mask.png" of "0001"
         yield from _sample(f"{escaped(shard)}/{key}", parts)
+
+
+def _is_whole(parts: dict[str, _File]) -> bool:
+    """Whether a sample has an image and a caption."""
+    return not IMAGE_SUFFIXES.isdisjoint(parts) and not {".txt", ".json"}.isdisjoint(parts)
 
 
 def _sample(path: str, parts: dict[str, _File]) -> Iterator[Item | Skipped]:

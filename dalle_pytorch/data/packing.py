@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dalle_pytorch.data.emoji_names import slug
 from dalle_pytorch.data.bad_samples import BadSamples
+from dalle_pytorch.data.emoji_names import slug
 from dalle_pytorch.data.index import SKIPPED_NAME, hash_share
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.errors import UserError, at_least_one

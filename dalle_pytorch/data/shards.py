@@ -6,6 +6,7 @@ neighbouring files in a tar, ``<key>.<webp|png|jpg>`` and ``<key>.json``. Any We
 """
 
 import gzip
+import hashlib
 import json
 import re
 from collections import Counter
@@ -241,6 +242,8 @@ class ShardDataset(Dataset[Sample]):
         chosen = [shard for name in wanted for shard in self.index["shards"] if shard["split"] == name]
         if only is not None:
             chosen = [shard for shard in chosen if shard["file"] == only]
+        self.sha256 = hashlib.sha256("".join(shard["sha256"] for shard in chosen).encode()).hexdigest()
+        """Of the checksums that the index has of the shards: tells these data from others."""
         self._tars = [TarReader(self.folder / shard["file"]) for shard in chosen]
         self._entries: list[_Entry] = []
         for number, shard in enumerate(chosen):

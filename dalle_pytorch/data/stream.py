@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline, ResampledShards, SimpleShardList, batched, shuffle
 from webdataset.gopen import gopen, set_options
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dalle_pytorch.data.bad_samples import BadSamples
-from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.data.batches import Batch, divide, with_steps
 from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.packing import captions_of
 from dalle_pytorch.data.samples import Collate, augmented, pick_caption, pick_variant
@@ -44,7 +45,8 @@ CAPTIONS = 10_000  # to train a BPE on; the pictures between them travel too
 ALLOWED = 10  # bad samples: at the beginning of a stream a fraction says little
 CHUNK = 1 << 16
 
-_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)  # WebDataset raises ValueError for tars that it cannot group
+# WebDataset raises ValueError for samples that it cannot group.
+_BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)
 
 
 def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
@@ -59,11 +61,12 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
         try:
             files = tar_file_expander(
                 [{"url": url, "stream": stream}],
-                select_files=lambda name: (base_plus_ext(name)[1] or "").lower() in extensions,
+                select_files=lambda name: PurePosixPath(name).suffix[1:].lower() in extensions,
             )
-            for sample in group_by_keys(files):
-                empty = False
-                yield sample
+            for group in group_by_keys(files):
+                for sample in _samples_of(group):
+                    empty = False
+                    yield sample
             while stream.read(CHUNK):  # only at its end does a command tell that it failed
                 pass
             stream.close()
@@ -76,6 +79,23 @@ def read_shard(url: str, extensions: Sequence[str]) -> Iterator[RawSample]:
         raise UserError(f"shard {url} cannot be read: {reason}") from error
     if empty:
         raise UserError(f"shard {url} has no samples: no files of images, image tokens (.{TOKENS}) or captions")
+
+
+def _samples_of(group: RawSample) -> Iterator[RawSample]:
+    """The samples of what WebDataset takes for one, since it divides names at the first dot.
+
+    "holiday.001.jpg" and "holiday.001.txt" are a sample of their own; "0001.mask.png" belongs to "0001".
+    """
+    about = {name: value for name, value in group.items() if name.startswith("__")}
+    samples: dict[str, RawSample] = {}
+    for name in group.keys() - about.keys():
+        inner, _, ext = name.rpartition(".")
+        key = f"{group['__key__']}.{inner}" if inner else group["__key__"]
+        samples.setdefault(inner, {**about, "__key__": key})[ext] = group[name]
+    for inner, sample in sorted(samples.items()):
+        files = sample.keys() - about.keys()
+        if not inner or "" not in samples or not (files.isdisjoint(TEXTS) or files <= set(TEXTS)):
+            yield sample
 
 
 class Tally:
@@ -120,7 +140,9 @@ class Stream:
         """Image tokens of a picture; None if the stream is of pictures."""
         kinds = PICTURES if count is None else (TOKENS,)
         self.extensions = (*kinds, *TEXTS)
-        log.info("streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path)
+        log.info(
+            "streaming %d shards of %s from %s", len(self.urls), "images" if count is None else "tokens", config.path
+        )
 
     def __len__(self) -> int:
         """Samples that count as an epoch."""
@@ -217,7 +239,9 @@ def read_captions(raw: RawSample) -> list[str]:
         raise UserError(f"its json holds no object but {meta!r}")
     captions = captions_of(value)
     if not captions:
-        raise UserError('it has no caption, neither "captions" or "caption" in a json nor a txt')
+        raise UserError(
+            'it has no caption, neither "captions" or "caption" in a json nor a txt; they must lie beside it in the tar'
+        )
     return captions
 
 
@@ -265,32 +289,36 @@ class StreamLoader:
         world_size: number of processes; divides ``data.batch_size``.
         settings: of the DataLoader: num_workers and so on.
 
+    Attributes:
+        accumulate: micro-batches of a step.
+
     Raises:
-        ValueError: a batch that the processes cannot share; names the numbers.
+        UserError: a step that cannot be shared; names the numbers.
     """
 
     def __init__(
         self, stream: Stream, collate: Collate, *, rank: int = 0, world_size: int = 1, **settings: Any
     ) -> None:
-        size = stream.config.batch_size
-        if size % world_size:
-            raise UserError(f"data.batch_size ({size}) must be a multiple of the {world_size} processes")
+        config = stream.config
         self.stream, self.collate, self.settings = stream, collate, settings
-        self.rank, self.local_size, self.epoch = rank, size // world_size, 0
+        self.micro_batch_size, self.accumulate = divide(config.batch_size, world_size, config.micro_batch_size)
+        self.rank, self.epoch = rank, 0
         self.running: Iterator[Batch] | None = None
         """One pass for all epochs: an epoch may end inside a shard, and what follows is to be read as well."""
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        return len(self.stream) // self.stream.config.batch_size
+        """Micro-batches of an epoch."""
+        return len(self.stream) // self.stream.config.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch."""
         if self.running is None:
-            batches = StreamBatches(self.stream, self.collate, epoch=self.epoch, rank=self.rank, size=self.local_size)
+            batches = StreamBatches(
+                self.stream, self.collate, epoch=self.epoch, rank=self.rank, size=self.micro_batch_size
+            )
             self.running = iter(DataLoader(batches, batch_size=None, **self.settings))
         self.epoch += 1
-        yield from islice(self.running, len(self))
+        yield from with_steps(islice(self.running, len(self)), self.accumulate)
 
     def state_dict(self) -> dict[str, int]:
         """Number of epochs begun."""

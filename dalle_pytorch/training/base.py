@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dalle_pytorch.checkpoints.checkpoint import header
 from dalle_pytorch.data.batches import Batch
+from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.models.gradient_scaling import update_scales
 from dalle_pytorch.training.optim import MuonAdamW, OptimConfig, make_optimizer, make_scheduler
 from dalle_pytorch.training.sharding import shard
@@ -48,8 +49,15 @@ class LitBase(pl.LightningModule, Generic[Net]):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole training."""
-        return int(self.trainer.estimated_stepping_batches)
+        """Optimiser steps of the whole training.
+
+        Raises:
+            ConfigError: nothing but a time limit ends it.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigError("schedules need to know the last step: set trainer.max_steps= or +trainer.max_epochs=")
+        return int(steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with decay groups, its learning rate set anew in every step."""

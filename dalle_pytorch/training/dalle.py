@@ -1,6 +1,7 @@
 """Training of the DALLE on captions and the tokens of a frozen VAE."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -96,7 +97,7 @@ class LitDALLE(LitBase[AnyDALLE]):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
         generator = self.step_generator(batch_idx, "cpu")  # DALLE draws on the CPU, the same on every device
-        settings: dict[str, Any] = {"generator": generator, "mean": self.mean_over_processes()}
+        settings: dict[str, Any] = {"generator": generator, "mean": self.mean_over_step(batch)}
         if self.image_codes == "likeliest":
             image_tokens = self.image_tokens(batch)
         else:
@@ -110,12 +111,25 @@ class LitDALLE(LitBase[AnyDALLE]):
         self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
 
+    def mean_over_step(self, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """Averages a number of caption tokens over the processes and micro-batches of a step; None where there is one.
+
+        Of the other micro-batches the captions before caption_dropout are known, so with it the mean is an estimate.
+        """
+        mean = self.mean_over_processes()
+        if "step_text_tokens" not in batch:
+            return mean
+        whole, own = caption_tokens(batch["step_text_tokens"]), caption_tokens(batch["text_tokens"])
+        ratio = whole / (own * self.trainer.accumulate_grad_batches)
+        return lambda count: count * ratio if mean is None else mean(count * ratio)
+
     def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b t"]:
         """Tokens of a wrong caption for each picture of a batch; of its own where there is no other."""
-        captions, parts = batch["captions"], [batch["captions"]]
+        captions = batch["captions"]
+        parts = [batch.get("step_captions", captions)]
         if self.trainer.world_size > 1:
-            parts = [[]] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, captions)
+            own, parts = parts[0], [[]] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, own)
         everyones = sorted(set(itertools.chain.from_iterable(parts)))
         rngs = self.sample_rngs(batch, batch_idx, "contrast")
         wrong = [
@@ -152,6 +166,11 @@ class LitDALLE(LitBase[AnyDALLE]):
         with eval_mode(net):
             tokens = generate_image_tokens(net, text.to(self.device), uniforms.to(self.device), self.sampling)
             return tile(net.vae.decode(tokens), columns=SHOWN_EACH)
+
+
+def caption_tokens(text_tokens: Int[Tensor, "b t"]) -> int:
+    """Tokens that the text loss of a batch is a mean over: those of captions, and the pad that ends each."""
+    return int((text_tokens != 0).sum() + (text_tokens == 0).any(dim=1).sum())
 
 
 def sampled_codes(

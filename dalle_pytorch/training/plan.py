@@ -5,6 +5,7 @@ by running the transformer on tensors without memory, and adding up what autogra
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,6 +156,7 @@ def captions_each(net: DALLE) -> int:
     return 2 if net.config.contrast_weight else 1
 
 
+@functools.lru_cache(maxsize=1)  # the ways of training that a plan compares keep the same
 def saved(net: DALLE, batch: int, *, half: bool) -> tuple[int, int]:
     """Bytes that the blocks keep for the backward pass, of all and of the most demanding one; weights apart.
 

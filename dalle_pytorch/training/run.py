@@ -256,9 +256,13 @@ def check_folder(config: RunConfig) -> None:
         return
     if config.resume:
         raise ConfigError("resume=true continues the run in a folder: say which with out=")
-    outside = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
-    if outside is not None and outside.world_size() > 1 and not interactive():
-        raise UserError("several processes need one folder: say which with out=")
+    if not interactive():
+        try:
+            outside = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+        except RuntimeError as error:  # how srun was called
+            raise UserError(str(error)) from error
+        if outside is not None and outside.world_size() > 1:
+            raise UserError("several processes need one folder: say which with out=")
 
 
 def interactive() -> bool:

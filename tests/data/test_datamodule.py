@@ -1,17 +1,23 @@
+import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from dalle_pytorch.data.batches import EpochBatches, epoch_order
-from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.data.samples import Collate
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import BPETokenizer
 
 
@@ -145,7 +151,7 @@ def test_errors_name_what_is_wrong(path, tmp_path):
         module(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"dev.*train, val"):
         module(path, val_split="dev")
-    with pytest.raises(ValueError, match=r"13 pictures.*batch_size is 64"):
+    with pytest.raises(ValueError, match=r"13 images.*batch_size is 64"):
         module(path, batch_size=64)
     with pytest.raises(ValueError, match=r"16 x 16.*32 x 32.*resize"):
         TextImageDataModule(DataConfig(path=path, batch_size=4), image_size=32, seed=0)
@@ -169,7 +175,7 @@ def test_a_caption_that_only_dropout_makes_too_long_is_taken_without():
 def test_a_state_of_other_data_or_batches_is_refused(path):
     loader = module(path).train_dataloader()
     state = loader.state_dict()
-    assert state == {"epoch": 0, "samples": 0, "size": 13}
+    assert state == {"epoch": 0, "samples": 0, "size": 13, "data": module(path).train_set.shards.sha256}
     for change, named in (
         ({"size": 14}, "14 samples.*13"),
         ({"samples": 5}, "no whole number"),
@@ -179,6 +185,151 @@ def test_a_state_of_other_data_or_batches_is_refused(path):
             loader.load_state_dict({**state, **change})
     with pytest.raises(ValueError, match="stream"):
         loader.load_state_dict({"epoch": 1})
+
+
+def test_other_data_of_the_same_size_are_told_once(path, tmp_path, caplog):
+    state = module(path).train_dataloader().state_dict()
+    module(path).train_dataloader().load_state_dict(state)
+    module(path).train_dataloader().load_state_dict({key: state[key] for key in ("epoch", "samples", "size")})
+    assert "other data" not in caplog.text
+    other = module(write(tmp_path / "other", broken=3)).train_dataloader()
+    other.load_state_dict(state)
+    assert caplog.text.count("data.path= holds other data than the run was trained on") == 1
+    with pytest.raises(UserError, match="13"):
+        module(write(tmp_path / "more", sizes=(16,) * 14)).train_dataloader().load_state_dict(state)
+
+
+SIZES = (None, 1, 2, 3, 4, 6, 12)
+SHARES = [(world, micro) for world in (1, 2, 3, 4) for micro in SIZES if not 12 % (world * (micro or 1))]
+
+
+@pytest.mark.parametrize(("world", "micro"), SHARES)
+def test_a_step_depends_on_neither_processes_nor_micro_batches(world, micro):
+    processes = [
+        EpochBatches(40, 12, seed=1, rank=rank, world_size=world, micro_batch_size=micro) for rank in range(world)
+    ]
+    given = [list(process) for process in processes]
+    accumulate = processes[0].accumulate
+    assert accumulate == 12 // world // (micro or 12 // world)
+    assert all(
+        len(batches) == len(process) == 3 * accumulate for batches, process in zip(given, processes, strict=True)
+    )
+    order = epoch_order(1, 0, 40)
+    for step in range(3):
+        parts = [batch for batches in given for batch in batches[step * accumulate : (step + 1) * accumulate]]
+        assert {len(batch) for batch in parts} == {micro or 12 // world}
+        assert [index for batch in parts for _, index in batch] == order[step * 12 : (step + 1) * 12]
+
+
+def test_steps_that_cannot_be_shared_name_both_settings(path):
+    with pytest.raises(UserError, match=r"data\.micro_batch_size \(4\).*3 images.*data\.batch_size \(6\) over 2 proc"):
+        EpochBatches(23, 6, seed=1, world_size=2, micro_batch_size=4)
+    with pytest.raises(UserError, match=r"data\.batch_size \(6\).*4 processes"):
+        EpochBatches(23, 6, seed=1, world_size=4, micro_batch_size=1)
+    data = module(path, text=False, batch_size=12, micro_batch_size=2)
+    assert [data.accumulate(world) for world in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(UserError, match=r"data\.micro_batch_size \(2\).*data\.batch_size \(12\) over 4"):
+        data.accumulate(4)
+    with pytest.raises(UserError, match="micro_batch_size must be at least 1"):
+        module(path, micro_batch_size=0)
+
+
+def test_micro_batches_are_those_of_the_whole_step_and_know_its_captions(path):
+    whole = list(module(path).train_dataloader())
+    loader = module(path, micro_batch_size=2, num_workers=1).train_dataloader()
+    parts = list(loader)
+    assert (loader.accumulate, len(loader), len(parts)) == (2, 6, 6)
+    for step, batch in enumerate(whole):
+        assert "step_captions" not in batch
+        first, second = parts[2 * step : 2 * step + 2]
+        for name in ("images", "text_tokens", "indices"):
+            assert torch.equal(torch.cat([first[name], second[name]]), batch[name])
+        for part in (first, second):
+            assert part["step_captions"] == batch["captions"]
+            assert torch.equal(part["step_text_tokens"], batch["text_tokens"])
+    assert "step_text_tokens" not in next(iter(module(path, text=False, micro_batch_size=2).train_dataloader()))
+    assert [len(batch["captions"]) for batch in module(path, micro_batch_size=2).val_dataloader()] == [2] * 6 + [1]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, None), (None, 1)])
+def test_a_state_at_the_border_of_a_step_fits_any_micro_batch(path, before, after):
+    stopped = module(path, micro_batch_size=before).train_dataloader()
+    iterator = iter(stopped)
+    captions = []
+    for _ in range(stopped.accumulate):
+        captions += next(iterator)["captions"]
+    assert stopped.state_dict()["samples"] == 4
+    resumed = module(path, micro_batch_size=after).train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    rest = [caption for batch in [*resumed, *resumed] for caption in batch["captions"]]
+    loader = module(path).train_dataloader()
+    assert captions + rest == [caption for batch in [*loader, *loader] for caption in batch["captions"]]
+
+
+def test_a_state_inside_a_step_is_refused(path):
+    stopped = module(path, micro_batch_size=1).train_dataloader()
+    iterator = iter(stopped)
+    for count in range(1, 12):
+        next(iterator)
+        state = stopped.state_dict()
+        assert state["samples"] == count
+        if count % 4:
+            with pytest.raises(UserError, match=rf"{count} samples.*no whole number of steps of data\.batch_size=4"):
+                module(path).train_dataloader().load_state_dict(state)
+    next(iterator)
+    assert (stopped.state_dict()["epoch"], stopped.state_dict()["samples"]) == (1, 0)
+
+
+def only_train(folder, source):
+    with ShardWriter(folder, name="x", image_size=16, source=source) as writer:
+        for i in range(4):
+            data = BytesIO()
+            Image.new("RGB", (16, 16)).save(data, "PNG")
+            writer.write("train", f"{i}", data.getvalue(), "png", {"captions": ["grey"]})
+    return str(folder)
+
+
+def test_data_packed_without_validation_are_trained_on_without(tmp_path, caplog, tiny_vae):
+    caplog.set_level("INFO")
+    path = only_train(tmp_path / "none", {"val_share": 0.0})
+    data = module(path)
+    assert data.val_set is None
+    assert caplog.text.count("nothing to validate on") == 1
+    data.trainer = SimpleNamespace(limit_val_batches=1.0, global_rank=0, world_size=1)
+    data.setup("fit")
+    data.trainer = None
+    assert data.val_dataloader() == []
+    assert len(list(data.train_dataloader())) == 1
+    data.cache_image_tokens(tiny_vae)
+    assert "image_tokens" in next(iter(data.train_dataloader()))
+    with pytest.raises(UserError, match=r"no split 'vla'.*it has: train\..*trainer\.limit_val_batches=0"):
+        module(path, val_split="vla")
+
+
+def test_a_missing_split_is_an_error_unless_validation_is_off(path, tmp_path):
+    with pytest.raises(UserError, match=r"no split 'val'.*it has: train\..*data\.val_split=.*limit_val_batches=0"):
+        module(only_train(tmp_path / "train", {"val_share": 0.1}))
+    with pytest.raises(UserError, match=r"no split 'val\+vla'.*it has: train, val"):
+        module(path, val_split="val+vla")
+    config = DataConfig(path=path, batch_size=4, val_split="vla")
+    assert TextImageDataModule(config, image_size=16, seed=0, validate=False).val_set is None
+
+
+def test_workers_leave_signals_to_the_main_process(path):
+    loader = module(path, text=False, num_workers=2, prefetch_factor=1).train_dataloader()
+    iterator = iter(loader)
+    given = [next(iterator)["captions"]]
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(worker.pid, number)
+    given += [batch["captions"] for batch in iterator]
+    assert given == [batch["captions"] for batch in module(path, text=False).train_dataloader()]
+
+
+def test_reading_ahead_needs_processes(path):
+    assert module(path, num_workers=1, prefetch_factor=3).train_dataloader().prefetch_factor == 3
+    with pytest.raises(UserError, match=r"prefetch_factor=3.*num_workers="):
+        DataConfig(path=path, prefetch_factor=3)
 
 
 def test_few_files_are_open_at_a_time(path, monkeypatch):

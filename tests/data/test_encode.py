@@ -1,6 +1,8 @@
 """Token shards hold what the image tokenizer says, survive a kill, and are refused where they do not belong."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ from PIL import Image
 
 import dalle_pytorch
 from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
-from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.data import encode
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.data.encode import SETTINGS_NAME, EncodeConfig, encode_folder
 from dalle_pytorch.data.samples import sample_rng
 from dalle_pytorch.data.shards import ShardDataset, ShardWriter
@@ -182,3 +186,23 @@ def test_a_bad_sample_gives_its_place_to_the_next_and_too_many_are_fatal(tmp_pat
     assert caplog.text.count("skipped") == 1
     with pytest.raises(ValueError, match=r"(?s)1 of the 11.*data\.max_bad_fraction.*train4"):
         next(iter(TextImageDataModule(DataConfig(path=path, batch_size=11), image_size=16, seed=0).train_dataloader()))
+
+
+def test_a_full_disk_leaves_what_the_same_call_goes_on_from(pictures, vae_path, tmp_path, monkeypatch):
+    config = EncodeConfig(vae=vae_path, path=pictures)
+    original, written = encode.TarWriter.write, []
+
+    def write(tar, sample):
+        written.append(sample["__key__"])
+        if len(written) == 5:  # in the second shard
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(tar, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode.TarWriter, "write", write)
+        with pytest.raises(OSError, match="No space left"):
+            encode_folder(config, tmp_path / "tokens", workers=1)
+    assert sorted(contents(tmp_path / "tokens")) == [SETTINGS_NAME, "train-00000.tar", "train-00000.tar.json"]
+    encode_folder(config, tmp_path / "tokens", workers=1)
+    encode_folder(config, tmp_path / "whole", workers=1)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dalle_pytorch.commands.prepare_data import main
-from dalle_pytorch.data import packing, shards
+from dalle_pytorch.data import img2dataset, packing, shards
 from dalle_pytorch.data.coco import pack_coco
 from dalle_pytorch.data.huggingface import pack_huggingface
 from dalle_pytorch.data.img2dataset import pack_img2dataset
@@ -223,9 +224,10 @@ def test_a_full_disk_at_the_last_file_leaves_nothing(tmp_path: Path, monkeypatch
 
     entries = [Item(name, [name], png()) for name in "abc"]
     for module in (packing, shards):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        with monkeypatch.context() as patch:
             patch.setattr(module, "write_json", full)
-            pack(entries, tmp_path / "out", SMALL, name="x", where="x")
+            with pytest.raises(OSError, match="No space left"):
+                pack(entries, tmp_path / "out", SMALL, name="x", where="x")
         assert list((tmp_path / "out").iterdir()) == []
     pack(entries, tmp_path / "out", SMALL, name="x", where="x")
 
@@ -256,7 +258,9 @@ def test_captions_are_cleaned_and_names_are_text() -> None:
     assert packing.captions_of("half \ud83d") == ["half \\ud83d"]
 
 
-@pytest.mark.parametrize("text", ["&nbsp;", "&#8203;", "\u00a0", "\u200b", "\ufeff", " \u2060\u00ad ", "\ufe0f", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["&nbsp;", "&#8203;", "\u00a0", "\u200b", "\ufeff", " \u2060\u00ad ", "\ufe0f", "\x00"]
+)
 def test_what_shows_nothing_is_no_caption(text: str) -> None:
     assert packing.captions_of([text, f"a cat{text}"]) == packing.captions_of(f"a cat{text}")
     assert len(packing.captions_of(["🙂", "R&amp;D", "猫", "é"])) == 4
@@ -428,7 +432,8 @@ def test_repeated_files_of_a_tar_are_named(tmp_path: Path) -> None:
 def test_dotted_names_are_samples_of_their_own(tmp_path: Path) -> None:
     names = [f"{i:03d}" for i in range(4)] + [f"holiday.{i:03d}" for i in range(6)] + ["v1.2 a/b.c"]
     files = {f"{name}{ext}": png() if ext == ".jpg" else name.encode() for name in names for ext in (".jpg", ".txt")}
-    tar(tmp_path / "in" / "00000.tar", {**files, "mask.seg.png": png()})
+    others = {"mask.seg.png": png(), "000.mask.png": png(), "000.class.txt": b"7"}  # the last two belong to "000"
+    tar(tmp_path / "in" / "00000.tar", {**files, **others})
     pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
     assert read(tmp_path / "out") == {f"00000/{name}.jpg": [name] for name in names}
     assert reasons(tmp_path / "out").keys() == {"00000/mask.seg.png"}
@@ -454,20 +459,36 @@ def test_tars_are_read_in_any_order_and_compression(tmp_path: Path, name: str, m
 
 def test_tars_that_are_none_and_a_compressed_one_cut_short_are_named(tmp_path: Path) -> None:
     files = {f"{i}.{ext}": os.urandom(3000) if ext == "txt" else png() for i in range(9) for ext in ("jpg", "txt")}
-    tar(tmp_path / "in" / "0.tar", {name: data if name[-1] == "g" else data.hex().encode() for name, data in files.items()})
+    tar(
+        tmp_path / "in" / "0.tar",
+        {name: data if name[-1] == "g" else data.hex().encode() for name, data in files.items()},
+    )
     plain = (tmp_path / "in" / "0.tar").read_bytes()
     (tmp_path / "in" / "1.tar.gz").write_bytes(gzip.compress(plain)[:-9000])
     (tmp_path / "in" / "2.tar").write_bytes(b"<html>not found</html>")
     (tmp_path / "in" / "3.tar.gz").write_bytes(plain)
     (tmp_path / "in" / "3.tar").write_bytes(plain)
-    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", PackConfig(image_size=8, max_bad_fraction=0.5))
     why = reasons(tmp_path / "out")
     assert why["1.tar.gz"].startswith("broken tar")
     assert why["2.tar"].startswith("broken tar")
-    assert why["3.tar.gz"].startswith("repeated tar")
+    assert sum(reason.startswith("repeated tar") for reason in why.values()) == 9
     shards = Counter(path.partition("/")[0] for path in read(tmp_path / "out"))
     assert (shards["0"], shards["3"]) == (9, 9)
     assert 0 < shards["1"] < 9
+
+
+def test_a_folder_that_may_not_be_read_beside_tars_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_img2dataset(tmp_path / "in", 25)
+    monkeypatch.setattr(img2dataset, "walk", partial(locked, img2dataset.walk))
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", SMALL)
+    assert len(read(tmp_path / "out")) == 25
+    assert reasons(tmp_path / "out") == {"locked": "unreadable folder"}
+
+
+def locked(walk: Callable, path: Path, unreadable: list[Skipped]) -> Iterator:
+    unreadable.append(Skipped("locked", "unreadable folder"))
+    return walk(path, unreadable)
 
 
 def test_img2dataset_names_wrong_folders(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule, open_splits
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.datamodule import TextImageDataModule, open_splits
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.data.stream import ALLOWED, StreamBatches, StreamLoader, read_captions
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import BPETokenizer
 
 SHARDS, EACH = 3, 5  # samples of a shard
@@ -122,6 +124,20 @@ def test_processes_draw_differently_and_share_a_batch(pattern):
         loader(data, world_size=3)
 
 
+def test_a_step_is_cut_into_micro_batches(pattern):
+    data = module(pattern, micro_batch_size=1)
+    data.set_text(BPETokenizer.train(CAPTIONS, 270), 12, truncate=False, dropout=0.0)
+    reader = loader(data, world_size=2)
+    batches = list(reader)
+    assert (reader.accumulate, len(reader), len(batches)) == (2, 10, 10)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert first["step_captions"] == second["step_captions"] == captions([first, second])
+        assert torch.equal(first["step_text_tokens"], torch.cat([first["text_tokens"], second["text_tokens"]]))
+    assert len(list(reader)) == 10
+    with pytest.raises(UserError, match=r"micro_batch_size \(1\).*|data\.batch_size"):
+        loader(data, world_size=3)
+
+
 def test_workers_draw_differently_and_share_an_epoch(pattern):
     data = module(pattern, num_workers=2)
     batches = list(data.train_dataloader())
@@ -218,9 +234,22 @@ def test_bad_samples_are_named_and_skipped(tmp_path, caplog):
     assert f"bad/s-{2 // EACH}.tar" in caplog.text
 
 
+def test_dotted_names_are_samples_of_their_own(tmp_path):
+    (tmp_path / "dotted").mkdir()
+    with TarWriter(str(tmp_path / "dotted" / "s.tar"), encoder=False) as tar:
+        for i in range(4):
+            tar.write({"__key__": f"holiday.{i}", "png": picture(i), "txt": CAPTIONS[i].encode()})
+        tar.write({"__key__": "other", "png": picture(4), "mask.png": b"no image", "txt": CAPTIONS[4].encode()})
+    given = module(str(tmp_path / "dotted" / "s.tar"), epoch_size=80, max_bad_fraction=0.0).train_dataloader()
+    assert set(captions(given)) == set(CAPTIONS[:5])
+
+
 def test_too_many_bad_samples_are_fatal(tmp_path):
     path = bad_samples(tmp_path, {i: {"png": b"nonsense", "txt": b"grey"} for i in range(SHARDS * EACH)})
-    with pytest.raises(ValueError, match=rf"(?s){ALLOWED + 1} of the .*max_bad_fraction.*11 x unreadable sample, such as sample 'key\d+' of .*tar"):
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s){ALLOWED + 1} of the .*max_bad_fraction.*11 x unreadable sample, such as sample 'key\d+' of .*tar",
+    ):
         next(iter(module(path).train_dataloader()))
     (tmp_path / "second").mkdir()
     path = bad_samples(tmp_path / "second", {0: {"png": b"nonsense", "txt": b"grey"}})

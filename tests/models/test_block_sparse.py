@@ -88,7 +88,8 @@ def test_the_layout_is_the_one_that_the_model_runs(make_dalle, monkeypatch):
     assert len(calls) == 3
     dense = [StreamView(view.mask, None, view.turns, view.shifts) for view in dalle.views()]
     monkeypatch.setattr(type(dalle), "views", lambda self: dense)
-    torch.testing.assert_close(dalle.loss(text, image).loss, fast, atol=1e-6, rtol=1e-6)
+    # other orders of the sums over up to 20 keys, in three layers: a few units in the last place of each
+    torch.testing.assert_close(dalle.loss(text, image).loss, fast, atol=0, rtol=3 * 20 * torch.finfo(torch.float32).eps)
     assert len(calls) == 3
 
 

@@ -11,6 +11,8 @@ from dalle_pytorch.models.gradient_scaling import HIGHEST, LOWEST, START, WINDOW
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 IMAGE = torch.arange(32).reshape(2, 16) * 5 % 12
+TERMS = 2 * (5 + 16)
+"""Positions, over which a weight's gradient is a sum."""
 
 
 def pair(make_dalle, **settings):
@@ -28,6 +30,15 @@ def gradients(dalle, *, factor=1.0, half=False):
         hidden = dalle.hidden(TEXT, IMAGE)[1]  # without the heads, which have no scale
     (factor * hidden.float().square().mean()).backward()
     return {name: p.grad.clone() for name, p in dalle.transformer.named_parameters() if p.grad is not None}
+
+
+def assert_rounded(given, expected):
+    """Equal but for the last bits: scales that are no powers of two round every term of the sum anew.
+
+    Terms may cancel in an element, so that its error is relative to the tensor's largest, not to its own size.
+    """
+    atol = TERMS * torch.finfo(torch.float32).eps * expected.abs().max()
+    torch.testing.assert_close(given, expected, rtol=0, atol=float(atol))
 
 
 def scales(dalle):
@@ -51,7 +62,7 @@ def test_nothing_changes_in_fp32(make_dalle, settings):
     expected, given = gradients(plain), gradients(scaled)
     assert expected.keys() == given.keys()
     for name in expected:
-        torch.testing.assert_close(given[name], expected[name], rtol=1e-4, atol=1e-7 * expected[name].abs().max())
+        assert_rounded(given[name], expected[name])
     assert update_scales(scaled) == 0
 
 
@@ -89,7 +100,7 @@ def test_an_overflow_stays_in_its_branch(make_dalle, checkpoint_activations):
     for name, gradient in given.items():
         assert gradient.isfinite().all(), name
         if name in expected:
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7 * expected[name].abs().max())
+            assert_rounded(gradient, expected[name])
     assert update_scales(scaled) == 1
     exponents = [int(scale.exponent) for scale in scales(scaled)]
     hit = scales(scaled).index(scaled.transformer.blocks[1].ff_scale)
@@ -194,8 +205,9 @@ def test_copies_and_casts_keep_their_scales(make_dalle):
     for scale in scales(scaled):
         scale.exponent += 1_001
     clone = copy.deepcopy(scaled)
+    expected = gradients(plain)
     for name, gradient in gradients(clone).items():
-        torch.testing.assert_close(gradient, gradients(plain)[name], rtol=1e-4, atol=1e-6)
+        assert_rounded(gradient, expected[name])
     assert [int(scale.exponent) for scale in scales(clone.half())] == [START + 1_001] * 6
 
 

@@ -26,6 +26,12 @@ def test_the_product_is_that_of_a_linear_layer(shape, bias):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
+def assert_summed_alike(given, expected):
+    """Equal but for the order of sums over 10 rows and 9 classes; terms may cancel, so relative to the largest."""
+    atol = 10 * 9 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    torch.testing.assert_close(given, expected, atol=atol, rtol=0)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, z_loss, bias):
@@ -38,7 +44,7 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, z
     torch.testing.assert_close(ours, plain)
     # times 3: what comes in from above is passed on
     for a, b in zip(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert_summed_alike(a, b)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, head, targets, z_loss=z_loss), plain)
 
@@ -53,7 +59,7 @@ def test_each_rows_nats_and_gradients_are_those_of_all_logits_at_once(monkeypatc
     torch.testing.assert_close(ours, plain)
     gradients = [torch.autograd.grad(nats @ upper, inputs) for nats in (ours, plain)]
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert_summed_alike(a, b)
 
 
 def test_probabilities_as_targets_are_an_average_over_classes():

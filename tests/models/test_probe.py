@@ -28,8 +28,11 @@ def test_labels_follow_the_order_of_the_classes(probe):
 
 def test_features_do_not_depend_on_the_other_pictures(probe):
     images = torch.rand(4, 3, 16, 16)
-    assert torch.allclose(probe.encode_image(images)[1:2], probe.encode_image(images[1:2]), atol=1e-6)
-    assert probe.encode_image(images).shape == (4, 128)
+    features = probe.encode_image(images)
+    # convolutions of other batches may add up their 3 x 3 x 16 products in another order
+    atol = 144 * torch.finfo(torch.float32).eps * float(features.detach().abs().max())
+    torch.testing.assert_close(probe.encode_image(images[1:2]), features[1:2], atol=atol, rtol=0)
+    assert features.shape == (4, 128)
     assert {name: logits.shape for name, logits in probe(images).items()} == {"style": (4, 2), "concept": (4, 3)}
 
 

@@ -58,7 +58,14 @@ def mini(tmp_path, vae_file):
 
 def test_it_trains_on_and_resumes(shards, mini, tmp_path, run_command):
     out = tmp_path / "run"
-    more = [f"data.path={shards}", f"out={out}", f"init={mini}", "model=bart", "optim.warmup_steps=0", "model.dropout=0.1"]
+    more = [
+        f"data.path={shards}",
+        f"out={out}",
+        f"init={mini}",
+        "model=bart",
+        "optim.warmup_steps=0",
+        "model.dropout=0.1",
+    ]
     first = dalle_pytorch.load(run_command(train_dalle.main, *COMMON, *more, "trainer.max_steps=1"))
     before = dalle_pytorch.load(mini)
     assert first.text_tokenizer.state() == before.text_tokenizer.state()
@@ -71,7 +78,8 @@ def test_it_trains_on_and_resumes(shards, mini, tmp_path, run_command):
 def test_a_resumed_run_is_the_uninterrupted_one(shards, mini, tmp_path, run_command):
     """Weight for weight, with dropout, dropped captions and averaged weights."""
     more = [
-        f"data.path={shards}", f"init={mini}", "model=bart", "model.dropout=0.1", "model.caption_dropout=0.3", "optim.warmup_steps=0",
+        f"data.path={shards}", f"init={mini}", "model=bart", "model.dropout=0.1", "model.caption_dropout=0.3",
+        "optim.warmup_steps=0",
         "optim.schedule=constant", "trainer.limit_val_batches=0", "callbacks.ema_decay=0.9", "resume=true",
     ]  # fmt: skip
     run = lambda out, steps: run_command(  # noqa: E731

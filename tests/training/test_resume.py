@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import dalle_pytorch
+from dalle_pytorch.commands import train_dalle
+from dalle_pytorch.training.dalle import LitDALLE
 from dalle_pytorch.training.resume import checkpoint_error, find_last
 
 STEPS = 24
@@ -55,7 +57,11 @@ def logged(out):
     """What the run logged, by step; not the speed."""
     with (out / "csv/version_0/metrics.csv").open() as file:
         rows = [
-            {k: v for k, v in row.items() if v and k not in ("train/samples_per_second", "epoch")}
+            {
+                k: v
+                for k, v in row.items()
+                if v and k not in ("train/samples_per_second", "train/tflops_per_second", "epoch")
+            }
             for row in csv.DictReader(file)
         ]
     return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
@@ -78,6 +84,37 @@ def whole(shards, vae_file, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in logged(out) if "train/loss" in row] == [str(step) for step in range(STEPS)]
     return out
+
+
+class Crash(Exception):
+    """Ends a run at once, as a kill does: nothing is saved."""
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_a_crash_in_the_middle_of_an_accumulation(shards, vae_file, tmp_path, run_command, monkeypatch, parts):
+    """Checkpoints and validations are due every 3 steps, at the end of an epoch or in it, and the last step is none."""
+    size = 6 if parts == 3 else 4
+    settings = [argument for argument in command(shards, vae_file, "OUT")[3:] if "trainer.max_steps" not in argument]
+    settings += [f"data.batch_size={size}", f"data.micro_batch_size={size // parts}", "trainer.max_steps=10"]
+    settings += ["trainer.val_check_interval=3", "callbacks.checkpoint_every=3"]
+    whole = run_command(train_dalle.main, *settings, f"out={tmp_path / 'whole'}")
+    assert whole.endswith("dalle.safetensors")
+    batches = LitDALLE.on_train_batch_start
+
+    def crash(self, batch, batch_idx):
+        if self.trainer.fit_loop.total_batch_idx + 1 == 7 * parts + parts // 2:
+            raise Crash
+        batches(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitDALLE, "on_train_batch_start", crash)
+        with pytest.raises(Crash):
+            run_command(train_dalle.main, *settings, f"out={tmp_path / 'run'}")
+    assert find_last(tmp_path / "run/checkpoints").name == "step_00000006.ckpt"
+    run_command(train_dalle.main, *settings, f"out={tmp_path / 'run'}")
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert {int(row["step"]) for row in logged(tmp_path / "run") if "val/loss" in row} == {2, 5, 8, 9}
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_sigkill_in_the_middle_of_an_epoch(shards, vae_file, whole, tmp_path):

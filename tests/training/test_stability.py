@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dalle_pytorch
-from dalle_pytorch.errors import UserError
 from dalle_pytorch.commands import train_dalle
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.training.stability import MOST_SKIPPED, SkippedSteps, clip_gradients
 
@@ -36,7 +36,10 @@ def test_skipped_steps_are_named_and_too_many_in_a_row_are_fatal(caplog):
     for step in range(MOST_SKIPPED - 1):
         skipped.note(False, net, step)
     assert skipped.total == MOST_SKIPPED
-    with pytest.raises(UserError, match=r"20 steps in a row.*weight.*lower optim\.lr, or set optim\.clip=1, trainer\.precision=bf16-mixed$"):
+    with pytest.raises(
+        UserError,
+        match=r"20 steps in a row.*weight.*lower optim\.lr, or set optim\.clip=1, trainer\.precision=bf16-mixed$",
+    ):
         skipped.note(False, net, 99)
 
 

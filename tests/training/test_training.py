@@ -91,7 +91,10 @@ def test_train_dalle_without_cached_tokens(shards, vae_file, tmp_path, run_comma
     ("arguments", "message"),
     [
         (["model=fsq", "model.reinmax=true"], "model.reinmax is no setting"),
-        (["model=vq", "kl_weight.end=1.0"], "kl_weight.end is a setting of a DiscreteVAE's loss, and model=vq has none"),
+        (
+            ["model=vq", "kl_weight.end=1.0"],
+            "kl_weight.end is a setting of a DiscreteVAE's loss, and model=vq has none",
+        ),
         (["model=vq", "usage_weight={start: 1.0}"], "usage_weight is a setting of a DiscreteVAE's loss"),
         (["model=tiny", "model.levels=[5,5]"], "model.levels is no setting"),
         (["model=vq", "model.entropy=0.1"], "model.entropy is no setting"),

@@ -1,5 +1,6 @@
 """What an experiment says, and what the arms of the bundled ones are made of."""
 
+import functools
 import math
 
 import pytest
@@ -28,6 +29,11 @@ COMMANDS = {"vae": (train_vae, TrainVAEConfig), "dalle": (train_dalle, TrainDALL
 OWN = {"drawn": DrawnConfig, "underflow": UnderflowConfig, "powersgd": PowerSGDConfig}
 assert replicate.main
 NEEDED = {"claim": "c", "source": "s", "run": "vae", "name": "n"}
+
+
+SIZE = 16
+"""Of images in these tests."""
+read = functools.cache(read)
 
 
 def load(name):
@@ -106,12 +112,12 @@ def test_an_unknown_run_or_setting_is_named():
 
 
 def test_held_out_pairs_are_asked_for_with_words_that_no_training_picture_has():
+    trained = {caption for meta in read(EMOJI, "train", SIZE, caption=0).metas for caption in meta["captions"]}
     for name in ("composition", "reranking"):
         config = load(name)
         for arm, settings in config.arms.items():
             drawn_of = settings_of(DrawnConfig, [*config.base, *settings])
-            asked = set(read(EMOJI, drawn_of.split, 32, caption=drawn_of.caption).captions)
-            trained = {caption for meta in read(EMOJI, "train", 32).metas for caption in meta["captions"]}
+            asked = set(read(EMOJI, drawn_of.split, SIZE, caption=drawn_of.caption).captions)
             assert (asked & trained == set()) == (arm != "known captions"), (name, arm)
             assert len(asked) >= DISTRACTORS
 
@@ -161,6 +167,7 @@ def test_a_clip_gives_the_numbers_that_its_experiments_name(monkeypatch, job):
 def test_drawn_pictures_give_the_numbers_that_their_experiments_name(monkeypatch, make_dalle, job):
     dalle = make_dalle(text_vocab_size=WORDS.vocab_size, text_len=8, caption_dropout=0.1)
     dalle.text_tokenizer = WORDS
+    monkeypatch.setattr(drawn, "read", read)
     monkeypatch.setattr(drawn, "models", lambda job: drawn.Models(dalle, small_clip(0), small_clip(1)))
     configs, said = of_run("drawn")
     found = set()

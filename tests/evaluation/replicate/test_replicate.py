@@ -1,8 +1,11 @@
 """Running arms, going on after an interruption, and what is written."""
 
+import concurrent.futures
 import json
+import shutil
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 from PIL import Image
@@ -12,7 +15,7 @@ from dalle_pytorch.evaluation.replicate import arms, plot, runner
 from dalle_pytorch.evaluation.replicate.arms import ArmError, Curve, Job, Result, perform, slug
 from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 
-SETTINGS = ["data.path=data/emoji", "model.hidden_dim=8", "model.codebook_size=16", "trainer.max_steps=2",
+SETTINGS = ["model.image_size=16", "model.hidden_dim=8", "model.codebook_size=16", "trainer.max_steps=2",
             "trainer.val_check_interval=2", "callbacks.checkpoint_every=2"]  # fmt: skip
 
 
@@ -112,16 +115,40 @@ def test_arms_that_are_numbers_have_a_scale():
     assert plot.positions(["1/0"]) is None
 
 
-def test_arms_are_really_trained_and_an_experiment_goes_on(tmp_path):
-    """Two steps each; what was there stays untouched, what was lost comes back the same."""
-    toy = config(tmp_path, seeds=[0])
-    first = runner.run_all(toy)
+class Here(concurrent.futures.Executor):
+    """In place of processes."""
+
+    def __init__(self, *_arguments, **_settings):
+        pass
+
+    def submit(self, function, /, *arguments):
+        done = concurrent.futures.Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def train_here(name, settings, log, threads):
+    """In place of a command in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *settings])
+        import_module(f"dalle_pytorch.commands.{name}").main()
+
+
+def test_arms_are_really_trained_and_an_experiment_goes_on(tmp_path, shared):
+    """Two steps each; what was there stays untouched, what was lost comes back the same from processes of its own."""
+    toy = config(tmp_path, seeds=[0], base=[f"data.path={shared / 'pictures'}", *SETTINGS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures, "ProcessPoolExecutor", Here)
+        patch.setattr(arms, "command", train_here)
+        first = runner.run_all(toy)
     assert first["1"][0].numbers["psnr"] > 5
-    kept, lost = (tmp_path / "toy" / slug(arm) / "seed_0" / "result.json" for arm in ("1/2", "1"))
-    written = kept.stat().st_mtime_ns
-    lost.unlink()
-    assert runner.run_all(toy) == first
-    assert kept.stat().st_mtime_ns == written
+    kept, lost = (tmp_path / "toy" / slug(arm) / "seed_0" for arm in ("1/2", "1"))
+    written = (kept / "result.json").stat().st_mtime_ns
+    shutil.rmtree(lost)
+    again = runner.run_all(toy)
+    assert again == first
+    assert (lost / "vae.log").stat().st_size
+    assert (kept / "result.json").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="holds a result with settings"):
         runner.run_all(replace(toy, arms={"1": ["model.codebook_dim=16"]}, expect=[]))
 
