@@ -76,7 +76,7 @@ class EvaluateConfig:
         """Validate.
 
         Raises:
-            ValueError: a field is out of range; names it.
+            UserError: a field is out of range; names it.
         """
         not_negative(self, "max_samples", "max_train", "caption", "num_prompts", "halves")
         if any(radius < 0 for radius in self.blurs):
@@ -111,7 +111,7 @@ def check_files(config: EvaluateConfig, kind: str) -> None:
     """Refuse settings that nobody reads, and pictures that nobody draws.
 
     Raises:
-        ValueError: names the setting.
+        UserError: names the setting.
     """
     for name, kinds in READ_BY.items():
         if getattr(config, name) and kind not in kinds:
