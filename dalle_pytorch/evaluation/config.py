@@ -82,6 +82,8 @@ class EvaluateConfig:
         if any(radius < 0 for radius in self.blurs):
             raise UserError(f"blurs must not be negative, got {self.blurs}")
         at_least_one(self, "num_candidates", "threads")
+        if self.max_samples == 1:
+            raise UserError("max_samples must be at least 2 (0 = all), got 1")
         check_phrases(self.phrases, "phrases")
         if self.rounds < 2 or self.halves == 1:
             raise UserError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
