@@ -38,7 +38,7 @@ CONFIGS = next(
 )  # fmt: skip
 """The YAML files: inside the package in a wheel, at the top of a checkout."""
 RENAMED: dict[str, str] = {}
-"""Settings, or sections, of earlier versions, and what they are called now; ``rename`` adds to it."""
+"""Settings, or sections, of earlier versions, and what they are called now; the modules of settings add to it."""
 
 
 def register(name: str, config_class: type, group: str | None = None) -> None:
@@ -245,7 +245,7 @@ class Task:
 
 
 def arguments_of(argv: Sequence[str]) -> list[str]:
-    """A command line as Hydra reads it.
+    """A command line as Hydra reads it: flags first, wherever they stood, and then the settings.
 
     ``config=runs/x/config.yaml``, settings that a run wrote, becomes the flags for them; and where no sweep is asked
     for, a launcher takes ``out`` as the folder of its one run.

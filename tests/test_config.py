@@ -173,6 +173,19 @@ def test_a_command_runs_from_any_folder_and_leaves_nothing_there(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cfg", "job", "seed=7", "~experiment"],
+        ["seed=7", "~experiment", "--cfg=job"],
+    ],
+)
+def test_flags_may_stand_before_and_after_settings(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    generate.main()
+    assert "seed: 7" in capsys.readouterr().out
+
+
 def test_surplus_arguments_of_third_parties_are_named():
     with pytest.raises(ConfigError, match=r"trainer\.max_stepz.*max_steps"):
         build({"_target_": "pytorch_lightning.Trainer", "max_stepz": 1}, "trainer")

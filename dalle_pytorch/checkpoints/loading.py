@@ -38,7 +38,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such file, name or id.
-        ValueError: it cannot be read, is of another kind, or its weights do not fit; names the culprit.
+        UserError: it cannot be read, is of another kind, or its weights do not fit; names the culprit.
     """
     return load_with_header(weights, kind=kind, source=source, map_location=map_location, dtype=dtype, **options)[0]
 
@@ -56,7 +56,7 @@ def load_with_header(
 
     Raises:
         FileNotFoundError: as ``load``.
-        ValueError: as ``load``.
+        UserError: as ``load``.
     """
     with Mappings():
         head, state, path = _read(weights, source, options, kind)
@@ -70,7 +70,7 @@ def load_vae(weights: str | Path, *, map_location: str | torch.device = "cpu") -
 
     Raises:
         FileNotFoundError: as ``load``.
-        ValueError: as ``load``; and where it is a CLIP or a probe.
+        UserError: as ``load``; and where it is a CLIP or a probe.
     """
     model, head = load_with_header(weights, map_location=map_location)
     if role(head) in ("clip", "probe"):
@@ -83,7 +83,7 @@ def read_header(weights: str | Path, *, kind: str | None = None) -> Header:
 
     Raises:
         FileNotFoundError: as ``load``.
-        ValueError: as ``load``.
+        UserError: as ``load``.
     """
     path, source, _ = locate(weights, None, kind)
     if source is None and checkpoint.is_ours(path):
@@ -113,7 +113,7 @@ def locate(
 
     Raises:
         FileNotFoundError: neither a file nor a name nor an id of the hub.
-        ValueError: it cannot be downloaded, or what came along is damaged.
+        UserError: it cannot be downloaded, or what came along is damaged.
     """
     path, name = Path(weights), str(weights)
     options: Mapping[str, Any] = {}

@@ -90,7 +90,7 @@ def find(path: Path) -> str:
     and some more.
 
     Raises:
-        ValueError: none fits, or a file could be of several; names them.
+        UserError: none fits, or a file could be of several; names them.
     """
     if path.is_dir():
         said = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
@@ -117,7 +117,7 @@ def convert(path: Path, source: str | None = None, /, **options: Any) -> tuple[H
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: an unknown source or option, an option of another type, or content that does not fit; names it.
+        UserError: an unknown source or option, an option of another type, or content that does not fit; names it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}")

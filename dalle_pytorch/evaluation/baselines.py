@@ -119,7 +119,7 @@ def ranking_comparison(ranking: dict) -> Comparison:
     The judge is the ranker itself, so this says that ranking works, not that the pictures are good.
 
     Raises:
-        ValueError: the candidates were not ranked.
+        UserError: the candidates were not ranked.
     """
     kept, every = [], []
     for prompt in ranking["prompts"]:

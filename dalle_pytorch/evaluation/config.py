@@ -76,12 +76,14 @@ class EvaluateConfig:
         """Validate.
 
         Raises:
-            ValueError: a field is out of range; names it.
+            UserError: a field is out of range; names it.
         """
         not_negative(self, "max_samples", "max_train", "caption", "num_prompts", "halves")
         if any(radius < 0 for radius in self.blurs):
             raise UserError(f"blurs must not be negative, got {self.blurs}")
         at_least_one(self, "num_candidates", "threads")
+        if self.max_samples == 1:
+            raise UserError("max_samples must be at least 2 (0 = all), got 1")
         check_phrases(self.phrases, "phrases")
         if self.rounds < 2 or self.halves == 1:
             raise UserError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")
@@ -111,7 +113,7 @@ def check_files(config: EvaluateConfig, kind: str) -> None:
     """Refuse settings that nobody reads, and pictures that nobody draws.
 
     Raises:
-        ValueError: names the setting.
+        UserError: names the setting.
     """
     for name, kinds in READ_BY.items():
         if getattr(config, name) and kind not in kinds:

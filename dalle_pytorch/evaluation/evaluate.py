@@ -16,7 +16,6 @@ from dalle_pytorch.evaluation import page, report
 from dalle_pytorch.evaluation.config import EvaluateConfig, check_files
 from dalle_pytorch.evaluation.judges import JUDGES, protocol
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.samples import chosen
 from dalle_pytorch.evaluation.shares import shared_by
 from dalle_pytorch.files import ensure_empty
 
@@ -31,11 +30,10 @@ def held_out(config: EvaluateConfig) -> ShardDataset:
     if is_stream(config.data.path):
         raise UserError(f"data.path={config.data.path} is a stream, which has no end: a folder of shards is needed")
     shards = open_split(config.data.path, config.split, "data.path")
-    if (count := len(chosen(len(shards), config.max_samples, config.seed))) < 2:
+    if len(shards) < 2:
         raise UserError(
-            f"split={config.split} of {config.data.path} has {len(shards)} images and max_samples={config.max_samples} "
-            f"takes {count}, at least two are needed: raise max_samples=, give split=train+val, or pack the data again "
-            "with a larger val_fraction="
+            f"split={config.split} of {config.data.path} has {len(shards)} of the two images that are needed at least: "
+            "give split=train+val, or pack the data again with a larger val_fraction="
         )
     return shards
 

@@ -72,7 +72,7 @@ def load_inception(weights: str | Path) -> Inception:
 
     Raises:
         FileNotFoundError: no such file or id.
-        ValueError: weights of another network; names what does not fit.
+        UserError: weights of another network; names what does not fit.
     """
     hint = "FID's Inception is pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid"
     with skeleton():
@@ -89,7 +89,7 @@ def load_lpips(weights: str | Path, heads: str | Path | None = None) -> LPIPS:
 
     Raises:
         FileNotFoundError: no such file or id.
-        ValueError: weights of another network; names what does not fit.
+        UserError: weights of another network; names what does not fit.
     """
     hint = "LPIPS needs torchvision's vgg16-397923af.pth of download.pytorch.org/models"
     head_hint = "the heads are lpips/weights/v0.1/vgg.pth of github.com/richzhang/PerceptualSimilarity"
@@ -134,7 +134,7 @@ def blurred(extractor: Extractor, radius: float) -> Extractor:
             and 8 of 256.
 
     Raises:
-        ValueError: radius is negative.
+        UserError: radius is negative.
 
     Source:
         Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 3.1 and figure 9.
@@ -162,7 +162,7 @@ def caption_features(clip: Scorer, captions: Sequence[str]) -> Float[Tensor, "t 
     """Unit features of captions, on the CPU; each is cut to the model's context.
 
     Raises:
-        ValueError: the model carries no text tokenizer.
+        UserError: the model carries no text tokenizer.
     """
     tokens = text_tokenizer_of(clip, "clip").tokenize(list(captions), clip.config.text_len, truncate=True)
     with eval_mode(clip):
@@ -186,7 +186,7 @@ def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no dict of weights; {hint}")
     try:
         renamed = rename(content, table)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}; {hint}") from error
     return {name: tensor.float() for name, tensor in renamed.items()}
 
@@ -194,7 +194,7 @@ def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:
 def _fill(net: Any, state: dict[str, Tensor], weights: str | Path, hint: str) -> Any:
     try:
         checkpoint.load_state(net, state)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{weights}: {error}; {hint}") from error
     return net.requires_grad_(False).eval()
 
@@ -204,7 +204,7 @@ def _locate(weights: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: no such file, nor an id of the hub.
-        ValueError: a folder with no file of weights, or several.
+        UserError: a folder with no file of weights, or several.
     """
     path = Path(weights)
     if not path.exists():

@@ -53,7 +53,7 @@ def samples_of(shards: ShardDataset, config: EvaluateConfig, image_size: int, mo
     """The pictures that are looked at; ``most`` in place of ``config.max_samples``.
 
     Raises:
-        ValueError: they are tokens, not pictures, or one cannot be read.
+        UserError: they are tokens, not pictures, or one cannot be read.
     """
     most = config.max_samples if most is None else most
     return read_samples(shards, config.data, image_size, most=most, seed=config.seed, caption=config.caption)
@@ -95,7 +95,7 @@ def networks_of(config: EvaluateConfig, device: torch.device) -> Networks:
     """All networks that the settings name.
 
     Raises:
-        ValueError: a file that cannot be read, or a ranker that is the judge.
+        UserError: a file that cannot be read, or a ranker that is the judge.
     """
 
     def clip(path: str | None) -> Any:
@@ -155,7 +155,7 @@ def check(dalle: Any, config: EvaluateConfig) -> None:
     """Refuse what cannot be drawn before time is spent.
 
     Raises:
-        ValueError: a part of no token, or guidance of a model that never saw an empty caption.
+        UserError: a part of no token, or guidance of a model that never saw an empty caption.
     """
     config.complete.parts(dalle.grid_size, margin_of(dalle.vae))
     if settings := config.sweep.settings(config.sampling):

@@ -53,7 +53,7 @@ def read_samples(
         caption: which of a picture's captions, from 0; its last where there are fewer.
 
     Raises:
-        ValueError: they are tokens, not pictures, or one cannot be read.
+        UserError: they are tokens, not pictures, or one cannot be read.
     """
     if isinstance(shards, TokenShards):
         raise UserError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")

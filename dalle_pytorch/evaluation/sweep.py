@@ -45,7 +45,7 @@ class SweepConfig:
         """Validate.
 
         Raises:
-            ValueError: a list without values, or with one twice; names it.
+            UserError: a list without values, or with one twice; names it.
         """
         for name, values in self.swept().items():
             if not values:
@@ -65,7 +65,7 @@ class SweepConfig:
             sampling: what is not swept.
 
         Raises:
-            ValueError: a value is out of range, or does not go with the rest of ``sampling``; names both.
+            UserError: a value is out of range, or does not go with the rest of ``sampling``; names both.
         """
         swept, found = self.swept(), {}
         for values in itertools.product(*swept.values()) if swept else ():
@@ -73,7 +73,7 @@ class SweepConfig:
             name = ", ".join(f"{key}={value:g}" for key, value in changes.items())
             try:
                 found[name] = replace(sampling, **changes)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"sweep with {name}: {error}") from error
         return found
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from dalle_pytorch import distributed as module
 from dalle_pytorch.distributed import Processes
 from dalle_pytorch.evaluation.shares import in_parts, shared_by
-from dalle_pytorch.generation import processes as module
 
 
 def as_one_of(monkeypatch, rank: int, others: list[list[int]]) -> Processes:

@@ -40,7 +40,7 @@ TAIL = 15
 """Lines of a failed training's log in the error."""
 
 
-class ArmError(ValueError):
+class ArmError(UserError):
     """An arm that could not be run to its end."""
 
 
@@ -91,7 +91,7 @@ def function(run: str, name: str) -> Callable[..., Any] | None:
     """A function of the module of a run; None where it has none.
 
     Raises:
-        ValueError: no such run.
+        UserError: no such run.
     """
     if run not in RUNS:
         raise UserError(f"run={run} is unknown; there are {', '.join(RUNS)}")
@@ -104,7 +104,7 @@ def perform(job: Job) -> Result:
     """Run a job, or read its result where it ended before.
 
     Raises:
-        ValueError: the folder holds the result of other settings.
+        UserError: the folder holds the result of other settings.
         ArmError: a training failed; with the end of its log.
     """
     path = job.folder / "result.json"
@@ -133,7 +133,7 @@ def read(job: Job) -> Result:
     """The result of a job that has ended.
 
     Raises:
-        ValueError: it is of other settings; names both.
+        UserError: it is of other settings; names both.
     """
     content = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
     for key, wanted in job.describe().items():
@@ -202,7 +202,7 @@ def settings_of(cls: type[T], settings: Sequence[str]) -> T:
     """A run's own dataclass from ``name=value`` settings.
 
     Raises:
-        ValueError: an unknown name or a value that does not fit.
+        UserError: an unknown name or a value that does not fit.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.from_dotlist(list(settings)))

@@ -58,7 +58,7 @@ class ReplicateConfig:
         """Validate.
 
         Raises:
-            ValueError: no arms or seeds, a seed twice, or an expectation that cannot be read or names no arm.
+            UserError: no arms or seeds, a seed twice, or an expectation that cannot be read or names no arm.
         """
         if not self.arms or not self.seeds:
             raise UserError(f"arms ({list(self.arms)}) and seeds ({self.seeds}) must not be empty")
@@ -106,7 +106,7 @@ def parse(text: str) -> list[Claim]:
     """``a[x] > b[y] > 2`` as pairs of neighbours; all signs of a chain must be alike.
 
     Raises:
-        ValueError: it cannot be read.
+        UserError: it cannot be read.
     """
     signs = set(re.findall(r" ([<>]) ", text))
     parts = [part.strip() for part in re.split(r" [<>] ", text)]

@@ -38,7 +38,7 @@ def run_all(config: ReplicateConfig) -> Results:
     """Run what is not there yet, ``config.jobs`` at a time, each in a process of its own.
 
     Raises:
-        ValueError: an unknown run, or results of other settings.
+        UserError: an unknown run, or results of other settings.
         ArmError: an arm failed; the others that ran beside it are kept.
     """
     jobs = jobs_of(config)

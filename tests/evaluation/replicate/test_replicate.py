@@ -136,7 +136,7 @@ def train_here(name, settings, log, threads):
 
 def test_arms_are_really_trained_and_an_experiment_goes_on(tmp_path, shared):
     """Two steps each; what was there stays untouched, what was lost comes back the same from processes of its own."""
-    toy = config(tmp_path, seeds=[0], base=[f"data.path={shared / 'pictures'}", *SETTINGS])
+    toy = config(tmp_path, seeds=[0], base=[f"data.path={shared / 'pictures'}", "data.batch_size=16", *SETTINGS])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(concurrent.futures, "ProcessPoolExecutor", Here)
         patch.setattr(arms, "command", train_here)
