@@ -15,7 +15,6 @@ from dalle_pytorch.commands import (
     gallery,
     generate,
     prepare_data,
-    replicate,
     train_clip,
     train_dalle,
     train_probe,
@@ -27,12 +26,13 @@ from dalle_pytorch.evaluation.baselines import BaselinesConfig
 from dalle_pytorch.evaluation.config import EvaluateConfig
 from dalle_pytorch.evaluation.exact_match import ExactMatchConfig
 from dalle_pytorch.evaluation.gallery import GalleryConfig
-from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 from dalle_pytorch.generation.config import GenerateConfig
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.probe import TrainProbeConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
+from replication import __main__ as replicate
+from replication.experiment import ReplicateConfig
 
 ROOT = CONFIGS
 COMMANDS = {

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dalle_pytorch.commands import replicate
 from dalle_pytorch.config import CONFIGS, typed
-from dalle_pytorch.evaluation.replicate import runner, summary
-from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
+from replication import __main__ as replicate
+from replication import runner, summary
+from replication.experiment import ReplicateConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "replication.md").read_text(encoding="utf-8")

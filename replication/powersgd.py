@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import UserError, not_negative
-from dalle_pytorch.evaluation.replicate import cached, dalles
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, settings_of
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.training.optim import OptimConfig, inner_matrices, make_optimizer, make_scheduler
+from replication import cached, dalles
+from replication.arms import Job, Result, settings_of
 
 POLICIES = ("warm", "fixed", "resampled")
 LAST = 50

@@ -11,10 +11,10 @@ from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle_pytorch.evaluation.replicate import cached, powersgd
-from dalle_pytorch.evaluation.replicate.arms import Job
-from dalle_pytorch.evaluation.replicate.powersgd import PowerSGD, PowerSGDConfig, sent, shrinks
 from dalle_pytorch.training.optim import inner_matrices
+from replication import cached, powersgd
+from replication.arms import Job
+from replication.powersgd import PowerSGD, PowerSGDConfig, sent, shrinks
 
 WORKERS, STEPS, FIRST = 2, 6, 2
 """FIRST: torch compresses from the third step on."""

@@ -1,11 +1,11 @@
-"""Run and draw one replication: ``dalle-replicate kl_weight jobs=2``."""
+"""Run and draw one replication: ``python -m replication kl_weight jobs=2``."""
 
 import logging
 import sys
 
 from dalle_pytorch.config import entry
-from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
-from dalle_pytorch.evaluation.replicate.runner import names, run_all, write
+from replication.experiment import ReplicateConfig
+from replication.runner import names, run_all, write
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def main(config: ReplicateConfig) -> None:
 def run() -> None:
     """``NAME`` as the first word stands for ``experiment=NAME``."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(f"usage: dalle-replicate NAME [jobs=2 ...]; there are {', '.join(names())}")
+        sys.exit(f"usage: python -m replication NAME [jobs=2 ...]; there are {', '.join(names())}")
     if "=" not in sys.argv[1]:
         sys.argv[1] = f"experiment={sys.argv[1]}"
     main()

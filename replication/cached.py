@@ -17,11 +17,11 @@ from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.data.batches import Batch, ResumableLoader
 from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
 from dalle_pytorch.evaluation.likelihood import likelihoods
-from dalle_pytorch.evaluation.replicate.arms import Curve
-from dalle_pytorch.evaluation.replicate.pictures import HELD_OUT
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.text import BPETokenizer
+from replication.arms import Curve
+from replication.pictures import HELD_OUT
 
 TEXT_LEN, VOCAB_SIZE = 16, 2048
 """As in experiment=replicate."""

@@ -96,7 +96,7 @@ def function(run: str, name: str) -> Callable[..., Any] | None:
     if run not in RUNS:
         raise UserError(f"run={run} is unknown; there are {', '.join(RUNS)}")
     module, _, main = RUNS[run].partition(":")
-    found = import_module(f"dalle_pytorch.evaluation.replicate.{module}")
+    found = import_module(f"replication.{module}")
     return getattr(found, main if name == "run" else name, None)
 
 

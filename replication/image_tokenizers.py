@@ -14,11 +14,11 @@ from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.evaluation.codebook import codebook_use
 from dalle_pytorch.evaluation.image_tokenizer import reconstruct
 from dalle_pytorch.evaluation.reconstruction import l1_each, psnr_each
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, train
-from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, read
 from dalle_pytorch.models.discrete_vae import DiscreteVAE
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
+from replication.arms import Job, Result, train
+from replication.pictures import EMOJI, HELD_OUT, read
 
 HARD = 1e-4
 """Temperature at which a relaxed code is a sampled one, to the precision of fp32."""

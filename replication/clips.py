@@ -3,9 +3,9 @@
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.evaluation.clip import evaluate_clip
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, train
-from dalle_pytorch.evaluation.replicate.dalles import LEAST_ROUNDS
-from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, read
+from replication.arms import Job, Result, train
+from replication.dalles import LEAST_ROUNDS
+from replication.pictures import EMOJI, HELD_OUT, read
 
 
 def run(job: Job) -> Result:

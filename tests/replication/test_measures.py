@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dalle_pytorch import DiscreteVAE, DiscreteVAEConfig
-from dalle_pytorch.evaluation.replicate import drawn
-from dalle_pytorch.evaluation.replicate.dalles import typos
-from dalle_pytorch.evaluation.replicate.image_tokenizers import gap, laplace_tail, outside
-from dalle_pytorch.evaluation.replicate.pictures import read
 from dalle_pytorch.evaluation.retrieval import best_of_n
+from replication import drawn
+from replication.dalles import typos
+from replication.image_tokenizers import gap, laplace_tail, outside
+from replication.pictures import read
 
 
 def make_vae(likelihood):

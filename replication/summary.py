@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.evaluation.replicate.experiment import Number, Side, numbers, parse
 from dalle_pytorch.evaluation.report import shown
+from replication.experiment import Number, Side, numbers, parse
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
 """arm -> seed -> name -> number."""

@@ -10,10 +10,10 @@ from importlib import import_module
 import pytest
 from PIL import Image
 
-from dalle_pytorch.commands import replicate
-from dalle_pytorch.evaluation.replicate import arms, plot, runner
-from dalle_pytorch.evaluation.replicate.arms import ArmError, Curve, Job, Result, perform, slug
-from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
+from replication import __main__ as replicate
+from replication import arms, plot, runner
+from replication.arms import ArmError, Curve, Job, Result, perform, slug
+from replication.experiment import ReplicateConfig
 
 SETTINGS = ["data.batch_size=8", "model.image_size=16", "model.hidden_dim=8", "model.codebook_size=16", "trainer.max_steps=2",
             "trainer.val_check_interval=2", "callbacks.checkpoint_every=2"]  # fmt: skip

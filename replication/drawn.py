@@ -18,13 +18,13 @@ from dalle_pytorch.evaluation.dalle import draw, judged
 from dalle_pytorch.evaluation.distribution import cmmd
 from dalle_pytorch.evaluation.features import clip_extractor
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.replicate import dalles
-from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of, threads_of, train
-from dalle_pytorch.evaluation.replicate.pictures import EMOJI, read
 from dalle_pytorch.evaluation.samples import distinct_pairs
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE
+from replication import dalles
+from replication.arms import Curve, Job, Result, settings_of, threads_of, train
+from replication.pictures import EMOJI, read
 
 RANKER = ("experiment=replicate", "trainer.max_steps=1000")
 JUDGE = (*RANKER, "model.patch_size=4", "model.dim_image=96", "model.dim_text=96", "data.jitter=3")

@@ -21,13 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.evaluation.replicate import cached, dalles
-from dalle_pytorch.evaluation.replicate.arms import Curve, Job, Result, settings_of
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.gradient_scaling import UNIT, GradientScale, update_scales
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.training.optim import OptimConfig, make_optimizer
 from dalle_pytorch.training.schedules import lr_factor
+from replication import cached, dalles
+from replication.arms import Curve, Job, Result, settings_of
 
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALINGS = ("none", "global", "block")

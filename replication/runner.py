@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle_pytorch.config import CONFIGS
-from dalle_pytorch.evaluation.replicate import plot, summary
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, function, perform, read, slug, threads_of
-from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 from dalle_pytorch.files import atomic
+from replication import plot, summary
+from replication.arms import Job, Result, function, perform, read, slug, threads_of
+from replication.experiment import ReplicateConfig
 
 Results = Mapping[str, Mapping[int, Result]]
 """arm -> seed -> result."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dalle_pytorch.evaluation.replicate.summary import QUANTILES, Verdict, judge, margin, overall, table, verdict_lines
+from replication.summary import QUANTILES, Verdict, judge, margin, overall, table, verdict_lines
 
 
 def values(**arms):

@@ -14,7 +14,7 @@ CONSTANT = re.compile(r"-?[\d.]+(e-?\d+)?")
 
 @dataclass(kw_only=True)
 class ReplicateConfig:
-    """Settings of ``dalle-replicate``."""
+    """Settings of ``python -m replication``."""
 
     name: str = "???"
     """Of the experiment, and of its folder."""

@@ -8,20 +8,20 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dalle_pytorch import CLIP, CLIPConfig
-from dalle_pytorch.commands import replicate, train_clip, train_dalle, train_vae
 from dalle_pytorch.config import CONFIGS, typed
-from dalle_pytorch.evaluation.replicate import clips, dalles, drawn
-from dalle_pytorch.evaluation.replicate.arms import RUNS, Job, function, settings_of, slug
-from dalle_pytorch.evaluation.replicate.drawn import DrawnConfig
-from dalle_pytorch.evaluation.replicate.experiment import Claim, Number, ReplicateConfig, numbers, parse
-from dalle_pytorch.evaluation.replicate.pictures import EMOJI, read
-from dalle_pytorch.evaluation.replicate.powersgd import PowerSGDConfig
-from dalle_pytorch.evaluation.replicate.underflow import UnderflowConfig
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS
 from dalle_pytorch.text import BPETokenizer
 from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
+from replication import __main__ as replicate
+from replication import clips, dalles, drawn, train_clip, train_dalle, train_vae
+from replication.arms import RUNS, Job, function, settings_of, slug
+from replication.drawn import DrawnConfig
+from replication.experiment import Claim, Number, ReplicateConfig, numbers, parse
+from replication.pictures import EMOJI, read
+from replication.powersgd import PowerSGDConfig
+from replication.underflow import UnderflowConfig
 
 NAMES = sorted(path.name.removesuffix(".yaml") for path in (CONFIGS / "replicate/experiment").iterdir())
 COMMANDS = {"vae": (train_vae, TrainVAEConfig), "dalle": (train_dalle, TrainDALLEConfig),

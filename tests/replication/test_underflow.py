@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dalle_pytorch.evaluation.replicate import underflow
-from dalle_pytorch.evaluation.replicate.arms import Job
-from dalle_pytorch.evaluation.replicate.underflow import Count, Training, UnderflowConfig, _Rounded, round_gradients
 from dalle_pytorch.models.gradient_scaling import START
 from dalle_pytorch.models.linear import Linear
+from replication import underflow
+from replication.arms import Job
+from replication.underflow import Count, Training, UnderflowConfig, _Rounded, round_gradients
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 IMAGE = torch.arange(32).reshape(2, 16) * 5 % 12

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.evaluation.replicate.arms import Result
-from dalle_pytorch.evaluation.replicate.experiment import ReplicateConfig
 from dalle_pytorch.files import atomic
+from replication.arms import Result
+from replication.experiment import ReplicateConfig
 
 WIDTH, HEIGHT, COLUMNS = 4.2, 3.2, 3
 """Inches of a panel; panels in a row."""

@@ -12,11 +12,11 @@ from dalle_pytorch.evaluation.dalle import Pairs, evaluate_likelihood
 from dalle_pytorch.evaluation.image_tokenizer import reconstruct
 from dalle_pytorch.evaluation.likelihood import likelihoods
 from dalle_pytorch.evaluation.measure import Measure
-from dalle_pytorch.evaluation.replicate.arms import Job, Result, command, threads_of, train
-from dalle_pytorch.evaluation.replicate.pictures import EMOJI, HELD_OUT, read
 from dalle_pytorch.evaluation.samples import Samples
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.models.dalle import DALLE
+from replication.arms import Job, Result, command, threads_of, train
+from replication.pictures import EMOJI, HELD_OUT, read
 
 SPLITS = {"val": HELD_OUT, "concept": "test_concept"}
 """Where numbers come from: known things, and things that no training picture shows."""
