@@ -12,7 +12,7 @@ from replication import __main__ as replicate
 from replication import runner, summary
 from replication.experiment import ReplicateConfig
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "replication.md").read_text(encoding="utf-8")
 ROWS = {row: verdict for row, _, verdict in re.findall(r"^\| (R\d+) \| (.*?) \| (.*?) \|", PAGE, re.MULTILINE)}
 PUBLISHED = sorted(path.name.split(".")[0] for path in (DOCS / "replication").glob("*.numbers.json"))

@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dalle_pytorch import CLIP, CLIPConfig
+from dalle_pytorch.commands import train_clip, train_dalle, train_vae
 from dalle_pytorch.config import CONFIGS, typed
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS
 from dalle_pytorch.text import BPETokenizer
@@ -15,7 +16,7 @@ from dalle_pytorch.training.clip import TrainCLIPConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.vae import TrainVAEConfig
 from replication import __main__ as replicate
-from replication import clips, dalles, drawn, train_clip, train_dalle, train_vae
+from replication import clips, dalles, drawn
 from replication.arms import RUNS, Job, function, settings_of, slug
 from replication.drawn import DrawnConfig
 from replication.experiment import Claim, Number, ReplicateConfig, numbers, parse

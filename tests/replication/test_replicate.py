@@ -15,8 +15,8 @@ from replication import arms, plot, runner
 from replication.arms import ArmError, Curve, Job, Result, perform, slug
 from replication.experiment import ReplicateConfig
 
-SETTINGS = ["data.batch_size=8", "model.image_size=16", "model.hidden_dim=8", "model.codebook_size=16", "trainer.max_steps=2",
-            "trainer.val_check_interval=2", "callbacks.checkpoint_every=2"]  # fmt: skip
+SETTINGS = ["data.batch_size=8", "model.image_size=16", "model.hidden_dim=8", "model.codebook_size=16",
+            "trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks.checkpoint_every=2"]  # fmt: skip
 
 
 def config(out, **changes):
