@@ -262,10 +262,11 @@ def test_misfits_are_named(write, make_weights, tmp_path):
 def test_it_is_found_out_and_trained_on_from(write, name):
     """By what the file holds alone; ``train_dalle.py init=`` then takes its sizes."""
     path = write("dalles", name)
-    assert loading.load(path, kind="dalle").config.rotary == "dalle_pytorch"
+    assert loading.load(path, kind="dalle").config.foreign.rotary == "dalle_pytorch"
     config = TrainDALLEConfig(init=str(path))
     take_sizes(config, {"model.ff_dropout"})
-    assert (config.model.dim, config.model.reversible, config.model.layer_scale) == (32, name == "reversible", True)
+    foreign = config.model.foreign
+    assert (config.model.dim, foreign.reversible, foreign.layer_scale) == (32, name == "reversible", True)
     assert loading.load(write("vaes", "blocks"), kind="vae").config.num_resnet_blocks == 2
 
 
