@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dalle_pytorch import CLIP, DALLE, CLIPConfig, DALLEConfig, DiscreteVAE, DiscreteVAEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
 REFERENCE = Path(__file__).parent / "checkpoints" / "reference"
@@ -48,11 +50,14 @@ def tiny_vae():
 
 @pytest.fixture
 def make_dalle(tiny_vae):
-    """Build a small DALLE with settings of choice; weights large enough that outputs depend on inputs."""
+    """Build a small DALLE with settings of choice, those of ``foreign`` named without it; weights large enough that
+    outputs depend on inputs."""
 
     def make(**settings) -> DALLE:
         defaults = {"dim": 32, "depth": 3, "heads": 2, "head_dim": 16, "text_vocab_size": 9, "text_len": 5}
-        dalle = DALLE(DALLEConfig(**{**defaults, **settings}), vae=tiny_vae).eval()
+        foreign = {item.name: settings.pop(item.name) for item in fields(ForeignConfig) if item.name in settings}
+        config = DALLEConfig(**{**defaults, **settings}, foreign=ForeignConfig(**foreign))
+        dalle = DALLE(config, vae=tiny_vae).eval()
         with torch.no_grad():
             for parameter in dalle.parameters():
                 if parameter.requires_grad:

@@ -27,6 +27,7 @@ from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIP, PretrainedCLIPConfig
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.models.skeleton import skeleton
+from dalle_pytorch.models.transformer import ForeignConfig, TransformerConfig
 from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 from dalle_pytorch.text import TextTokenizer, text_tokenizer_from_state
@@ -126,6 +127,27 @@ def role(head: Header) -> str:
     return KINDS[head["kind"]].role
 
 
+def config_of(head: Header) -> Any:
+    """The settings of a header; in files of before the group ``foreign`` its options lie among the others.
+
+    Raises:
+        UserError: an unknown kind or setting, or a setting out of range; names it.
+    """
+    role(head)  # refuses an unknown kind
+    config_class, settings = KINDS[head["kind"]].config, dict(head["config"])
+    if issubclass(config_class, TransformerConfig):
+        names = {item.name for item in fields(ForeignConfig)} & settings.keys()
+        flat = {name: settings.pop(name) for name in names}
+        settings["foreign"] = _filled(ForeignConfig, {**settings.get("foreign", {}), **flat})
+    return _filled(config_class, settings)
+
+
+def _filled(config_class: type[Any], settings: dict[str, Any]) -> Any:
+    if left := settings.keys() - {item.name for item in fields(config_class)}:
+        raise UserError(f"{config_class.__name__} has no {', '.join(sorted(left))}")
+    return config_class(**settings)
+
+
 def build(head: Header) -> Any:
     """The model that a header describes, its parameters still on the meta device: see ``load_state``.
 
@@ -133,11 +155,9 @@ def build(head: Header) -> Any:
         ValueError: an unknown kind or setting, or a setting out of range; names it.
     """
     parts = {"vae": build(head["vae"])} if role(head) == "dalle" else {}
-    _, model_class, config_class = KINDS[head["kind"]]
-    if left := set(head["config"]) - {item.name for item in fields(config_class)}:
-        raise UserError(f"{config_class.__name__} has no {', '.join(sorted(left))}")
+    config = config_of(head)
     with skeleton():
-        model = model_class(config_class(**head["config"]), **parts)
+        model = KINDS[head["kind"]].model(config, **parts)
     if head["text_tokenizer"] is not None:
         model.text_tokenizer = text_tokenizer_from_state(head["text_tokenizer"])
     return model

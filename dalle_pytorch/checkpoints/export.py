@@ -133,8 +133,10 @@ def card(model: nn.Module, head: Header, config: ExportConfig) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     included = ", image tokenizer included" if head["vae"] else ""
     lines += [f"A `{kind}` of {count:,} parameters{included}.", ""]
+    foreign = head["config"].get("foreign", {})
     settings = {
-        **head["config"],
+        **{key: value for key, value in head["config"].items() if key != "foreign"},
+        **{f"foreign.{key}": value for key, value in foreign.items()},
         **{f"vae.{key}": value for key, value in (head["vae"] or {}).get("config", {}).items()},
     }
     rows = [("setting", "value"), ("---", "---"), *((f"`{key}`", f"`{value}`") for key, value in settings.items())]

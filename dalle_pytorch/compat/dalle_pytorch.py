@@ -36,6 +36,7 @@ from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig, DALLELogits
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import TextTokenizer
 
 
@@ -308,17 +309,16 @@ class DALLE(_dalle.DALLE):
                 stable=stable,
                 shared_attn_ids=None if shared_attn_ids is None else list(shared_attn_ids),
                 shared_ff_ids=None if shared_ff_ids is None else list(shared_ff_ids),
-                reversible=reversible,
                 checkpoint_activations=reversible,
                 text_vocab_size=num_text_tokens,
                 text_len=text_seq_len,
                 attn_types=patterns,
-                attn_semantics=attn_semantics,
                 conv_kernel=conv_kernel or (11 if attn_semantics == "paper" else 5),
                 positions="rotary" if rotary_emb else "learned",
                 shift_tokens=shift_tokens,
                 loss_img_weight=loss_img_weight,
                 tie_embeddings=share_input_output_emb,
+                foreign=ForeignConfig(reversible=reversible, attn_semantics=attn_semantics),
             )
         super().__init__(config, vae)
 

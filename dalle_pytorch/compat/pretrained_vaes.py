@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dalle_pytorch.checkpoints import hub
-from dalle_pytorch.checkpoints.checkpoint import load_state
+from dalle_pytorch.checkpoints.checkpoint import config_of, load_state
 from dalle_pytorch.checkpoints.importers import openai_dvae, taming
 from dalle_pytorch.checkpoints.reader import Mappings, release
-from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
+from dalle_pytorch.models.openai_dvae import OpenAIDVAE
 from dalle_pytorch.models.skeleton import skeleton
-from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
+from dalle_pytorch.models.vqgan import VQGAN
 
 
 class OpenAIDiscreteVAE(OpenAIDVAE):
@@ -34,7 +34,7 @@ class OpenAIDiscreteVAE(OpenAIDVAE):
         with Mappings():
             head, state = openai_dvae.convert(folder, image_size=image_size)
             with skeleton():
-                super().__init__(OpenAIDVAEConfig(**head["config"]))
+                super().__init__(config_of(head))
             _fill(self, state)
         self.num_layers, self.num_tokens = 3, self.codebook_size
 
@@ -74,7 +74,7 @@ class VQGanVAE(VQGAN):
         with Mappings():
             head, state = taming.convert(Path(vqgan_model_path), config=config, image_size=image_size)
             with skeleton():
-                super().__init__(VQGANConfig(**head["config"]))
+                super().__init__(config_of(head))
             _fill(self, state)
         self.num_layers = len(self.config.ch_mult) - 1
         self.num_tokens = self.codebook_size

@@ -65,13 +65,13 @@ def draw_texts(
         )
     if start_tokens.numel() and not 0 < int(start_tokens.min()) <= int(start_tokens.max()) < config.text_vocab_size:
         raise UserError(f"the start must hold text tokens 1 to {config.text_vocab_size - 1}, without padding")
-    if not start_tokens.shape[1] and not config.bos:
+    if not start_tokens.shape[1] and not config.foreign.bos:
         raise UserError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
     tokens = F.pad(start_tokens, (0, config.text_len - start_tokens.shape[1]))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with eval_mode(dalle):
         for position in range(start_tokens.shape[1], config.text_len):
-            inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + int(config.bos)]
+            inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + int(config.foreign.bos)]
             scores = dalle.text_head(dalle.transformer(inputs, dalle.views())[:, -1])
             # a caption goes on with a token, or ends with the pad of this position: id 0 and other pads are never next
             end = config.text_vocab_size + position % config.num_pads

@@ -5,7 +5,7 @@ Paper: Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 2.2 and app
 The stream is <bos>, ``text_len`` text positions, then the image tokens in raster order; the output at a position
 predicts the next one. Text and image have a head each, so no probability is spent on, and no time spent on, the other's
 vocabulary. A caption shorter than ``text_len`` is filled with a pad of its own for each position (section 2.2). Models
-of others may lack the <bos> (``bos=False``): their first text token is given, never predicted.
+of others may lack the <bos> (``foreign.bos=False``): their first text token is given, never predicted.
 
 Axes: b batch, t text_len, n image tokens, s = 1 + t + n stream positions, d width, v text vocabulary, k codebook_size,
 p = t predicted text tokens, t - 1 without <bos>.
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
-from dalle_pytorch.models.attention import ROTARIES, StreamView, rotary_turns
+from dalle_pytorch.models.attention import StreamView, rotary_turns
 from dalle_pytorch.models.block_sparse import layout
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
@@ -43,27 +43,19 @@ class DALLEConfig(TransformerConfig):
     """Text positions after the <bos>."""
     attn_types: list[str] = field(default_factory=lambda: ["full"])
     """Attention patterns, cycled over the depth: full, axial_row, axial_col, conv_like."""
-    attn_semantics: str = "paper"
-    """Whose definition of the patterns: "paper" or "dalle_pytorch" (see patterns.pattern_mask)."""
     conv_kernel: int = 11
     """Kernel of conv_like (the paper: 11; DALLE-pytorch: 5)."""
     positions: str = "rotary"
     """"rotary" (relative), "learned" (text + row + column embeddings, the paper's), "both", or "flat" (text + one
     embedding for each image token)."""
-    rotary: str = "grid"
-    """Whose rotary angles: "grid" (ours) or "dalle_pytorch" (see attention.dalle_pytorch_angles)."""
     shift_tokens: bool = True
     """Feed each sublayer a quarter of the channels from the token above and from the left."""
     loss_img_weight: float = 7.0
     """Image loss over text loss; the paper weighs them 7/8 : 1/8."""
     tie_embeddings: bool = False
     """Use the input embeddings as output heads."""
-    head_bias: bool | None = None
-    """Biases of the output heads; None = unless tied."""
     one_pad: bool = False
     """Fill short captions with one pad for all positions; otherwise each has its own (section 2.2)."""
-    bos: bool = True
-    """Begin with a learned <bos>; otherwise the first text token is not predicted."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the empty one in training, for guidance; in [0, 1)."""
     token_dropout: float = 0.0
@@ -85,22 +77,21 @@ class DALLEConfig(TransformerConfig):
             ValueError: a field is out of range; names it.
         """
         super().__post_init__()
+        foreign = self.foreign
         at_least_one(self, "text_vocab_size", "text_len")
         if not self.attn_types:
             raise UserError("attn_types is empty; name at least one pattern, e.g. [full]")
         for pattern in self.attn_types:
-            pattern_mask(pattern, 1, 1, semantics=self.attn_semantics, kernel=self.conv_kernel)
+            pattern_mask(pattern, 1, 1, semantics=foreign.attn_semantics, kernel=self.conv_kernel)
         if self.positions not in POSITIONS:
             raise UserError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        if self.rotary not in ROTARIES:
-            raise UserError(f"rotary must be one of {', '.join(ROTARIES)}, got {self.rotary!r}")
-        if self.rotate_values and not self.rotated:
+        if foreign.rotate_values and not self.rotated:
             raise UserError(f"rotate_values needs positions that rotate (rotary or both), got {self.positions!r}")
-        if self.rotary != "grid" and not self.rotated:
+        if foreign.rotary != "grid" and not self.rotated:
             raise UserError(
-                f"rotary={self.rotary} needs positions that rotate (rotary or both), got {self.positions!r}"
+                f"rotary={foreign.rotary} needs positions that rotate (rotary or both), got {self.positions!r}"
             )
-        if not self.bos and self.text_len < 2:
+        if not foreign.bos and self.text_len < 2:
             raise UserError(f"without bos text_len must be at least 2, got {self.text_len}: its first token is given")
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -114,7 +105,7 @@ class DALLEConfig(TransformerConfig):
     @property
     def text_length(self) -> int:
         """Text positions of the stream, the <bos> included."""
-        return self.text_len + int(self.bos)
+        return self.text_len + int(self.foreign.bos)
 
     @property
     def num_pads(self) -> int:
@@ -129,7 +120,7 @@ class DALLEConfig(TransformerConfig):
     @property
     def biased_heads(self) -> bool:
         """Whether the output heads have biases."""
-        return not self.tie_embeddings if self.head_bias is None else self.head_bias
+        return not self.tie_embeddings if self.foreign.head_bias is None else self.foreign.head_bias
 
 
 class DALLELoss(NamedTuple):
@@ -184,7 +175,7 @@ class DALLE(nn.Module):
         self.num_image_tokens = self.grid_size**2
         self.text_emb = nn.Embedding(config.text_vocab_size + config.num_pads, config.dim)  # ids, then the pads
         self.image_emb = nn.Embedding(self.codebook_size, config.dim)
-        self.bos = nn.Parameter(torch.zeros(config.dim)) if config.bos else None
+        self.bos = nn.Parameter(torch.zeros(config.dim)) if config.foreign.bos else None
         if config.positions != "rotary":
             self.text_pos = nn.Embedding(config.text_length, config.dim)
         if config.positions == "flat":
@@ -202,11 +193,13 @@ class DALLE(nn.Module):
         text_length = config.text_length
         self.patterns = list(dict.fromkeys(config.attn_types))
         masks = [
-            pattern_mask(p, text_length, self.grid_size, semantics=config.attn_semantics, kernel=config.conv_kernel)
+            pattern_mask(
+                p, text_length, self.grid_size, semantics=config.foreign.attn_semantics, kernel=config.conv_kernel
+            )
             for p in self.patterns
         ]
         self.register_buffer("masks", torch.stack(masks), persistent=False)
-        turns = rotary_turns(text_length, self.grid_size, config.head_dim, config.rotary)
+        turns = rotary_turns(text_length, self.grid_size, config.head_dim, config.foreign.rotary)
         self.register_buffer("rotary", turns, persistent=False)
 
     def init_weights(self) -> None:
@@ -240,7 +233,7 @@ class DALLE(nn.Module):
         layouts = {
             pattern: layout(
                 pattern, text_length, self.grid_size, length,
-                semantics=config.attn_semantics, kernel=config.conv_kernel, device=device,
+                semantics=config.foreign.attn_semantics, kernel=config.conv_kernel, device=device,
             )
             for pattern in self.patterns
         }  # fmt: skip

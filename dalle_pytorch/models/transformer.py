@@ -4,7 +4,7 @@ Axes: b batch, q positions given in this call, d width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,43 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.errors import UserError, at_least_one
-from dalle_pytorch.models.attention import Attention, LayerView
+from dalle_pytorch.models.attention import ROTARIES, Attention, LayerView
 from dalle_pytorch.models.gradient_scaling import GradientScale
 from dalle_pytorch.models.linear import Linear
+
+
+@dataclass(kw_only=True)
+class ForeignConfig:
+    """Options that weights of other programs need; leave them alone for a model of one's own."""
+
+    layer_scale: bool = False
+    """A learned factor for each channel of a sublayer's output (CaiT's LayerScale), small at first."""
+    reversible: bool = False
+    """Two residual streams, each read by one kind of sublayer and added to by the other; their mean is the output
+    (RevNet). Another function than one stream; memory is saved by checkpoint_activations, with or without it."""
+    divide_max: bool = False
+    """The output divided by its largest channel before the last norm (DALLE-pytorch's, CogView's advice for fp16)."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    rotate_values: bool = False
+    """Rotary positions turn values as well as queries and keys (DALLE-pytorch)."""
+    rotary: str = "grid"
+    """Whose rotary angles: "grid" (ours) or "dalle_pytorch" (see attention.dalle_pytorch_angles)."""
+    attn_semantics: str = "paper"
+    """Whose definition of the attention patterns: "paper" or "dalle_pytorch" (see patterns.pattern_mask)."""
+    head_bias: bool | None = None
+    """Biases of the output heads; None = unless tied."""
+    bos: bool = True
+    """Begin with a learned <bos>; otherwise the first text token is not predicted."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: an unknown name of rotary angles; names it.
+        """
+        if self.rotary not in ROTARIES:
+            raise UserError(f"rotary must be one of {', '.join(ROTARIES)}, got {self.rotary!r}")
 
 
 @dataclass(kw_only=True)
@@ -50,17 +84,8 @@ class TransformerConfig:
     """Recompute each block in the backward pass: memory independent of depth but for one tensor a block."""
     gradient_scaling: bool = False
     """A gradient scale for each residual branch, for training in fp16; moved by gradient_scaling.update_scales."""
-    layer_scale: bool = False
-    """A learned factor for each channel of a sublayer's output (CaiT's LayerScale), small at first."""
-    reversible: bool = False
-    """Two residual streams, each read by one kind of sublayer and added to by the other; their mean is the output
-    (RevNet). Another function than one stream; memory is saved by checkpoint_activations, with or without it."""
-    divide_max: bool = False
-    """The output divided by its largest channel before the last norm (DALLE-pytorch's, CogView's advice for fp16)."""
-    qkv_bias: bool = False
-    """Biases of queries, keys and values."""
-    rotate_values: bool = False
-    """Rotary positions turn values as well as queries and keys (DALLE-pytorch)."""
+    foreign: ForeignConfig = field(default_factory=ForeignConfig)
+    """Options that weights of other programs need."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -183,29 +208,29 @@ class Transformer(nn.Module):
                     dropout=config.attn_dropout,
                     stable=config.stable,
                     qk_norm=config.qk_norm,
-                    qkv_bias=config.qkv_bias,
-                    rotate_values=config.rotate_values,
+                    qkv_bias=config.foreign.qkv_bias,
+                    rotate_values=config.foreign.rotate_values,
                 )
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config.dim, config.ff_dropout, gated=config.gated)
-            block = ReversibleBlock if config.reversible else Block
+            block = ReversibleBlock if config.foreign.reversible else Block
             blocks.append(block(config, attentions[attn_id], feed_forwards[ff_id]))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Float[Tensor, "b q d"], views: Sequence[LayerView]) -> Float[Tensor, "b q d"]:
         """Run the stack; ``views`` says for each layer what it sees."""
-        if self.config.reversible:
+        if self.config.foreign.reversible:
             x = torch.cat([x, x], dim=-1)
         for block, view in zip(self.blocks, views, strict=True):
             if self.config.checkpoint_activations and self.training:
                 x = checkpoint(block, x, view, use_reentrant=False)
             else:
                 x = block(x, view)
-        if self.config.reversible:
+        if self.config.foreign.reversible:
             first, second = x.chunk(2, dim=-1)
             x = (first + second) / 2
-        if self.config.divide_max:
+        if self.config.foreign.divide_max:
             x = x / x.amax(dim=-1, keepdim=True).detach()
         return self.norm(x)
 
@@ -213,7 +238,7 @@ class Transformer(nn.Module):
 def _after(config: TransformerConfig) -> nn.Module:
     """What follows a sublayer."""
     norm = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
-    return LayerScale(config.dim, config.depth, norm) if config.layer_scale else norm
+    return LayerScale(config.dim, config.depth, norm) if config.foreign.layer_scale else norm
 
 
 def branch(

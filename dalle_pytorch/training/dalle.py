@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.config import RunConfig
@@ -35,6 +36,8 @@ for _name, _config in MODELS.items():
     register(_name, _config, group="model")
 RENAMED["bart"] = "say model.NAME=, with model=dalle_mini, model=dalle_mega or model=bart"
 RENAMED["cluster"] = "say hardware.NAME="
+for _item in fields(ForeignConfig):
+    RENAMED[f"model.{_item.name}"] = f"say model.foreign.{_item.name}="
 
 
 @dataclass(kw_only=True)

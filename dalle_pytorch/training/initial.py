@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 
 from torch import nn
 
-from dalle_pytorch.checkpoints.checkpoint import KINDS, Header, describe_tokenizer
+from dalle_pytorch.checkpoints.checkpoint import Header, config_of, describe_tokenizer
 from dalle_pytorch.checkpoints.loading import read_header
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import ConfigError
@@ -15,6 +15,7 @@ from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 from dalle_pytorch.text import BartTokenizer, TextTokenizer
 from dalle_pytorch.training.dalle import TrainDALLEConfig
+from dalle_pytorch.training.resume import differences
 from dalle_pytorch.training.text import make_tokenizer
 
 HOW_TO_TRAIN = ("attn_dropout", "ff_dropout", "dropout", "stable", "checkpoint_activations", "gradient_scaling",
@@ -76,11 +77,10 @@ def inherit_config(config: TrainDALLEConfig, explicit: Set[str]) -> Header:
     head = read_header(config.init, kind="dalle")
     if config.vae is not None:
         raise ConfigError(f"init={config.init} brings its image tokenizer: leave vae={config.vae} out")
-    start, wanted = KINDS[head["kind"]].config(**head["config"]), asdict(config.model)
+    start, wanted = config_of(head), asdict(config.model)
     asked = {name.removeprefix("model.") for name in explicit if name.startswith("model.")}
     if explicit & {"model", "experiment"}:  # they bring settings of the model, too
-        defaults = type(config.model)()
-        asked |= {name for name in wanted if wanted[name] != getattr(defaults, name)}
+        asked |= {name for name, *_ in differences(asdict(type(config.model)()), wanted)}
     asked -= set(FILLED)
     if asked and type(config.model) is not type(start):
         option = "bart" if isinstance(start, DALLEBartConfig) else "base"
@@ -88,10 +88,10 @@ def inherit_config(config: TrainDALLEConfig, explicit: Set[str]) -> Header:
             f"init={config.init} is a {head['kind']}, model.{min(asked)} is not its setting: leave it out, "
             f"or say model={option}, whose settings it has"
         )
-    for name in sorted(asked - set(HOW_TO_TRAIN)):
-        if wanted[name] != (has := getattr(start, name)):
+    for name, has, given in differences(asdict(start), wanted):
+        if name not in HOW_TO_TRAIN and asked & {name, name.partition(".")[0]}:
             raise ConfigError(
-                f"init={config.init} has model.{name}={has}, model.{name}={wanted[name]} contradicts it: leave it out"
+                f"init={config.init} has model.{name}={has}, model.{name}={given} contradicts it: leave it out"
             )
     if head["text_tokenizer"] is not None and (chosen := sorted(explicit & set(TOKENIZER))):
         raise ConfigError(f"init={config.init} brings its text tokenizer: leave {', '.join(chosen)} out")

@@ -139,7 +139,7 @@ def flops(net: DALLE) -> tuple[float, float]:
     pairs = {
         pattern: int(
             pattern_mask(
-                pattern, text_length, net.grid_size, semantics=config.attn_semantics, kernel=config.conv_kernel
+                pattern, text_length, net.grid_size, semantics=config.foreign.attn_semantics, kernel=config.conv_kernel
             )[:length, :length].sum()
         )
         for pattern in net.patterns
@@ -241,7 +241,7 @@ def memory(
     activations, largest = saved(net, batch, half=half)
     copies = 2 * matrices(net) if half else 0
     if checkpointing:  # the input of every block, and one block at a time
-        streams = 2 if config.reversible else 1
+        streams = 2 if config.foreign.reversible else 1
         activations = 4 * batch * length * streams * config.dim * config.depth + largest
     if sharded:  # the weights of two blocks, and of what is no block, gathered; in 16 bits, or as they are
         block = sum(p.numel() for p in net.transformer.blocks[0].parameters())

@@ -339,8 +339,7 @@ def make_trainer(
 
 def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     # what a header of an earlier version lacks is at its default
-    config_class = checkpoint.KINDS[before["kind"]].config
-    yield from differences(asdict(config_class(**before["config"])), now["config"], prefix)
+    yield from differences(asdict(checkpoint.config_of(before)), now["config"], prefix)
     if before["vae"] is not None and now["vae"] is not None:
         yield from _model_differences(before["vae"], now["vae"], "vae.")
 

@@ -9,10 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from dalle_pytorch.checkpoints import checkpoint
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAE
 from dalle_pytorch.models.skeleton import skeleton
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import BPETokenizer
 
 
@@ -155,6 +159,40 @@ def test_skeletons_of_two_threads_do_not_meet():
         devices["second"] = torch.nn.Linear(1, 1).weight.device.type
     devices["after"] = torch.nn.Linear(1, 1).weight.device.type
     assert devices == {"first": "meta", "outside": "cpu", "second": "meta", "after": "cpu"}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_file_of_before_the_group_foreign_loads(make_dalle, tmp_path, suffix):
+    """Its config has the options of the group among the others: the same model, the same tokens."""
+    dalle = make_dalle(
+        layer_scale=True,
+        reversible=True,
+        divide_max=True,
+        qkv_bias=True,
+        rotate_values=True,
+        attn_semantics="dalle_pytorch",
+        rotary="dalle_pytorch",
+        head_bias=False,
+        bos=False,
+    )
+    assert all(asdict(dalle.config.foreign)[name] != value for name, value in asdict(ForeignConfig()).items())
+    head, path = checkpoint.header(dalle), tmp_path / f"old{suffix}"
+    head["config"] |= head["config"].pop("foreign")
+    assert not any(isinstance(value, dict) for value in head["config"].values())
+    state = checkpoint.distinct(dalle.state_dict())
+    if suffix == ".safetensors":
+        save_file(state, path, metadata={checkpoint.METADATA_KEY: json.dumps(head)})
+    else:
+        state = {f"net.{name}": tensor for name, tensor in state.items()}
+        torch.save({**head, "state_dict": state, "pytorch-lightning_version": "2.0"}, path)
+    loaded = checkpoint.load(path)
+    assert loaded.config == dalle.config
+    text, uniforms = torch.tensor([[3, 1, 4, 0]]), torch.rand(1, 16)
+    drawn = [generate_image_tokens(model, text, uniforms, SamplingConfig()) for model in (dalle, loaded)]
+    assert torch.equal(*drawn)
+    head["config"]["foreign"] = {"qkv_bais": True}
+    with pytest.raises(UserError, match="ForeignConfig has no qkv_bais"):
+        checkpoint.config_of(head)
 
 
 def test_token_shards_of_before_a_setting_existed_stay_valid(tiny_vae):

@@ -5,6 +5,7 @@ import torch
 
 from dalle_pytorch import DALLE, DALLEConfig, load, save
 from dalle_pytorch.models.patterns import PATTERNS
+from dalle_pytorch.models.transformer import ForeignConfig
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 IMAGE = torch.arange(32).reshape(2, 16) * 5 % 12
@@ -249,7 +250,7 @@ def test_options_of_others_read_no_future_and_the_whole_text(make_dalle, setting
     dalle = make_dalle(attn_types=["full", "axial_row"], **settings)
     embedded = dalle.embed(dalle.pad_text(TEXT), IMAGE[:, :-1]).detach().requires_grad_()
     outputs, length = dalle.transformer(embedded, dalle.views()), dalle.config.text_length
-    assert length == (6 if dalle.config.bos else 5)
+    assert length == (6 if dalle.config.foreign.bos else 5)
     assert outputs.shape[1] == length + 15
     for position in (0, 1, length - 1, length, length + 7, length + 14):
         (gradient,) = torch.autograd.grad(outputs[:, position].square().sum(), embedded, retain_graph=True)
@@ -340,13 +341,7 @@ def test_a_checkpoint_of_before_the_options_loads(make_dalle, tmp_path):
     dalle = make_dalle(positions="both", sandwich_norm=True)
     save(dalle, tmp_path / "dalle.pt")
     content = torch.load(tmp_path / "dalle.pt", weights_only=True)
-    new = {name for settings in OTHERS.values() for name in settings} - {"sandwich_norm", "stable", "shared_attn_ids"}
-    new -= {"shared_ff_ids", "tie_embeddings", "positions", "gated", "shift_tokens"}
-    assert new == {
-        *("layer_scale", "reversible", "divide_max", "rotary", "rotate_values", "qkv_bias", "head_bias", "bos"),
-    }
-    for name in new:
-        del content["config"][name]
+    del content["config"]["foreign"]
     torch.save(content, tmp_path / "old.pt")
     loaded = load(tmp_path / "old.pt")
     assert loaded.config == dalle.config
@@ -356,16 +351,22 @@ def test_a_checkpoint_of_before_the_options_loads(make_dalle, tmp_path):
 def test_reversible_means_what_it_did_in_dalle_pytorch(tiny_vae):
     """Its keyword makes its function, two streams; and saves memory, as it did."""
     config = DALLE(dim=32, depth=1, heads=2, dim_head=16, num_text_tokens=9, vae=tiny_vae, reversible=True).config
-    assert config.reversible
+    assert config.foreign.reversible
     assert config.checkpoint_activations
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rotate_values": True, "positions": "learned"}, "rotate_values needs positions that rotate.*'learned'"),
-        ({"rotate_values": True, "positions": "flat"}, "rotate_values needs positions that rotate.*'flat'"),
-        ({"bos": False, "text_len": 1}, r"text_len must be at least 2, got 1"),
+        (
+            {"foreign": ForeignConfig(rotate_values=True), "positions": "learned"},
+            "rotate_values needs positions that rotate.*'learned'",
+        ),
+        (
+            {"foreign": ForeignConfig(rotate_values=True), "positions": "flat"},
+            "rotate_values needs positions that rotate.*'flat'",
+        ),
+        ({"foreign": ForeignConfig(bos=False), "text_len": 1}, r"text_len must be at least 2, got 1"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, message):

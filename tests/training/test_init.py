@@ -8,6 +8,7 @@ import torch
 import dalle_pytorch
 from dalle_pytorch.commands import train_dalle
 from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import BPETokenizer
 
 COMMON = [
@@ -27,7 +28,8 @@ def start(tmp_path, vae_file):
     def make(*, tokenizer=True, **settings):
         text = BPETokenizer.train(["a red square", "a green square", "blue"] * 3, 262)
         sizes = {"dim": 24, "depth": 2, "heads": 2, "head_dim": 12, "text_len": 20, "text_vocab_size": 270}
-        options = {"layer_scale": True, "reversible": True, "rotary": "dalle_pytorch", "loss_img_weight": 3.0}
+        foreign = ForeignConfig(layer_scale=True, reversible=True, rotary="dalle_pytorch")
+        options = {"foreign": foreign, "loss_img_weight": 3.0}
         config = DALLEConfig(**{**sizes, **options, **settings})
         dalle = dalle_pytorch.DALLE(config, vae=dalle_pytorch.load(vae_file))
         dalle.text_tokenizer = text if tokenizer else None
@@ -68,7 +70,12 @@ def test_it_learns_and_resumes(shards, start, tmp_path, run_command):
 def test_settings_of_training_may_be_given(shards, start, tmp_path, run_command):
     """Those not given are the checkpoint's, whatever the default of the command."""
     path = start(token_dropout=0.05)
-    more = ["model.caption_dropout=0.25", "model.gradient_scaling=true", "model.depth=2"]
+    more = [
+        "model.caption_dropout=0.25",
+        "model.gradient_scaling=true",
+        "model.depth=2",
+        "model.foreign.reversible=true",
+    ]
     config = dalle_pytorch.load(run_command(train_dalle.main, *arguments(shards, tmp_path / "run", path, *more))).config
     assert (config.caption_dropout, config.gradient_scaling, config.token_dropout) == (0.25, True, 0.05)
     assert (config.dim, config.loss_img_weight) == (24, 3.0)
@@ -87,7 +94,8 @@ def test_wrong_captions_are_not_taken_over(shards, start, tmp_path, run_command)
     [
         (["model.dim=32"], r"has model.dim=24, model.dim=32 contradicts it"),
         (["model=tiny"], r"has model.depth|has model.dim"),
-        (["model.rotary=grid"], r"has model.rotary=dalle_pytorch"),
+        (["model.foreign.rotary=grid"], r"has model.foreign.rotary=dalle_pytorch, model.foreign.rotary=grid contra"),
+        (["model.rotary=dalle_pytorch"], r"model.rotary is no setting any more; say model.foreign.rotary="),
         (["experiment=emoji_demo"], r"contradicts"),
         (["vae=some.safetensors"], r"brings its image tokenizer: leave vae=some.safetensors out"),
         (["text.tokenizer=clip"], r"brings its text tokenizer: leave text.tokenizer out"),

@@ -8,7 +8,8 @@ import torch
 
 from dalle_pytorch import DALLE, DALLEConfig
 from dalle_pytorch.commands import train_dalle
-from dalle_pytorch.training.plan import ClusterConfig, Sizes, flops, matrices, memory, parameters, saved, skeleton
+from dalle_pytorch.models.transformer import ForeignConfig
+from dalle_pytorch.training.plan import HardwareConfig, Sizes, flops, matrices, memory, parameters, saved, skeleton
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def plan(monkeypatch, capsys):
 
 def make(**settings):
     config = {"dim": 64, "depth": 3, "heads": 2, "head_dim": 32, "text_vocab_size": 50, "text_len": 7, **settings}
-    return DALLEConfig(**config), ClusterConfig(image_size=32, grid_size=4, codebook_size=20)
+    return DALLEConfig(**config), HardwareConfig(image_size=32, grid_size=4, codebook_size=20)
 
 
 @pytest.mark.parametrize(
@@ -40,21 +41,21 @@ def make(**settings):
         {"gated": False, "positions": "learned"},
         {"tie_embeddings": True},
         {"shared_attn_ids": [0, 0, 1]},
-        {"bos": False, "positions": "flat", "qkv_bias": True},
-        {"layer_scale": True, "reversible": True, "tie_embeddings": True, "head_bias": True},
+        {"foreign": ForeignConfig(bos=False, qkv_bias=True), "positions": "flat"},
+        {"foreign": ForeignConfig(layer_scale=True, reversible=True, head_bias=True), "tie_embeddings": True},
     ],
 )
 def test_counts_are_those_of_the_model(settings):
-    config, cluster = make(**settings)
+    config, hardware = make(**settings)
     real = DALLE(config, vae=Sizes(32, 4, 20))
-    skeletal = skeleton(config, None, cluster)
+    skeletal = skeleton(config, None, hardware)
     assert all(p.is_meta for p in skeletal.parameters())
     assert sum(parameters(skeletal).values()) == sum(p.numel() for p in real.parameters())
 
 
 def test_the_papers_model_has_12_billion_weights(plan):
     """12 * 64 * 3968 ** 2 in blocks; the rest are embeddings, heads, norms and biases."""
-    code, output, _ = plan("experiment=paper_12b", "cluster.gpus=64")
+    code, output, _ = plan("experiment=paper_12b", "hardware.gpus=64")
     assert code == 0
     assert "parameters: 12,293,095,168" in output
     assert "47 axial_row, 16 axial_col, 1 conv_like" in output
@@ -64,10 +65,12 @@ def test_the_papers_model_has_12_billion_weights(plan):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("patterns", [["full"], ["axial_row", "axial_col"]])
-@pytest.mark.parametrize("settings", [{}, {"reversible": True, "layer_scale": True, "rotate_values": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"foreign": ForeignConfig(reversible=True, layer_scale=True, rotate_values=True)}]
+)
 def test_bytes_are_those_that_a_step_keeps(half, patterns, settings):
     """Found on tensors without memory; counted here on real ones, with autograd's hooks around the real model."""
-    config, cluster = make(attn_types=patterns, **settings)
+    config, hardware = make(attn_types=patterns, **settings)
     net = DALLE(config, vae=Sizes(32, 4, 20)).train()
     found = {}
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
@@ -83,15 +86,15 @@ def test_bytes_are_those_that_a_step_keeps(half, patterns, settings):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         net.transformer(x, net.views())
     taken = sum(size for place, size in found.items() if place not in weights)
-    skeletal = skeleton(config, None, cluster)
+    skeletal = skeleton(config, None, hardware)
     casts = 2 * matrices(skeletal) if half else 0
     assert saved(skeletal, 2, half=half)[0] + casts == pytest.approx(taken, rel=0.02)
 
 
 def test_arithmetic_has_a_closed_form():
     """One layer of full attention: 16 d^2 multiplications a token, 2 s^2 / 2 d of attention, twice d V of heads."""
-    config, cluster = make(depth=1)
-    blocks, heads = flops(skeleton(config, None, cluster))
+    config, hardware = make(depth=1)
+    blocks, heads = flops(skeleton(config, None, hardware))
     length = 7 + 16
     pairs = length * (length + 1) / 2
     assert blocks == 3 * (2 * 16 * 64**2 * length + 4 * 64 * pairs)
@@ -107,8 +110,8 @@ def test_wrong_captions_double_the_blocks_and_what_they_keep():
 
 
 def test_sharding_divides_and_checkpointing_saves():
-    config, cluster = make(depth=8, dim=256)
-    net = skeleton(config, None, cluster)
+    config, hardware = make(depth=8, dim=256)
+    net = skeleton(config, None, hardware)
     settings = {"gpus": 4, "half": False, "averaged": True}
     whole = memory(net, 8, sharded=False, checkpointing=False, **settings)
     shared = memory(net, 8, sharded=True, checkpointing=False, **settings)
@@ -122,18 +125,18 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(plan):
     assert code == 1
     assert output == ""
     assert re.search(r"needs 2\d\d\.\d GB on each GPU, which has 76\.0 GB free", error)
-    assert "data.batch_size=128 trainer.accumulate_grad_batches=8 fits" in error
+    assert "data.micro_batch_size=16 fits" in error
     code, _, error = plan("experiment=paper_12b", "trainer=ddp", "data.batch_size=8")
     assert code == 1
     assert "fsdp + checkpoint_activations" in error.splitlines()[-1]
     assert plan("experiment=paper_12b", "data.batch_size=128", "trainer.accumulate_grad_batches=8")[0] == 0
-    code, _, error = plan("experiment=paper_100m", "cluster.gpus=7")
+    code, _, error = plan("experiment=paper_100m", "hardware.gpus=7")
     assert code == 1
-    assert "multiple of cluster.gpus (7)" in error
-    assert plan("cluster.utilisation=40")[0] == 2
+    assert "multiple of hardware.gpus (7)" in error
+    assert plan("hardware.utilisation=40")[0] == 2
 
 
-def test_sizes_of_a_checkpoint_take_the_place_of_the_clusters(plan, tiny_vae, tmp_path):
+def test_sizes_of_a_checkpoint_take_the_place_of_the_plans(plan, tiny_vae, tmp_path):
     import dalle_pytorch
 
     dalle_pytorch.save(tiny_vae, tmp_path / "vae.safetensors")

@@ -25,6 +25,7 @@ from dalle_pytorch.checkpoints.importers.table import Table, rename
 from dalle_pytorch.checkpoints.reader import read, refuse, release, weights_of
 from dalle_pytorch.errors import UserError, first_line, some
 from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import HFTokenizer
 
 STAGES = ("stage1_last.ckpt", "stage2_last.ckpt")
@@ -149,13 +150,11 @@ def dalle_from_state(stage: State, *, heads: int, shift: int, pad: int) -> tuple
         heads=heads,
         head_dim=dim // heads,
         gated=False,
-        qkv_bias=True,
         text_vocab_size=vocabulary + shift,
         text_len=text_len,
         positions="flat",
         shift_tokens=False,
-        bos=False,
-        head_bias=True,
+        foreign=ForeignConfig(qkv_bias=True, bos=False, head_bias=True),
     )
     return config, state
 

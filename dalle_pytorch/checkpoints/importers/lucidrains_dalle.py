@@ -29,6 +29,7 @@ from dalle_pytorch.checkpoints.reader import read, refuse, state_dict
 from dalle_pytorch.errors import UserError, some
 from dalle_pytorch.models.attention import dalle_pytorch_angles
 from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import CLIPTokenizer, HFDirectoryTokenizer, HFTokenizer, TextTokenizer
 
 SIGNATURE = frozenset({"to_logits.1.weight", "transformer.layers.layers.0.0.scale"})
@@ -172,25 +173,27 @@ def dalle_config(h: Mapping[str, Any], caption_dropout: float) -> DALLEConfig:
         ff_dropout=float(h["ff_dropout"]),
         sandwich_norm=h["sandwich_norm"],
         stable=h["stable"],
-        divide_max=h["stable"],
-        layer_scale=True,
-        reversible=h["reversible"],
         checkpoint_activations=h["reversible"],
-        rotate_values=h["rotary_emb"],
         shared_attn_ids=_ids(h["shared_attn_ids"]),
         shared_ff_ids=_ids(h["shared_ff_ids"]),
         text_vocab_size=h["num_text_tokens"],
         text_len=h["text_seq_len"],
         attn_types=patterns,
-        attn_semantics="dalle_pytorch",
         conv_kernel=5,
         positions="rotary" if h["rotary_emb"] else "learned",
-        rotary="dalle_pytorch" if h["rotary_emb"] else "grid",
         shift_tokens=h["shift_tokens"],
         loss_img_weight=float(h["loss_img_weight"]),
         tie_embeddings=h["share_input_output_emb"],
-        head_bias=True,
         caption_dropout=caption_dropout,
+        foreign=ForeignConfig(
+            divide_max=h["stable"],
+            layer_scale=True,
+            reversible=h["reversible"],
+            rotate_values=h["rotary_emb"],
+            rotary="dalle_pytorch" if h["rotary_emb"] else "grid",
+            attn_semantics="dalle_pytorch",
+            head_bias=True,
+        ),
     )
 
 

@@ -16,10 +16,11 @@ from dalle_pytorch.checkpoints.checkpoint import assemble, build, make_header
 from dalle_pytorch.checkpoints.importers import lucidrains_dalle as importer
 from dalle_pytorch.commands import import_weights as command
 from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 from dalle_pytorch.training.dalle import TrainDALLEConfig
-from dalle_pytorch.training.initial import take_sizes
+from dalle_pytorch.training.initial import inherit_config
 
 CASES = (
     *("defaults", "bare", "rotary", "shift", "sandwich", "stable", "reversible", "reversible_bare", "tied", "shared"),
@@ -262,10 +263,11 @@ def test_misfits_are_named(write, make_weights, tmp_path):
 def test_it_is_found_out_and_trained_on_from(write, name):
     """By what the file holds alone; ``train_dalle.py init=`` then takes its sizes."""
     path = write("dalles", name)
-    assert loading.load(path, kind="dalle").config.rotary == "dalle_pytorch"
-    config = TrainDALLEConfig(init=str(path))
-    take_sizes(config, {"model.ff_dropout"})
-    assert (config.model.dim, config.model.reversible, config.model.layer_scale) == (32, name == "reversible", True)
+    assert loading.load(path, kind="dalle").config.foreign.rotary == "dalle_pytorch"
+    config = TrainDALLEConfig(init=str(path), model=DALLEConfig())
+    inherit_config(config, {"model.ff_dropout"})
+    foreign = config.model.foreign
+    assert (config.model.dim, foreign.reversible, foreign.layer_scale) == (32, name == "reversible", True)
     assert loading.load(write("vaes", "blocks"), kind="vae").config.num_resnet_blocks == 2
 
 
