@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import inspect
-import itertools
 import logging
 import os
 import sys
@@ -38,8 +37,6 @@ CONFIGS = next(
     if (folder / "train_vae.yaml").is_file()
 )  # fmt: skip
 """The YAML files: inside the package in a wheel, at the top of a checkout."""
-PATH_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
-"""Flags of Hydra whose value may have an equals sign."""
 RENAMED: dict[str, str] = {}
 """Settings, or sections, of earlier versions, and what they are called now; ``rename`` adds to it."""
 
@@ -248,13 +245,13 @@ class Task:
 
 
 def arguments_of(argv: Sequence[str]) -> list[str]:
-    """A command line as Hydra reads it: flags first, wherever they stood, and then the settings.
+    """A command line as Hydra reads it.
 
     ``config=runs/x/config.yaml``, settings that a run wrote, becomes the flags for them; and where no sweep is asked
     for, a launcher takes ``out`` as the folder of its one run.
     """
-    flags, settings = [], []
-    for before, item in itertools.pairwise(argv):
+    overrides, flags = [], []
+    for item in argv[1:]:
         if item.startswith("config="):
             path = Path(item.removeprefix("config=").strip("'\"")).expanduser().absolute()
             if not path.is_file():
@@ -262,13 +259,11 @@ def arguments_of(argv: Sequence[str]) -> list[str]:
             if "defaults" not in (OmegaConf.load(path) or {}):
                 sys.exit(report(ConfigError(f"{path} names no defaults: it was written before a run's could be used")))
             flags += ["--config-dir", str(path.parent), "--config-name", path.stem]
-        elif item.startswith("-") or before in PATH_FLAGS or ("=" not in item and not item.startswith("~")):
-            flags.append(item)
         else:
-            settings.append(item)
-    if not {"-m", "--multirun"} & set(flags):
-        settings.append("hydra.sweep.subdir=.")
-    return [argv[0], *flags, *settings]
+            overrides.append(item)
+    if any(item.startswith("launcher=") for item in overrides) and not {"-m", "--multirun"} & set(overrides):
+        overrides.insert(0, "hydra.sweep.subdir=.")
+    return [argv[0], *flags, *overrides]
 
 
 def explain(error: BaseException) -> str:

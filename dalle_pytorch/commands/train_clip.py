@@ -13,7 +13,9 @@ from dalle_pytorch.training.wrong_captions import check_held
 def main(config: TrainCLIPConfig) -> float | None:
     """Train; the result is <out>/clip.safetensors, which carries the text tokenizer, the score its loss."""
     run = Run("clip", config)
-    data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
+    data = TextImageDataModule(
+        config.data, image_size=config.model.image_size, seed=config.seed, validate=config.validates
+    )
     check_held(config.contrast_phrases, data.train_set.some_captions())
     tokenizer = make_tokenizer(config.text, data, run.header)
     config.model.text_vocab_size = tokenizer.vocab_size

@@ -28,7 +28,9 @@ def main(config: TrainDALLEConfig) -> float | None:
     run = Run("dalle", config, config.schema)
     source = None if config.init is None else load(origin, kind="dalle")
     vae = load(origin, kind="vae") if source is None else source.vae
-    data = TextImageDataModule(config.data, image_size=vae.image_size, seed=config.seed, tokens=True)
+    data = TextImageDataModule(
+        config.data, image_size=vae.image_size, seed=config.seed, tokens=True, validate=config.validates
+    )
     initial.check_can_encode(vae, data, origin)
     check_held(config.contrast_phrases, data.train_set.some_captions())
     check_codes(config, vae, cached=data.tokenizer is not None)

@@ -11,7 +11,9 @@ def main(config: TrainVAEConfig) -> float | None:
     """Train; the result is <out>/vae.safetensors, the score its PSNR on the validation split."""
     check_schedules(config, explicit_overrides())
     run = Run("vae", config, config.schema)
-    data = TextImageDataModule(config.data, image_size=config.model.image_size, seed=config.seed)
+    data = TextImageDataModule(
+        config.data, image_size=config.model.image_size, seed=config.seed, validate=config.validates
+    )
     return run.fit(LitVAE(make_vae(config.model), config), data)
 
 

@@ -77,6 +77,11 @@ class RunConfig:
     matmul_precision: str = "high"
     """Of products in fp32 on GPUs: "highest", or "high" (TF32) or "medium" (bfloat16), which are faster."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether the settings ask for validation."""
+        return self.trainer.get("limit_val_batches", 1.0) != 0
+
     def __post_init__(self) -> None:
         """Validate.
 

@@ -77,16 +77,29 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def warn_of_changes(saved: Path, now: dict[str, Any]) -> None:
-    """Tell which settings differ from those that a run began with; it goes on with the new ones."""
-    loaded: Any = OmegaConf.to_container(OmegaConf.load(saved))
-    before = {key: loaded[key] for key in now if key in loaded}  # sections of other versions say nothing
+    """Tell which settings differ from those that a run began with; it goes on with the new ones.
+
+    Not those of the model: ``Run.check`` refuses other ones. Nor settings that one of two versions does not have.
+    """
+    before: Any = OmegaConf.to_container(OmegaConf.load(saved))
+    trainer = {"trainer": before["trainer"]}, {"trainer": now["trainer"]}  # its settings are added with a plus
     changes = [
         f"{key} was {old}, is {new}"
-        for key, old, new in differences(before, now)
-        if not any(key == name or key.startswith(name + ".") for name in HOW_TO_RUN)
+        for pair in ((common(before, now), common(now, before)), trainer)
+        for key, old, new in differences(*pair)
+        if not any(key == name or key.startswith(name + ".") for name in (*HOW_TO_RUN, "model"))
     ]
     if changes:
-        log.warning("resumed with other settings: %s", "; ".join(changes))
+        log.warning("resumed with other settings: %s", "; ".join(dict.fromkeys(changes)))
+
+
+def common(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The nested settings whose keys the other ones have too."""
+    return {
+        key: common(value, other[key]) if isinstance(value, dict) and isinstance(other[key], dict) else value
+        for key, value in settings.items()
+        if key in other
+    }
 
 
 def differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -30,6 +30,7 @@ from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.checkpoint import Header
 from dalle_pytorch.config import build, explicit_overrides
 from dalle_pytorch.data.datamodule import TextImageDataModule
+from dalle_pytorch.data.urls import is_stream
 from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.files import atomic, ensure_empty, write_json
 from dalle_pytorch.models.blocks import BLOCKS
@@ -166,7 +167,7 @@ class Run:
         if step and step >= config.trainer.get("max_steps", -1) > 0:
             log.info("%s is finished: %d steps. More of them: trainer.max_steps=", self.out, step)
             return self._write_finished(result, lit.monitor)
-        if data.val_set is None:
+        if data.val_set is None and not is_stream(config.data.path):  # of a stream it has to be said
             config = replace(config, trainer={**config.trainer, "limit_val_batches": 0})
         trainer = make_trainer(config, self.out, lit, step, accumulate=data.accumulate)
         handler = self._begin(trainer, lit, data, step) if trainer.is_global_zero else None
@@ -191,8 +192,8 @@ class Run:
             if handler is not None:
                 logging.getLogger().removeHandler(handler)
                 handler.close()
-        score = notes.get(lit.monitor)
-        return float(trainer.callback_metrics[lit.monitor]) if score is None and validates(trainer, lit) else score
+        score = notes.get(lit.monitor, trainer.callback_metrics.get(lit.monitor))
+        return None if score is None else float(score)
 
     def _begin(self, trainer: pl.Trainer, lit: LitBase[Any], data: TextImageDataModule, step: int) -> logging.Handler:
         """Write what the run is: its settings, what started it and which versions it runs on; and begin its log."""
@@ -308,10 +309,9 @@ def make_trainer(
     """
     section = dict(config.trainer)
     check_strategy(section, lit.net.config, config.optim.kind)
-    validates = section.get("limit_val_batches", 1.0) != 0
     sharded = is_sharded(section)
     callbacks = make_callbacks(
-        config.callbacks, out, lit, validates=validates, sharded=sharded, count=not config.compile
+        config.callbacks, out, lit, validates=config.validates, sharded=sharded, count=not config.compile
     )
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())
@@ -367,11 +367,6 @@ def _whole(net: nn.Module, first: bool) -> nn.Module:
     whole = checkpoint.build(checkpoint.header(net))
     checkpoint.load_state(whole, state)
     return whole
-
-
-def validates(trainer: pl.Trainer, lit: LitBase[Any]) -> bool:
-    """Whether the monitored metric is known."""
-    return lit.monitor in trainer.callback_metrics
 
 
 def _quieten() -> None:
