@@ -245,7 +245,7 @@ class Task:
 
 
 def arguments_of(argv: Sequence[str]) -> list[str]:
-    """A command line as Hydra reads it: flags first, wherever they stood, and then the settings.
+    """A command line as Hydra reads it.
 
     ``config=runs/x/config.yaml``, settings that a run wrote, becomes the flags for them; and where no sweep is asked
     for, a launcher takes ``out`` as the folder of its one run.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from packaging.specifiers import SpecifierSet
 
 from dalle_pytorch.config import CONFIGS
@@ -110,6 +111,15 @@ def test_readme_code_for_dalle_pytorch_users_runs():
     assert result.returncode == 0, result.stderr
 
 
+def one_point(word: str) -> str:
+    """The first value of a sweep; anything else as it is."""
+    (override,) = OverridesParser.create().parse_overrides([word])
+    if not override.is_sweep_override():
+        return word
+    first = override.value().start if override.is_interval_sweep() else next(override.sweep_string_iterator())
+    return f"{override.get_key_element()}={first}"
+
+
 def test_readme_commands_name_settings_that_exist():
     """Each command line of the README composes, and each line of settings: their keys are known, their groups exist."""
     commands = re.findall(r"^python (\w+)\.py (.*)$", README, re.MULTILINE)
@@ -120,4 +130,5 @@ def test_readme_commands_name_settings_that_exist():
         importlib.import_module(f"dalle_pytorch.commands.{name}")  # makes its schema known
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for command, arguments in commands:
-            compose(command, overrides=[a.strip("'") for a in re.findall(r"'[^']*'|\S+", arguments)])
+            words = [a.strip("'") for a in re.findall(r"'[^']*'|\S+", arguments)]
+            compose(command, overrides=[one_point(word) for word in words if word != "-m"])
