@@ -365,9 +365,16 @@ def _tasks_per_node(devices: Any) -> int:
     return devices
 
 
+def _paper_attention(depth: int) -> list[str]:
+    """Patterns of the paper's layers (Ramesh et al. 2021, appendix B.1): row, column, row, row, ..., convolution last."""
+    layers = ["axial_row", "axial_col", "axial_row", "axial_row"] * (depth // 4 + 1)
+    return [*layers[: depth - 1], "conv_like"]
+
+
 for _name, _resolver in {
     "configs": lambda: str(CONFIGS),
     "tasks_per_node": _tasks_per_node,
+    "paper_attention": _paper_attention,
     "when": lambda value, expected, then, otherwise: then if value == expected else otherwise,
     "run_folder": _run_folder,
     "sweep_folder": _sweep_folder,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints.reader import Mappings, read, release, safetensors_notes
+from dalle_pytorch.checkpoints.reader import mmap_scope, read, release, safetensors_notes
 from dalle_pytorch.errors import UserError, first_line, some
 from dalle_pytorch.files import atomic
 from dalle_pytorch.models.clip import CLIP, CLIPConfig
@@ -240,7 +240,7 @@ def load(
         FileNotFoundError: no such file.
         ValueError: no checkpoint of ours, truncated, of another kind or version, or keys missing or left over.
     """
-    with Mappings():
+    with mmap_scope():
         head, state = read_all(Path(path))
         return assemble(head, state, Path(path), map_location=map_location, kind=kind, dtype=dtype)
 
@@ -256,7 +256,7 @@ def assemble(
 ) -> Any:
     """A model of what has been read; ``state`` is used up, so that no weight is in memory twice.
 
-    In a ``Mappings`` block memory of the file is given back after each weight that is converted to ``dtype``.
+    In a ``mmap_scope`` block memory of the file is given back after each weight that is converted to ``dtype``.
 
     Raises:
         ValueError: as ``load``; names ``path``.
@@ -300,7 +300,7 @@ def read_header(path: str | Path, *, kind: str | None = None) -> Header:
     if path.is_dir():
         head = _read_sharded_header(path)
     else:
-        head = _read_safetensors_header(path) if _is_safetensors(path) else read_all(path)[0]
+        head = _read_safetensors_header(path) if _is_safetensors(path) else _read_torch(path, mmap=True)[0]
     check_kind(head, kind, path)
     return head
 
@@ -376,8 +376,13 @@ def read_all(path: Path) -> tuple[Header, State]:
         return _read_sharded(path)
     if _is_safetensors(path):
         return _read_safetensors_header(path), read(path)
+    return _read_torch(path)
+
+
+def _read_torch(path: Path, *, mmap: bool = False) -> tuple[Header, State]:
+    """Header and weights of a file of ``torch.save``; with ``mmap`` weights are not read before they are used."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # foreign bytes can break the unpickler in any way
         # The first line only: torch goes on to advise weights_only=False.
         raise UserError(f"{path} cannot be read: truncated, or not a checkpoint ({first_line(error)})") from error

@@ -8,7 +8,7 @@ import torch
 
 from dalle_pytorch.checkpoints import checkpoint, hub, sources
 from dalle_pytorch.checkpoints.checkpoint import Header, State, role
-from dalle_pytorch.checkpoints.reader import Mappings, release
+from dalle_pytorch.checkpoints.reader import mmap_scope, release
 from dalle_pytorch.errors import UserError
 
 
@@ -58,7 +58,7 @@ def load_with_header(
         FileNotFoundError: as ``load``.
         UserError: as ``load``.
     """
-    with Mappings():
+    with mmap_scope():
         head, state, path = _read(weights, source, options, kind)
         release()
         model = checkpoint.assemble(head, state, path, map_location=map_location, kind=kind, dtype=dtype)
@@ -88,7 +88,7 @@ def read_header(weights: str | Path, *, kind: str | None = None) -> Header:
     path, source, _ = locate(weights, None, kind)
     if source is None and checkpoint.is_ours(path):
         return checkpoint.read_header(path, kind=kind)
-    with Mappings():
+    with mmap_scope():
         head, _, path = _read(weights, source, {}, kind)
     checkpoint.check_kind(head, kind, path)
     return head

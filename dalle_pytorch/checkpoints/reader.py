@@ -25,8 +25,8 @@ from dalle_pytorch.checkpoints.unpickler import Refused, Storage, Stub, Unpickle
 from dalle_pytorch.errors import UserError, first_line, refuse
 
 __all__ = [
-    "Mappings",
     "Stub",
+    "mmap_scope",
     "read",
     "read_safetensors",
     "refuse",
@@ -60,13 +60,13 @@ SAFE_DTYPES = {
 }
 
 
-class Mappings:
+class mmap_scope:
     """The files that are mapped inside a ``with`` block."""
 
     def __init__(self) -> None:
         self.maps: list[mmap.mmap] = []
 
-    def __enter__(self) -> "Mappings":
+    def __enter__(self) -> "mmap_scope":
         self.token = _mappings.set(self)
         return self
 
@@ -74,13 +74,13 @@ class Mappings:
         _mappings.reset(self.token)
 
 
-_mappings: ContextVar[Mappings | None] = ContextVar("mappings", default=None)
+_mappings: ContextVar[mmap_scope | None] = ContextVar("mappings", default=None)
 
 
 def release() -> None:
     """Give back the memory of what has been read so far of the mapped files; it is read again when used again.
 
-    Outside of a ``Mappings`` block it does nothing. Not once a tensor of these files has been written to: the change
+    Outside of a ``mmap_scope`` block it does nothing. Not once a tensor of these files has been written to: the change
     would be lost.
     """
     mappings = _mappings.get()

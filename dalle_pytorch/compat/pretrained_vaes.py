@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_pytorch.checkpoints import hub
 from dalle_pytorch.checkpoints.checkpoint import config_of, load_state
 from dalle_pytorch.checkpoints.importers import openai_dvae, taming
-from dalle_pytorch.checkpoints.reader import Mappings, release
+from dalle_pytorch.checkpoints.reader import mmap_scope, release
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE
 from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.models.vqgan import VQGAN
@@ -31,7 +31,7 @@ class OpenAIDiscreteVAE(OpenAIDVAE):
 
     def __init__(self, path: str | Path | None = None, *, image_size: int = 256) -> None:
         folder = Path(path) if path is not None else hub.fetch("openai_dvae")
-        with Mappings():
+        with mmap_scope():
             head, state = openai_dvae.convert(folder, image_size=image_size)
             with skeleton():
                 super().__init__(config_of(head))
@@ -71,7 +71,7 @@ class VQGanVAE(VQGAN):
             folder = hub.fetch("vqgan_f16_1024")
             vqgan_model_path, vqgan_config_path = folder / "vqgan.ckpt", vqgan_config_path or folder / "vqgan.yaml"
         config = None if vqgan_config_path is None else Path(vqgan_config_path)
-        with Mappings():
+        with mmap_scope():
             head, state = taming.convert(Path(vqgan_model_path), config=config, image_size=image_size)
             with skeleton():
                 super().__init__(config_of(head))

@@ -14,7 +14,7 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.config import GenerateConfig
 from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
-from dalle_pytorch.generation.results import Film
+from dalle_pytorch.generation.results import PreviewAnimation
 from dalle_pytorch.images import decode_image
 from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
 
@@ -61,13 +61,13 @@ def to_complete(config: GenerateConfig, generator: Generator) -> Given | None:
 
 def draw(
     generator: Generator, prompt: str, config: GenerateConfig, given: Given | None, processes: Processes
-) -> tuple[Ranked | None, Film, bool]:
+) -> tuple[Ranked | None, PreviewAnimation, bool]:
     """Sample and rank this process's share of one prompt under a progress bar.
 
     Returns:
         What was finished, None if nothing; the frames; whether Ctrl-C ended it early.
     """
-    share, film, finished = processes.share(config.drawn()), Film(generator, prompt), None
+    share, film, finished = processes.share(config.drawn()), PreviewAnimation(generator, prompt), None
     total = len(share) * generator.dalle.num_image_tokens
     with tqdm(total=total, desc=prompt[:40], unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         try:

@@ -51,7 +51,7 @@ def label(row: dict[str, Any]) -> str:
     return f"#{row['index']}" if row["score"] is None else f"#{row['index']}  {row['score']:.3f}"
 
 
-class Film:
+class PreviewAnimation:
     """Frames of a prompt's pictures as they appear."""
 
     def __init__(self, generator: Generator, prompt: str) -> None:
@@ -92,7 +92,7 @@ class Results:
         self.rows: list[GridRow] = []
         self.report: list[dict[str, Any]] = []
 
-    def add(self, stem: str, prompt: str, result: Ranked, film: Film) -> None:
+    def add(self, stem: str, prompt: str, result: Ranked, film: PreviewAnimation) -> None:
         """Write a prompt's pictures, whose names begin with ``stem``."""
         images = [result.candidates.images[at] for at in result.ranking.indices.tolist()]
         kept = describe(result, stem)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -192,8 +193,7 @@ class Run:
             if handler is not None:
                 logging.getLogger().removeHandler(handler)
                 handler.close()
-        score = notes.get(lit.monitor, trainer.callback_metrics.get(lit.monitor))
-        return None if score is None else float(score)
+        return notes.get(lit.monitor)
 
     def _begin(self, trainer: pl.Trainer, lit: LitBase[Any], data: TextImageDataModule, step: int) -> logging.Handler:
         """Write what the run is: its settings, what started it and which versions it runs on; and begin its log."""
@@ -216,7 +216,7 @@ class Run:
             "started": datetime.now().isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "commit": git_commit(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": {name: installed_version(name) for name in PACKAGES},
         }
         if HydraConfig.initialized():
             hydra = HydraConfig.get()
@@ -269,6 +269,14 @@ def check_folder(config: RunConfig) -> None:
 def interactive() -> bool:
     """Whether SLURM has given out machines, as to a shell, but did not start this process (srun would number it)."""
     return "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a distribution; None where it is not installed, as this package may be used from a checkout."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:
@@ -346,16 +354,16 @@ def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterato
 
 def _final(trainer: pl.Trainer, lit: LitBase[Any], keep: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model that a run ends with, and notes on it; complete in the first process."""
-    # the checkpoints to resume from have a monitor too, the step
-    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == lit.monitor), None)
-    path = getattr(best, "best_model_path", "")
-    score = getattr(best, "best_model_score", None)
-    if keep == "last" or not path:
-        notes = {"step": trainer.global_step, "kept": "last"}
-        return _whole(lit.net, trainer.is_global_zero) if lit.sharded else lit.net, notes
-    step = checkpoint.read_header(path)["training"]["step"]
-    notes = {"step": step, "kept": "best", lit.monitor: None if score is None else float(score)}
-    return checkpoint.load(path) if trainer.is_global_zero else lit.net, notes
+    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    path = "" if best is None else best.best_model_path
+    if keep == "last" or best is None or not path:
+        score, step = trainer.callback_metrics.get(lit.monitor), trainer.global_step
+        net = _whole(lit.net, trainer.is_global_zero) if lit.sharded else lit.net
+    else:
+        score, step = best.best_model_score, checkpoint.read_header(path)["training"]["step"]
+        net = checkpoint.load(path) if trainer.is_global_zero else lit.net
+    notes = {"step": step, "kept": "best" if path and keep == "best" else "last"}
+    return net, notes if score is None else {**notes, lit.monitor: float(score)}
 
 
 def _whole(net: nn.Module, first: bool) -> nn.Module:

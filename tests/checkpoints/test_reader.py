@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dalle_pytorch.checkpoints.importers.table import rename
-from dalle_pytorch.checkpoints.reader import Mappings, Stub, read, release, safetensors_notes, state_dict, weights_of
+from dalle_pytorch.checkpoints.reader import Stub, mmap_scope, read, release, safetensors_notes, state_dict, weights_of
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_modules_need_not_have_buffers():
 
 def test_memory_is_given_back_where_the_system_can(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(5000)}, tmp_path / "a.pt")
-    with Mappings():
+    with mmap_scope():
         tensor = read(tmp_path / "a.pt")["a"]
         release()
         assert tensor.sum() == 5000
