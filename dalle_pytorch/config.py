@@ -366,7 +366,7 @@ def _tasks_per_node(devices: Any) -> int:
 
 
 def _paper_attention(depth: int) -> list[str]:
-    """Patterns of the paper's layers (Ramesh et al. 2021, appendix B.1): row, column, row, row, ..., convolution last."""
+    """Patterns of the paper's layers (Ramesh et al. 2021, appendix B.1): row, column, row, row, ..., conv_like last."""
     layers = ["axial_row", "axial_col", "axial_row", "axial_row"] * (depth // 4 + 1)
     return [*layers[: depth - 1], "conv_like"]
 
