@@ -129,7 +129,7 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(plan):
     code, _, error = plan("experiment=paper_12b", "trainer=ddp", "data.batch_size=8")
     assert code == 1
     assert "fsdp + checkpoint_activations" in error.splitlines()[-1]
-    assert plan("experiment=paper_12b", "data.batch_size=128", "trainer.accumulate_grad_batches=8")[0] == 0
+    assert plan("experiment=paper_12b", "data.micro_batch_size=16")[0] == 0
     code, _, error = plan("experiment=paper_100m", "hardware.gpus=7")
     assert code == 1
     assert "multiple of hardware.gpus (7)" in error
