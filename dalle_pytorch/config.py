@@ -85,11 +85,13 @@ def typed(node: DictConfig | ListConfig, cls: type[T]) -> T:
 
 def expand_user(node: Any) -> None:
     """Replace a leading ``~/`` of every text in a composed node, as a shell does where it is not quoted."""
+    if node._is_none() or node._is_missing() or node._is_interpolation():
+        return
     items = node.items_ex(resolve=False) if isinstance(node, DictConfig) else enumerate(node._iter_ex(resolve=False))
     for key, value in list(items):
         if isinstance(value, str) and value.startswith("~/"):
             node[key] = os.path.expanduser(value)
-        elif isinstance(value, DictConfig | ListConfig) and not value._is_none() and not value._is_missing():
+        elif isinstance(value, DictConfig | ListConfig):
             expand_user(value)
 
 
