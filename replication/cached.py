@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.data.batches import Batch, ResumableLoader
-from dalle_pytorch.data.datamodule import DataConfig, TextImageDataModule
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.evaluation.likelihood import likelihoods
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer

@@ -1,6 +1,7 @@
 """Held-out pictures and captions for the arms."""
 
-from dalle_pytorch.data.datamodule import DataConfig, open_split
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.splits import open_split
 from dalle_pytorch.evaluation.samples import Samples, read_samples
 
 EMOJI = "data/emoji"

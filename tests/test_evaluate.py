@@ -16,7 +16,7 @@ from PIL import Image
 import dalle_pytorch
 from dalle_pytorch import save
 from dalle_pytorch.commands.evaluate import run
-from dalle_pytorch.data.datamodule import DataConfig
+from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.npm import SETS
 from dalle_pytorch.data.shards import ShardDataset, ShardWriter
 from dalle_pytorch.evaluation.inception import Inception

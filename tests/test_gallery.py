@@ -8,7 +8,7 @@ from PIL import Image
 
 from dalle_pytorch import Generator, load, save
 from dalle_pytorch.commands.gallery import main
-from dalle_pytorch.data.datamodule import DataConfig
+from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.shards import ShardWriter
 from dalle_pytorch.data.svg import encode_webp
 from dalle_pytorch.evaluation.gallery import Artist, GalleryConfig

@@ -4,8 +4,9 @@ import logging
 
 from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.config import entry
-from dalle_pytorch.data.datamodule import TextImageDataModule, open_splits
+from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.data.factors import factor_classes, factors_of
+from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.training.probe import LitProbe, TrainProbeConfig, through

@@ -2,13 +2,10 @@
 
 import logging
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,8 +14,9 @@ from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.index import read_index
 from dalle_pytorch.data.samples import ENCODE_BATCH, Captioned, Collate, Pictures, Tokens
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.splits import find_folder, open_split
 from dalle_pytorch.data.stream import Stream, StreamLoader
-from dalle_pytorch.data.tokens import TokenShards, open_shards
+from dalle_pytorch.data.tokens import TokenShards
 from dalle_pytorch.data.urls import is_stream
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
@@ -238,21 +236,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def all_pictures(
-    shards: ShardDataset, config: DataConfig, image_size: int
-) -> tuple[Float[Tensor, "b 3 H W"], list[str]]:
-    """A whole split in order, unaugmented, with the first caption of each picture.
-
-    Raises:
-        ValueError: they are tokens, not pictures.
-    """
-    if isinstance(shards, TokenShards):
-        raise UserError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
-    pictures = Pictures(shards, config, image_size=image_size, train=False)
-    samples = [pictures[index] for index in range(len(pictures))]
-    return torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples]
-
-
 def _samples(shards: ShardDataset, config: DataConfig, *, image_size: int, train: bool, seed: int) -> Captioned:
     """Pictures or tokens, as the shards are.
 
@@ -285,27 +268,12 @@ def _open_stream(config: DataConfig, *, image_size: int, seed: int) -> Stream:
     return stream
 
 
-def open_splits(config: DataConfig) -> tuple[ShardDataset, ShardDataset]:
-    """The training and the validation split.
-
-    Raises:
-        FileNotFoundError: no such folder; says where it was looked for and how to make one.
-        ValueError: no such split, broken shards, or a stream.
-    """
-    if is_stream(config.path):
-        raise UserError(f"data.path={config.path} is a stream, which has no end: a folder of shards is needed here")
-    train = open_split(config.path, config.train_split, "data.path")
-    if config.val_path is None:
-        return train, open_split(config.path, config.val_split, "data.path")
-    return train, open_split(config.val_path, config.val_split, "data.val_path")
-
-
 def _open_validation(config: DataConfig, *, validate: bool) -> ShardDataset | None:
     """The split to validate on; None if there is none and need be none."""
     path, name = (config.path, "data.path") if config.val_path is None else (config.val_path, "data.val_path")
     if is_stream(path):
         return None
-    index = read_index(_folder(path, name), kind=None)
+    index = read_index(find_folder(path, name), kind=None)
     if set(config.val_split.split("+")) <= index["splits"].keys():
         return open_split(path, config.val_split, name)
     packed_without = config.val_split == "val" and index.get("source", {}).get("val_share") == 0
@@ -315,26 +283,6 @@ def _open_validation(config: DataConfig, *, validate: bool) -> ShardDataset | No
         f"{path} has no split {config.val_split!r} to validate on; it has: {', '.join(index['splits'])}. Name one with "
         "data.val_split=, or train without validation (trainer.limit_val_batches=0)"
     )
-
-
-def open_split(path: str, split: str, name: str) -> ShardDataset:
-    """A split of a folder; ``name`` is the setting that it comes from, for errors.
-
-    Raises:
-        FileNotFoundError: no such folder; says where it was looked for and how to make one.
-        ValueError: no such split, or broken shards.
-    """
-    return open_shards(_folder(path, name), split)
-
-
-def _folder(path: str, name: str) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{name}={path}: there is no folder {folder.absolute()}. The emoji come with a checkout, in "
-            "data/emoji; prepare_data.py writes others (source=emoji, source=rainbow, source=folder path=...)"
-        )
-    return folder
 
 
 def _place(trainer: pl.Trainer | None) -> tuple[int, int]:

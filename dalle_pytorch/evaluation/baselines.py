@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.checkpoints.loading import load
-from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.splits import all_pictures, open_splits
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.likelihood import other_captions, unigram_nats
 from dalle_pytorch.evaluation.samples import distinct_pairs

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dalle_pytorch.data.datamodule import DataConfig
+from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.sweep import SweepConfig

@@ -7,8 +7,8 @@ import torch
 
 from dalle_pytorch.checkpoints import checkpoint, loading
 from dalle_pytorch.checkpoints.checkpoint import role, weights_sha256
-from dalle_pytorch.data.datamodule import open_split
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.splits import open_split
 from dalle_pytorch.data.urls import is_stream
 from dalle_pytorch.distributed import Processes
 from dalle_pytorch.errors import UserError

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dalle_pytorch.checkpoints.loading import load
-from dalle_pytorch.data.datamodule import DataConfig, all_pictures, open_splits
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.splits import all_pictures, open_splits
 from dalle_pytorch.evaluation.baselines import psnr
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens, make_decoder
 from dalle_pytorch.generation.generator import text_tokenizer_of

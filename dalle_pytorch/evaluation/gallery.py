@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from dalle_pytorch.data.datamodule import DataConfig, open_splits
+from dalle_pytorch.data.config import DataConfig
+from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.samples import Samples, read_samples

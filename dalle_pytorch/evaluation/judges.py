@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from dalle_pytorch.checkpoints import loading
 from dalle_pytorch.checkpoints.checkpoint import weights_sha256
-from dalle_pytorch.data.datamodule import open_split
 from dalle_pytorch.data.factors import class_captions
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
+from dalle_pytorch.data.splits import open_split
 from dalle_pytorch.distributed import Processes
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.clip import evaluate_clip

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_pytorch.data.datamodule import DataConfig
+from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.factors import Factors, asked, factors_of
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset

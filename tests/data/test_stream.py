@@ -15,8 +15,9 @@ from PIL import Image
 from webdataset import TarWriter
 
 from dalle_pytorch.data.config import DataConfig
-from dalle_pytorch.data.datamodule import TextImageDataModule, open_splits
+from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.data.stream import ALLOWED, StreamBatches, StreamLoader, read_captions
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import BPETokenizer

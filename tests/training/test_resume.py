@@ -1,12 +1,14 @@
 """A run that is killed and started again ends as one that was not, bit for bit."""
 
 import csv
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -37,7 +39,15 @@ def environment():
 
 
 def run(arguments):
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment())
+    """The command in this process, which need not import everything again."""
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["train_dalle.py", *arguments[3:]])
+        try:
+            train_dalle.main()
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def start_and_wait_for(arguments, ready):
