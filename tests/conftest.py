@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
 from torch import Tensor
 
@@ -27,6 +29,22 @@ def randomness():
     """The same weights and data in every run, on one thread: tiny matrices gain nothing from more."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_store_of_schemas():
+    """Hydra copies all schemas whenever it composes, or lists a group for ``--help``; it changes none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigStore, "__deepcopy__", lambda store, memo: store, raising=False)
+        yield
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Shapes of arguments go unchecked: tests of the parts check them, and in a long test it is half of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -218,6 +218,7 @@ def test_a_dalle_with_ranker_and_judge(place, call):
     assert "clip_score" not in read(place / "three" / "metrics.json").metrics
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_sweep_completion_and_memorisation_of_a_dalle(place, call):
     given = [
         f"judge={place}/judge.safetensors",

@@ -85,6 +85,7 @@ def test_class_captions_of_emoji_are_alike_in_all_else():
     assert {"cat, noto emoji", "cat, fluent 3d emoji", "red apple, noto emoji"} <= written
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_class_captions_of_rainbow_differ_in_one_factor():
     every = [rainbow(drawing) for drawing in all_drawings()]
     found = class_captions(every)

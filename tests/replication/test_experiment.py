@@ -165,6 +165,7 @@ def test_a_clip_gives_the_numbers_that_its_experiments_name(monkeypatch, job):
     assert of_run("clip")[1] <= set(clips.run(job("clip", [])).numbers)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_drawn_pictures_give_the_numbers_that_their_experiments_name(monkeypatch, make_dalle, job):
     dalle = make_dalle(text_vocab_size=WORDS.vocab_size, text_len=8, caption_dropout=0.1)
     dalle.text_tokenizer = WORDS
