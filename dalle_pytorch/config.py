@@ -212,9 +212,10 @@ class Task:
         except (UserError, OSError) as error:
             if self.full_error or not is_for_people(error):
                 raise
+            sys.exit(report(error))
+        finally:
             with contextlib.suppress(OSError):  # it holds something
                 Path(settings.runtime.output_dir).rmdir()
-            sys.exit(report(error))
 
     def point(self, node: DictConfig) -> Any:
         """One point of a sweep. An error is raised again: Hydra runs the other points first."""

@@ -13,8 +13,10 @@ from dalle_pytorch.training.plan import HardwareConfig, Sizes, flops, matrices, 
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys):
+def plan(monkeypatch, capsys, tmp_path):
     """Run train_dalle.py plan=true; returns exit code, output and errors."""
+
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_dalle.py", "plan=true", *arguments])
@@ -24,6 +26,7 @@ def plan(monkeypatch, capsys):
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
+        assert not list(tmp_path.glob("runs/*/*")), "a plan leaves no folder"
         return code, captured.out, captured.err
 
     return run
