@@ -214,8 +214,10 @@ class Task:
                 raise
             sys.exit(report(error))
         finally:
-            with contextlib.suppress(OSError):  # it holds something
-                Path(settings.runtime.output_dir).rmdir()
+            folder = Path(settings.runtime.output_dir)
+            if folder != Path.cwd():
+                with contextlib.suppress(OSError):  # it holds something
+                    folder.rmdir()
 
     def point(self, node: DictConfig) -> Any:
         """One point of a sweep. An error is raised again: Hydra runs the other points first."""

@@ -14,8 +14,6 @@ from typing import Any
 
 from dalle_pytorch.errors import UserError, first_line
 
-_READ_SIZE = 1 << 20  # bytes per read when a file is hashed
-
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -67,11 +65,8 @@ def split_lines(text: str) -> list[str]:
 
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_SIZE):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ensure_empty(
@@ -94,11 +89,11 @@ def ensure_empty(
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, with the names of its columns where the file is new; for several processes at a time."""
+    """Add a row to a CSV file, with the names of its columns where the file is new."""
     text = io.StringIO()
     writer = csv.DictWriter(text, row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         if not file.tell():
             writer.writeheader()
         writer.writerow(row)

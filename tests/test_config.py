@@ -158,6 +158,23 @@ def test_a_mistake_found_later_ends_with_code_1(monkeypatch, capsys, tmp_path):
     assert error.startswith("error: no file or folder nothing.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("export", ["weights=none.pt", "out=x"]),
+        ("generate", ["weights=none.pt", "prompt=cat"]),
+        ("train_vae", ["data.path=nowhere"]),
+        ("train_vae", ["data.path=nowhere", "out=."]),
+    ],
+)
+def test_an_error_does_not_remove_the_empty_folder_that_it_happens_in(monkeypatch, capsys, tmp_path, name, settings):
+    """But the folder of the run, which was made for it."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, capsys, name, *settings)[0] == 1
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
 def test_a_full_traceback_can_be_had(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train_vae.py", f"data.path={tmp_path / 'nowhere'}"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from dalle_pytorch.checkpoints.reader import refuse
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, refuse
 
 DTYPES = {
     name: getattr(torch, name)

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from dalle_pytorch.checkpoints.unpickler import Refused, Storage, Stub, Unpickler, is_count
-from dalle_pytorch.errors import UserError, first_line, refuse
+from dalle_pytorch.errors import UserError, first_line
 
 __all__ = [
     "Stub",
     "mmap_scope",
     "read",
     "read_safetensors",
-    "refuse",
     "release",
     "safetensors_notes",
     "state_dict",

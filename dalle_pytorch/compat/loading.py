@@ -9,7 +9,7 @@ from torch import nn
 from dalle_pytorch.checkpoints import loading
 from dalle_pytorch.compat.dalle_pytorch import CLIP, DALLE, DiscreteVAE
 
-_CLASSES = {base: named for named in (DiscreteVAE, DALLE, CLIP) for base in (named.__base__,)}
+_CLASSES = {named.__base__: named for named in (DiscreteVAE, DALLE, CLIP)}
 
 
 def load(
@@ -24,8 +24,8 @@ def load(
     """A model, ready to use. Nothing in a file is executed.
 
     Args:
-        weights: a checkpoint of ours (file or folder), a file or folder of another program's, "emoji" (the weights that
-            come along), a name of ``checkpoints.hub.RELEASES``, or an id of the Hugging Face hub.
+        weights: a checkpoint of ours (file or folder), a file or folder of another program's, a name of
+            ``checkpoints.hub.RELEASES`` ("emoji" = the weights that come along), or an id of the Hugging Face hub.
         kind: "vae" (any image tokenizer), "dalle", "clip" or "probe" if nothing else will do; None = any. Of "emoji" it
             says which is meant; None = its DALLE.
         source: the format of a foreign file, a name of ``checkpoints.sources.SOURCES``; None = found from its content.

@@ -5,6 +5,7 @@ What could not be downloaded has no sample: img2dataset lists it in its parquet 
 """
 
 import json
+import lzma
 import re
 import tarfile
 import zlib
@@ -20,7 +21,7 @@ from dalle_pytorch.errors import UserError, first_line
 from dalle_pytorch.images import IMAGE_SUFFIXES
 
 _TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz)$", re.IGNORECASE)
-_BROKEN = (tarfile.TarError, EOFError, zlib.error)
+_BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class _File(NamedTuple):

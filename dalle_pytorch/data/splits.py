@@ -2,14 +2,9 @@
 
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from dalle_pytorch.data.config import DataConfig
-from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
-from dalle_pytorch.data.tokens import TokenShards, open_shards
+from dalle_pytorch.data.tokens import open_shards
 from dalle_pytorch.data.urls import is_stream
 from dalle_pytorch.errors import UserError
 
@@ -52,18 +47,3 @@ def find_folder(path: str, name: str) -> Path:
             "data/emoji; prepare_data.py writes others (source=emoji, source=rainbow, source=folder path=...)"
         )
     return folder
-
-
-def all_pictures(
-    shards: ShardDataset, config: DataConfig, image_size: int
-) -> tuple[Float[Tensor, "b 3 H W"], list[str]]:
-    """A whole split in order, unaugmented, with the first caption of each picture.
-
-    Raises:
-        ValueError: they are tokens, not pictures.
-    """
-    if isinstance(shards, TokenShards):
-        raise UserError(f"{shards.folder} holds image tokens, and this needs the pictures: set data.path= to theirs")
-    pictures = Pictures(shards, config, image_size=image_size, train=False)
-    samples = [pictures[index] for index in range(len(pictures))]
-    return torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples]

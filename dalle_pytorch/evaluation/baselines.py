@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.data.config import DataConfig
-from dalle_pytorch.data.splits import all_pictures, open_splits
+from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.likelihood import other_captions, unigram_nats
-from dalle_pytorch.evaluation.samples import distinct_pairs
+from dalle_pytorch.evaluation.samples import distinct_pairs, read_samples
 from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.models.clip import CLIP
@@ -173,8 +173,8 @@ def compare(config: BaselinesConfig) -> list[Comparison]:
         raise FileNotFoundError(f"ranking={config.ranking} does not exist; generate.py writes it")
     dalle, clip = load(config.dalle, kind="dalle"), load(config.clip, kind="clip")
     train_shards, val_shards = open_splits(config.data)
-    train_images, _ = all_pictures(train_shards, config.data, dalle.vae.image_size)
-    images, captions = all_pictures(val_shards, config.data, dalle.vae.image_size)
+    train_images = read_samples(train_shards, config.data, dalle.vae.image_size).images
+    images, captions, _ = read_samples(val_shards, config.data, dalle.vae.image_size)
     train_tokens = torch.cat([dalle.vae.encode(part) for part in train_images.split(256)])
     text = text_tokenizer_of(dalle, "dalle").tokenize(captions, dalle.config.text_len, truncate=True)
     pairs = distinct_pairs(captions, config.max_pairs, config.seed)

@@ -105,9 +105,9 @@ def half_samples(
     """
     _check(rounds, level)
     if group < 1 or len(generated) % group:
-        raise UserError(f"groups of {group} do not divide {len(generated)} generated samples")
+        raise ValueError(f"groups of {group} do not divide {len(generated)} generated samples")
     if paired and (group > 1 or len(real) != len(generated)):
-        raise UserError(f"{len(real)} real and {len(generated)} generated samples in groups of {group} are no pairs")
+        raise ValueError(f"{len(real)} real and {len(generated)} generated samples in groups of {group} are no pairs")
     check_rows(real, "real features", least=4)
     check_rows(generated, "generated features", least=4 * group)
     groups, values = torch.arange(len(generated)).view(-1, group), []

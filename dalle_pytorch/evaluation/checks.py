@@ -53,6 +53,6 @@ def check_same_shape(images: Shaped[Tensor, "..."], targets: Shaped[Tensor, "...
         ValueError: the shapes differ; names both.
     """
     if images.shape != targets.shape:
-        raise UserError(
+        raise ValueError(
             f"pictures of shape {tuple(images.shape)} beside targets of {tuple(targets.shape)}: resize one of them"
         )

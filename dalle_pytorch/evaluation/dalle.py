@@ -88,9 +88,8 @@ def evaluate_likelihood(
         vocab, length = dalle.config.text_vocab_size, dalle.config.text_len
         known, held_out = ([[i for i in row if i] for row in p.text_tokens.tolist()] for p in (train, pairs))
         metrics["text_nats"] = measure.mean(own.text, weights=own.text_tokens, unit=unit, better="lower")
-        if (
-            dalle.config.foreign.bos
-        ):  # without it the first token is not predicted, and the two would be of unequal tokens
+        # Without it the first token is not predicted, and the two would be of unequal tokens.
+        if dalle.config.foreign.bos:
             nats, counts = unigram_text_nats(known, held_out, vocab, length)
             metrics["text_nats_unigram"] = measure.mean(nats, weights=counts, unit=unit, better="lower", how=trained)
             rows.append(

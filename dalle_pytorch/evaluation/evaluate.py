@@ -48,6 +48,9 @@ def evaluate(config: EvaluateConfig, processes: Processes) -> report.Record | No
         FileExistsError: ``out`` holds files.
         UserError: what cannot be read or judged; names it.
     """
+    folder = Path(config.out)
+    if processes.rank == 0:
+        ensure_empty(folder)
     shards = held_out(config)
     torch.set_num_threads(config.threads)
     step = loading.read_header(config.checkpoint)["training"].get("step")
@@ -59,9 +62,7 @@ def evaluate(config: EvaluateConfig, processes: Processes) -> report.Record | No
     measure = Measure(
         protocol(shards, config, owner.image_size), seed=config.seed, rounds=config.rounds, halves=config.halves
     )
-    folder = Path(config.out)
     if processes.rank == 0:
-        ensure_empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
     with shared_by(processes):
         found = JUDGES[kind](model, config, shards, measure)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.data.config import DataConfig
-from dalle_pytorch.data.splits import all_pictures, open_splits
+from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.evaluation.baselines import psnr
+from dalle_pytorch.evaluation.samples import read_samples
 from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens, make_decoder
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -60,7 +61,7 @@ def judge(config: ExactMatchConfig) -> list[str]:
     dalle = load(config.dalle, kind="dalle")
     tokenizer, lines, seen = text_tokenizer_of(dalle, "dalle"), [], set()
     for shards in open_splits(config.data):
-        images, captions = all_pictures(shards, config.data, dalle.vae.image_size)
+        images, captions, _ = read_samples(shards, config.data, dalle.vae.image_size)
         text = tokenizer.tokenize(captions, dalle.config.text_len)
         image_tokens = torch.cat([dalle.vae.encode(part) for part in images.split(256)])
         decoded = torch.cat([dalle.vae.decode(part) for part in image_tokens.split(256)])

@@ -47,11 +47,11 @@ class Metric:
             raise UserError(f"the value is {self.value}; look for NaN in the model's output")
         at_least_one(self, "count")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
-            raise UserError(f"interval {self.interval} must have its lower end first")
+            raise ValueError(f"interval {self.interval} must have its lower end first")
         if (self.extractor is None) != (self.weights_sha256 is None):
-            raise UserError("extractor and weights_sha256 belong together: give both or none")
+            raise ValueError("extractor and weights_sha256 belong together: give both or none")
         if self.better not in ("higher", "lower", "neither"):
-            raise UserError(f"better must be higher, lower or neither, got {self.better!r}")
+            raise ValueError(f"better must be higher, lower or neither, got {self.better!r}")
 
 
 Metrics: TypeAlias = dict[str, Metric]

@@ -171,7 +171,7 @@ class Throughput(Callback):
 
     Args:
         count: measure the arithmetic of a step: three times that of the first forward pass (Chowdhery et al. 2022,
-            appendix B), so that recomputed activations do not count.
+            appendix B), so that recomputed activations do not count; a frozen image tokenizer counts as if trained.
     """
 
     def __init__(self, *, count: bool = True) -> None:

@@ -21,7 +21,7 @@ HOW_TO_RUN = ("resume", "out", "logger", "trainer.enable_progress_bar", "trainer
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Name of the checkpoint after so many steps, as ModelCheckpoint's ``filename=step_{step:08d}`` gives."""
+    """Name of the checkpoint after so many steps."""
     return folder / f"step_{step:08d}.ckpt"
 
 

@@ -142,7 +142,7 @@ class Hostile:
 
 @pytest.mark.parametrize("fault", ["hostile", "truncated", "source", "swapped", "surplus"])
 def test_every_fault_of_a_file_is_one_line_and_nothing_is_written(foreign, tmp_path, monkeypatch, fault):
-    """As the command says it; in `tests/importers` each source has its own."""
+    """As the command says it; in `tests/checkpoints/importers` each source has its own."""
     mark, path, source = tmp_path / "mark", foreign(), "taming"
     if fault == "hostile":
         path, named = foreign(x=Hostile(mark)), r"last\.ckpt calls \w+\.open"

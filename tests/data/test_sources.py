@@ -1,9 +1,11 @@
 """Packing COCO captions, img2dataset's output and Hugging Face data sets."""
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import sys
 import tarfile
@@ -455,6 +457,19 @@ def test_tars_are_read_in_any_order_and_compression(tmp_path: Path, name: str, m
     found = greys(tmp_path / "out")
     assert found.keys() == {f"part_a/00000/{i:03d}.png" for i in range(14)}
     assert all(abs(grey - 9 * int(path[-7:-4])) <= 1 for path, grey in found.items())
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_damaged_compressed_tar_is_named(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    for name in ("0.tar", "1.tar"):
+        tar(tmp_path / "in" / name, {f"{i}.{ext}": png(i) if ext == "jpg" else os.urandom(3000).hex().encode()
+                                     for i in range(9) for ext in ("jpg", "txt")})  # fmt: skip
+    content = bytearray(compress((tmp_path / "in" / "1.tar").read_bytes()))
+    content[len(content) // 2] ^= 255
+    (tmp_path / "in" / "1.tar").write_bytes(content)
+    pack_img2dataset(tmp_path / "in", tmp_path / "out", PackConfig(image_size=8, max_bad_fraction=0.5))
+    assert reasons(tmp_path / "out")["1.tar"].startswith("broken tar")
+    assert Counter(path.partition("/")[0] for path in read(tmp_path / "out"))["0"] == 9
 
 
 def test_tars_that_are_none_and_a_compressed_one_cut_short_are_named(tmp_path: Path) -> None:

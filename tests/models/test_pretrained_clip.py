@@ -1,4 +1,4 @@
-"""Frames, pictures, types and limits of released CLIPs; their outputs are compared in tests/importers."""
+"""Frames, pictures, types and limits of released CLIPs; their outputs are compared in tests/checkpoints/importers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Shapes, ranges and exactness of the VQGAN; that it is the reference's is in tests/importers/test_taming.py."""
+"""Shapes, ranges and exactness of the VQGAN; parity with the reference: tests/checkpoints/importers/test_taming.py."""
 
 import pytest
 import torch

@@ -22,8 +22,8 @@ from torch import Tensor
 from dalle_pytorch.checkpoints.checkpoint import Header, State, build, make_header
 from dalle_pytorch.checkpoints.importers import taming
 from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import read, refuse, release, weights_of
-from dalle_pytorch.errors import UserError, first_line, some
+from dalle_pytorch.checkpoints.reader import read, release, weights_of
+from dalle_pytorch.errors import UserError, first_line, refuse, some
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import HFTokenizer

@@ -12,7 +12,8 @@ from pathlib import Path
 from dalle_pytorch.checkpoints.checkpoint import Header, State, make_header
 from dalle_pytorch.checkpoints.importers.table import Table, rename
 from dalle_pytorch.checkpoints.importers.taming import numbers, vqgan_from_state
-from dalle_pytorch.checkpoints.reader import read, refuse, weights_of
+from dalle_pytorch.checkpoints.reader import read, weights_of
+from dalle_pytorch.errors import refuse
 
 SIGNATURE = frozenset({"encoder.conv_blocks.0.res.0.norm1.weight", "quantize.embedding.weight", "quant_conv.weight"})
 GPT_SIGNATURE = frozenset({"tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight"})

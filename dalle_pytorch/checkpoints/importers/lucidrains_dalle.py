@@ -25,8 +25,8 @@ from dalle_pytorch.checkpoints.checkpoint import Header, State, build, make_head
 from dalle_pytorch.checkpoints.importers import openai_dvae, taming
 from dalle_pytorch.checkpoints.importers.lucidrains_vae import VAE_SIGNATURE, filled, vae_from_state
 from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import read, refuse, state_dict
-from dalle_pytorch.errors import UserError, some
+from dalle_pytorch.checkpoints.reader import read, state_dict
+from dalle_pytorch.errors import UserError, refuse, some
 from dalle_pytorch.models.attention import dalle_pytorch_angles
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.transformer import ForeignConfig

@@ -11,7 +11,8 @@ from pathlib import Path
 from dalle_pytorch.checkpoints.checkpoint import Header, State, make_header
 from dalle_pytorch.checkpoints.importers.clip_weights import TRANSPOSED, block_rows, finish, make_config, sizes
 from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import read, refuse, weights_of
+from dalle_pytorch.checkpoints.reader import read, weights_of
+from dalle_pytorch.errors import refuse
 from dalle_pytorch.text import CLIPTokenizer
 
 SIGNATURE = frozenset({"visual.conv1.weight", "token_embedding.weight", "text_projection", "input_resolution"})

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dalle_pytorch.checkpoints.checkpoint import Header, State, make_header
 from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import Stub, read, refuse, state_dict
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.checkpoints.reader import Stub, read, state_dict
+from dalle_pytorch.errors import UserError, refuse
 from dalle_pytorch.models.openai_dvae import OpenAIDVAEConfig
 
 FILES = ("encoder.pkl", "decoder.pkl")

@@ -15,8 +15,8 @@ from typing import Any
 
 from dalle_pytorch.checkpoints.checkpoint import Header, State, make_header
 from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import read, refuse, weights_of
-from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.checkpoints.reader import read, weights_of
+from dalle_pytorch.errors import UserError, first_line, refuse
 from dalle_pytorch.models.vqgan import VQGANConfig
 
 SIGNATURE = frozenset({"quantize.embedding.weight", "encoder.down.0.block.0.norm1.weight", "quant_conv.weight"})

@@ -4,7 +4,7 @@
     git clone https://github.com/mlfoundations/open_clip            # recorded at 89fb801
     pip install --no-deps --target peers timm==1.0.28 sentencepiece==0.2.3 protobuf==7.36.2
     export PYTHONPATH=openai_clip:open_clip/src:peers               # transformers 5.23.0, ftfy, regex as installed
-    python -P tests/importers/reference/clip.py    # writes clip.safetensors beside; -P: this file is no package "clip"
+    python -P tests/checkpoints/reference/clip.py  # writes clip.safetensors beside; -P: this file is no package "clip"
 
 torchvision, which two of them import for their data loading, is replaced by empty classes.
 """

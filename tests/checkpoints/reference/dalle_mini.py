@@ -3,7 +3,7 @@
 Of dalle-mini only one file is run, with emoji, ftfy, huggingface_hub and unidecode; the tokenizer is transformers' own:
 
     git clone https://github.com/borisdayma/dalle-mini   # f0be4de
-    PYTHONPATH=dalle-mini/src/dalle_mini/model python -P tests/importers/reference/dalle_mini.py
+    PYTHONPATH=dalle-mini/src/dalle_mini/model python -P tests/checkpoints/reference/dalle_mini.py
 """
 
 # ruff: noqa: RUF001 (captions with their own typography)

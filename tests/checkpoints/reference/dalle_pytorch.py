@@ -2,7 +2,7 @@
 
 ``benchmarks/peer.py`` says how to make an interpreter that has it; ``-P`` keeps this file from standing in for it:
 
-    peer/bin/python -P tests/importers/reference/dalle_pytorch.py [file to write]
+    peer/bin/python -P tests/checkpoints/reference/dalle_pytorch.py [file to write]
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """Record what LlamaGen's image tokenizer makes of seeded weights: codes, pixels, and all keys of VQ-16 and VQ-8.
 
 git clone https://github.com/FoundationVision/LlamaGen   # ce98ec4
-PYTHONPATH=LlamaGen python tests/importers/reference/llamagen.py
+PYTHONPATH=LlamaGen python tests/checkpoints/reference/llamagen.py
 """
 
 import importlib.util

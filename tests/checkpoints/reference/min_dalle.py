@@ -3,7 +3,7 @@
 It needs emoji, numpy, pillow and requests; ``-P`` keeps this file from standing in for the package of its name:
 
     pip install --no-deps --target min_dalle min-dalle==0.4.11
-    PYTHONPATH=min_dalle python -P tests/importers/reference/min_dalle.py
+    PYTHONPATH=min_dalle python -P tests/checkpoints/reference/min_dalle.py
 
 The weights are those of ``seeded.fill`` with seed 1 for the encoder and 2 for the decoder, under the keys of the
 released files: without the scales that ``SCALES`` names.

@@ -3,7 +3,7 @@
 Its package cannot be imported as a whole on Python 3.11; the modules of its networks can, with einops and omegaconf:
 
     git clone https://github.com/kakaobrain/minDALL-E   # e548007
-    PYTHONPATH=minDALL-E python -P tests/importers/reference/mindalle.py
+    PYTHONPATH=minDALL-E python -P tests/checkpoints/reference/mindalle.py
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Record what OpenAI's package makes of seeded weights: codes, logits, pixels, pickled names, and keys at full size.
 
 pip install --no-deps --target dall_e dall-e==0.1 attrs
-PYTHONPATH=dall_e python tests/importers/reference/openai_dvae.py
+PYTHONPATH=dall_e python tests/checkpoints/reference/openai_dvae.py
 """
 
 import importlib.util

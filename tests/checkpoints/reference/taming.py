@@ -4,7 +4,7 @@ Neither needs its dependencies for this; ``-P`` keeps this file from standing in
 
     git clone https://github.com/CompVis/taming-transformers   # 3ba01b2
     pip install --no-deps --target min_dalle min-dalle==0.4.11
-    PYTHONPATH=taming-transformers:min_dalle python -P tests/importers/reference/taming.py
+    PYTHONPATH=taming-transformers:min_dalle python -P tests/checkpoints/reference/taming.py
 """
 
 import importlib.util
