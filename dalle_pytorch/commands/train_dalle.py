@@ -38,7 +38,7 @@ def main(config: TrainDALLEConfig) -> float | None:
         data.check_tokenizer(describe_tokenizer(vae), origin)
     if source is None:
         tokenizer = make_tokenizer(config.text, data, run.header)
-        net = initial.new_network(config.model, vae, tokenizer)
+        net = config.model.fitted(vae, tokenizer).build(vae)
     else:
         tokenizer = initial.tokenizer_of(source, config, data, run.header)
         net = initial.network_from(source, config.model)

@@ -18,10 +18,10 @@ from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.likelihood import other_captions, unigram_nats
 from dalle_pytorch.evaluation.samples import distinct_pairs, read_samples
-from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.text_to_image import TextToImage
 
 BATCH = 64  # samples evaluated together; no number depends on it
 
@@ -74,7 +74,7 @@ def unigram_loss(train_tokens: Int[Tensor, "train n"], tokens: Int[Tensor, "b n"
 
 
 @torch.no_grad()
-def image_loss(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> float:
+def image_loss(dalle: TextToImage, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> float:
     """Mean image loss of a model in evaluation mode, nats per token."""
     total = 0.0
     for text, image in zip(text_tokens.split(BATCH), image_tokens.split(BATCH), strict=True):
@@ -83,7 +83,7 @@ def image_loss(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: I
 
 
 def dalle_comparisons(
-    dalle: AnyDALLE,
+    dalle: TextToImage,
     text_tokens: Int[Tensor, "b t"],
     image_tokens: Int[Tensor, "b n"],
     train_tokens: Int[Tensor, "train n"],

@@ -26,7 +26,7 @@ from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer, score
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.models.text_to_image import TextToImage
 
 SHOWN_PROMPTS, SHOWN = 6, 7
 """Prompts on the page, and pictures of each."""
@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 
 def evaluate_likelihood(
-    dalle: AnyDALLE, pairs: Pairs, train: Pairs, measure: Measure, *, trained: Protocol = MappingProxyType({})
+    dalle: TextToImage, pairs: Pairs, train: Pairs, measure: Measure, *, trained: Protocol = MappingProxyType({})
 ) -> Evaluation:
     """Nats per image token, text token and pixel, beside a unigram model and the same model with others' captions.
 
@@ -84,13 +84,13 @@ def evaluate_likelihood(
             *(shown(metrics[f"image_nats{name}"].value) for name in ("", "_unigram", "_shuffled_captions")),
         )
     ]
-    if isinstance(dalle, DALLE) and own.text is not None and own.text_tokens is not None:
+    if own.text is not None and own.text_tokens is not None:
         vocab, length = dalle.config.text_vocab_size, dalle.config.text_len
         known, held_out = ([[i for i in row if i] for row in p.text_tokens.tolist()] for p in (train, pairs))
         metrics["text_nats"] = measure.mean(own.text, weights=own.text_tokens, unit=unit, better="lower")
-        # Without it the first token is not predicted, and the two would be of unequal tokens.
-        if dalle.config.foreign.bos:
-            nats, counts = unigram_text_nats(known, held_out, vocab, length)
+        nats, counts = unigram_text_nats(known, held_out, vocab, length)
+        # A model without <bos> does not predict the first token: the two would be of unequal tokens.
+        if torch.equal(counts, own.text_tokens.double()):
             metrics["text_nats_unigram"] = measure.mean(nats, weights=counts, unit=unit, better="lower", how=trained)
             rows.append(
                 ("text tokens", shown(metrics["text_nats"].value), shown(metrics["text_nats_unigram"].value), "")

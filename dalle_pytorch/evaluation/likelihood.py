@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.evaluation.shares import in_parts
-from dalle_pytorch.generation.engine import AnyDALLE
-from dalle_pytorch.models.dalle import DALLE
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.text_to_image import TextToImage
 
 TOGETHER = 64
 """Samples in one pass of the model; no number depends on it."""
@@ -31,7 +29,7 @@ class Likelihoods(NamedTuple):
     """How many text tokens these are."""
 
 
-def likelihoods(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> Likelihoods:
+def likelihoods(dalle: TextToImage, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]) -> Likelihoods:
     """Of every sample, the same as ``dalle.loss`` takes the mean of. (A DALLEBart's are among the codes alone.)
 
     Args:
@@ -43,29 +41,17 @@ def likelihoods(dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: 
 
     def of_part(part: tuple[Tensor, Tensor]) -> Likelihoods:
         words, codes = (tokens.to(device) for tokens in part)
-        logits = dalle.logits(words, codes)
-        scores = logits if isinstance(logits, Tensor) else logits.image
-        image = F.cross_entropy(scores.float().transpose(1, 2), codes, reduction="none").sum(dim=1).cpu()
-        if isinstance(logits, Tensor) or not isinstance(dalle, DALLE):
+        image = dalle.image_nll(words, codes).sum(dim=1).cpu()
+        if not dalle.has_text_head:
             return Likelihoods(image, None, None)
-        nats, counted = _text_nats(dalle, words, logits.text.float())
-        return Likelihoods(image, nats.cpu(), counted.cpu())
+        nats, counted = dalle.text_nll(words)
+        return Likelihoods(image, nats.sum(dim=1).cpu(), counted.sum(dim=1).float().cpu())
 
     pairs = list(zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True))
     with eval_mode(dalle):
         parts = in_parts(of_part, pairs)
     image, *text = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
     return Likelihoods(torch.cat(image), *(torch.cat(column) if column else None for column in text))
-
-
-def _text_nats(
-    dalle: DALLE, text_tokens: Int[Tensor, "b t"], logits: Float[Tensor, "b p v"]
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    targets = dalle.pad_text(text_tokens)[:, dalle.config.text_len - logits.shape[1] :]
-    is_pad = targets >= dalle.config.text_vocab_size
-    counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))  # as in DALLE.loss
-    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * counted
-    return nats.sum(dim=1), counted.sum(dim=1).float()
 
 
 def other_captions(text_tokens: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:

@@ -14,33 +14,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
-from dalle_pytorch.models.dalle_bart import DALLEBart
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.text_to_image import NO_TEXT_HEAD, TextToImage
 
 TOGETHER = 64
 """Captions in one pass of the model."""
 
 
 def image_log_likelihood(
-    dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]
+    dalle: TextToImage, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]
 ) -> Float[Tensor, " b"]:
     """Log-likelihood of each picture given its caption, in nats, summed over its image tokens.
 
     Differences between captions of one picture rank them; divide by n for nats per token.
     """
-    parts = []
+    pairs = zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True)
     with eval_mode(dalle):
-        for text, image in zip(text_tokens.split(TOGETHER), image_tokens.split(TOGETHER), strict=True):
-            logits = dalle.logits(text, image)
-            scores = logits if isinstance(logits, Tensor) else logits.image  # a DALLEBart has no others
-            parts.append(-F.cross_entropy(scores.float().transpose(1, 2), image, reduction="none").sum(dim=1))
-    return torch.cat(parts)
+        return -torch.cat([dalle.image_nll(text, image).sum(dim=1) for text, image in pairs])
 
 
 def draw_texts(
-    dalle: AnyDALLE, start_tokens: Int[Tensor, "b start"], uniforms: Float[Tensor, "b t"], sampling: SamplingConfig
+    dalle: TextToImage, start_tokens: Int[Tensor, "b start"], uniforms: Float[Tensor, "b t"], sampling: SamplingConfig
 ) -> Int[Tensor, "b t"]:
     """Continue captions; 0 from where a caption ends. Every step reads the caption anew: captions are short.
 
@@ -54,8 +49,8 @@ def draw_texts(
         ValueError: the model has no text head, guidance is asked for, the start fills the context, or it is empty and
             the model has no <bos>.
     """
-    if isinstance(dalle, DALLEBart):
-        raise UserError("this dalle reads captions and has no head to write them (a DALL·E mini): use a DALLE")
+    if not dalle.has_text_head:
+        raise UserError(NO_TEXT_HEAD)
     config = dalle.config
     if sampling.guided():
         raise UserError("guidance (cfg_scale, cfg_schedule) weighs captions against none: it cannot draw captions")
@@ -65,18 +60,11 @@ def draw_texts(
         )
     if start_tokens.numel() and not 0 < int(start_tokens.min()) <= int(start_tokens.max()) < config.text_vocab_size:
         raise UserError(f"the start must hold text tokens 1 to {config.text_vocab_size - 1}, without padding")
-    if not start_tokens.shape[1] and not config.foreign.bos:
-        raise UserError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
     tokens = F.pad(start_tokens, (0, config.text_len - start_tokens.shape[1]))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with eval_mode(dalle):
         for position in range(start_tokens.shape[1], config.text_len):
-            inputs = dalle.embed(dalle.pad_text(tokens))[:, : position + int(config.foreign.bos)]
-            scores = dalle.text_head(dalle.transformer(inputs, dalle.views())[:, -1])
-            # a caption goes on with a token, or ends with the pad of this position: id 0 and other pads are never next
-            end = config.text_vocab_size + position % config.num_pads
-            words, pad = scores[:, 1 : config.text_vocab_size], scores[:, end, None]
-            drawn = sampling.pick(torch.cat([pad, words], dim=1), uniforms[:, position])
+            drawn = sampling.pick(dalle.next_text_scores(tokens[:, :position]), uniforms[:, position])
             tokens[:, position] = torch.where(ended, 0, drawn)
             ended |= drawn == 0
             if ended.all():
@@ -94,7 +82,7 @@ class Captions(NamedTuple):
 
 
 def caption_picture(
-    dalle: AnyDALLE,
+    dalle: TextToImage,
     image: Float[Tensor, "c H W"],
     *,
     prompt: str = "",
@@ -122,7 +110,7 @@ def caption_picture(
     tokenizer = dalle.text_tokenizer
     if tokenizer is None:
         raise UserError("this dalle carries no text tokenizer, so it cannot write captions; set dalle.text_tokenizer")
-    device = dalle.image_emb.weight.device
+    device = next(dalle.parameters()).device
     start = torch.tensor([tokenizer.encode(prompt)] * num_candidates, dtype=torch.long, device=device)
     start = start.reshape(num_candidates, -1)
     uniforms = [candidate_uniforms(prompt, seed, index, dalle.config.text_len) for index in range(num_candidates)]

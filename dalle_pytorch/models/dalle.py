@@ -12,8 +12,8 @@ p = t predicted text tokens, t - 1 without <bos>.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.attention import StreamView, rotary_turns
 from dalle_pytorch.models.block_sparse import layout
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 from dalle_pytorch.models.patterns import pattern_mask
+from dalle_pytorch.models.text_to_image import Losses, TextNLL, TextToImage
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
 
@@ -37,6 +37,7 @@ POSITIONS = ("rotary", "learned", "both", "flat")
 class DALLEConfig(TransformerConfig):
     """A DALLE apart from its image tokenizer, which says grid and codebook size."""
 
+    has_soft_targets: ClassVar[bool] = True
     text_vocab_size: int = 10_000
     """Text ids, padding (0) included; filled from the text tokenizer in training."""
     text_len: int = 256
@@ -102,6 +103,14 @@ class DALLEConfig(TransformerConfig):
         if self.shift_tokens and self.dim % 4:
             raise UserError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
 
+    def fitted(self, vae: nn.Module, tokenizer: TextTokenizer) -> "DALLEConfig":
+        """The settings with the text tokenizer's vocabulary."""
+        return replace(self, text_vocab_size=tokenizer.vocab_size)
+
+    def build(self, vae: nn.Module) -> "DALLE":
+        """A DALLE with fresh weights."""
+        return DALLE(self, vae)
+
     @property
     def text_length(self) -> int:
         """Text positions of the stream, the <bos> included."""
@@ -123,19 +132,6 @@ class DALLEConfig(TransformerConfig):
         return not self.tie_embeddings if self.foreign.head_bias is None else self.foreign.head_bias
 
 
-class DALLELoss(NamedTuple):
-    """Loss of a batch, nats per token but for the contrast."""
-
-    loss: Float[Tensor, ""]
-    """(text + w * image) / (1 + w) + v * contrast, w = config.loss_img_weight, v = config.contrast_weight."""
-    text: Float[Tensor, ""]
-    """Mean over caption tokens and the pad that ends each caption."""
-    image: Float[Tensor, ""]
-    """Mean over image tokens."""
-    contrast: Float[Tensor, ""] | None = None
-    """Mean over pictures, no unit; None without wrong captions."""
-
-
 class DALLELogits(NamedTuple):
     """Scores of the next token. Position i of each predicts token i of its kind: no shift is left to the caller.
 
@@ -147,7 +143,7 @@ class DALLELogits(NamedTuple):
     image: Float[Tensor, "b n k"]
 
 
-class DALLE(nn.Module):
+class DALLE(TextToImage):
     """Autoregressive model of captions and pictures.
 
     Args:
@@ -161,18 +157,13 @@ class DALLE(nn.Module):
         Ramesh et al. 2021, section 2.2. Deviations: GEGLU, rotary positions by default, text loss up to the first pad.
     """
 
+    config: DALLEConfig
+    has_text_head = True
     rotary: Tensor
     masks: Tensor
 
     def __init__(self, config: DALLEConfig, vae: nn.Module) -> None:
-        super().__init__()
-        self.config, self.vae = config, as_image_tokenizer(vae)
-        self.text_tokenizer: TextTokenizer | None = None
-        """Turns prompts into text tokens; set by training and load()."""
-        self.vae.requires_grad_(False).eval()
-
-        self.grid_size, self.codebook_size = self.vae.grid_size, self.vae.codebook_size
-        self.num_image_tokens = self.grid_size**2
+        super().__init__(config, vae)
         self.text_emb = nn.Embedding(config.text_vocab_size + config.num_pads, config.dim)  # ids, then the pads
         self.image_emb = nn.Embedding(self.codebook_size, config.dim)
         self.bos = nn.Parameter(torch.zeros(config.dim)) if config.foreign.bos else None
@@ -217,12 +208,6 @@ class DALLE(nn.Module):
         if self.bos is not None:
             nn.init.normal_(self.bos, std=0.02)
 
-    def train(self, mode: bool = True) -> "DALLE":
-        """Switch the transformer's mode; the image tokenizer stays in eval mode."""
-        super().train(mode)
-        self.vae.eval()
-        return self
-
     def views(self) -> list[StreamView]:
         """What each layer sees when all positions are there."""
         config, text_length = self.config, self.config.text_length
@@ -256,15 +241,9 @@ class DALLE(nn.Module):
         Raises:
             ValueError: more tokens than ``text_len``, or an id outside the vocabulary; names the numbers.
         """
-        config, given = self.config, text_tokens.shape[1]
-        if given > config.text_len:
-            raise ValueError(f"{given} text tokens given, the model reads text_len = {config.text_len}")
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
-            )
-        text = F.pad(text_tokens, (0, config.text_len - given))
+        self.check_text_tokens(text_tokens)
+        config = self.config
+        text = F.pad(text_tokens, (0, config.text_len - text_tokens.shape[1]))
         pads = config.text_vocab_size + torch.arange(config.text_len, device=text.device) % config.num_pads
         return torch.where(text == 0, pads, text)
 
@@ -291,14 +270,6 @@ class DALLE(nn.Module):
             x = x + self.row_pos(position // self.grid_size) + self.col_pos(position % self.grid_size)
         return x
 
-    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
-        """Refuse ids outside the codebook or more of them than the grid holds.
-
-        Raises:
-            ValueError: names the numbers.
-        """
-        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
-
     def hidden(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
     ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b q d"]]:
@@ -322,6 +293,55 @@ class DALLE(nn.Module):
         last = self.config.text_length - 1  # the last text position predicts the first image token
         return DALLELogits(self.text_head(h[:, :last]), self.image_head(h[:, last:]))
 
+    def image_logits(
+        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
+    ) -> Float[Tensor, "b q k"]:
+        """The image logits of ``logits`` alone."""
+        _, h = self.hidden(text_tokens, image_tokens)
+        return self.image_head(h[:, self.config.text_length - 1 :])
+
+    def image_nll(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """Nats of each image token given the caption and those before it; see ``TextToImage``."""
+        self.check_pairs(text_tokens, image_tokens)
+        _, h = self.hidden(text_tokens, image_tokens)
+        return self.image_nats(h, image_tokens)
+
+    def image_nats(self, h: Float[Tensor, "b q d"], image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """Nats of each image token from the transformer's outputs."""
+        h = h[:, self.config.text_length - 1 :]  # the last text position predicts the first image token
+        return linear_nats(h.flatten(0, 1), self.image_head, image_tokens.flatten()).view_as(image_tokens)
+
+    def text_nll(self, text_tokens: Int[Tensor, "b given"]) -> TextNLL:
+        """Nats of each caption token given those before it; see ``TextToImage``. Without <bos> the first has none."""
+        padded, h = self.hidden(text_tokens, text_tokens.new_empty(len(text_tokens), 0))
+        targets, counted = self.text_targets(padded)
+        nats = linear_nats(h[:, :-1].flatten(0, 1), self.text_head, targets.flatten()).view_as(targets)
+        return TextNLL(nats * counted, counted)
+
+    def text_targets(self, padded_text: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "b p"], Bool[Tensor, "b p"]]:
+        """The text tokens that are predicted, and which of them count.
+
+        The caption and the one pad that ends it: later pads are certain and would only water the mean down.
+        """
+        targets = padded_text[:, self.config.text_len - (self.config.text_length - 1) :]
+        is_pad = targets >= self.config.text_vocab_size
+        return targets, ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
+
+    def next_text_scores(self, text_tokens: Int[Tensor, "b given"]) -> Float[Tensor, "b v"]:
+        """Scores of the token that follows a caption; see ``TextToImage``.
+
+        Raises:
+            UserError: an empty caption given to a model without <bos>.
+        """
+        config, given = self.config, text_tokens.shape[1]
+        if not given and self.bos is None:
+            raise UserError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
+        inputs = self.embed(self.pad_text(text_tokens))[:, : given + int(config.foreign.bos)]
+        scores = self.text_head(self.transformer(inputs, self.views())[:, -1])
+        # a caption goes on with a token, or ends with the pad of this position: id 0 and other pads are never next
+        end = config.text_vocab_size + given % config.num_pads
+        return torch.cat([scores[:, end, None], scores[:, 1 : config.text_vocab_size]], dim=1)
+
     def loss(
         self,
         text_tokens: Int[Tensor, "b given"],
@@ -331,7 +351,7 @@ class DALLE(nn.Module):
         wrong_text: Int[Tensor, "b given"] | None = None,
         generator: torch.Generator | None = None,
         mean: Callable[[Tensor], Tensor] | None = None,
-    ) -> DALLELoss:
+    ) -> Losses:
         """Cross entropy of a batch of captioned pictures, in training with the z-loss; inputs are not changed.
 
         With wrong captions the contrastive loss is added, the mean over pictures of softplus(-s m): m is by how many
@@ -356,10 +376,7 @@ class DALLE(nn.Module):
         Raises:
             ValueError: shapes or ids that do not fit; names the numbers.
         """
-        if len(text_tokens) != len(image_tokens):
-            raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
-        if image_tokens.shape[1] != self.num_image_tokens:
-            raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
+        self.check_pairs(text_tokens, image_tokens)
         expected = (*image_tokens.shape, self.codebook_size)
         if image_targets is not None and image_targets.shape != expected:
             raise ValueError(f"image_targets of shape {tuple(image_targets.shape)} given, {expected} expected")
@@ -377,11 +394,7 @@ class DALLE(nn.Module):
             counted = (text_tokens != wrong_text).any(dim=1) & text_tokens.any(dim=1)
             contrast = self.contrast(h, wrong_h, image_tokens, counted)
         last = self.config.text_length - 1
-        targets = padded[:, self.config.text_len - last :]
-
-        is_pad = targets >= self.config.text_vocab_size
-        # the caption and the one pad that ends it: later pads are certain and would only water the mean down
-        counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
+        targets, counted = self.text_targets(padded)
         # Chowdhery et al. 2022 (PaLM), section 5; validation reports the plain cross entropy
         z_loss = self.config.z_loss if self.training else 0.0
         text = linear_cross_entropy(h[:, :last][counted], self.text_head, targets[counted], z_loss=z_loss)
@@ -394,7 +407,7 @@ class DALLE(nn.Module):
         loss = (text + weight * image) / (1 + weight)
         if contrast is not None:
             loss = loss + self.config.contrast_weight * contrast
-        return DALLELoss(loss, text, image, contrast)
+        return Losses(loss, image, text, contrast)
 
     def contrast(
         self,
@@ -411,11 +424,7 @@ class DALLE(nn.Module):
             image_tokens: all n tokens.
             counted: which pictures count.
         """
-        last = self.config.text_length - 1
-        right, wrong = (
-            linear_nats(x[:, last:].flatten(0, 1), self.image_head, image_tokens.flatten()).view_as(image_tokens)
-            for x in (h, wrong_h)
-        )
+        right, wrong = (self.image_nats(x, image_tokens) for x in (h, wrong_h))
         margin = (wrong - right).mean(dim=1)
         return (F.softplus(-self.config.contrast_scale * margin) * counted).mean()
 

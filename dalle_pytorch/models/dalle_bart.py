@@ -10,8 +10,8 @@ k codebook_size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.bart import EPS, BartConfig, Decoder, Encoder, drop
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.linear import Linear
-from dalle_pytorch.models.loss import linear_cross_entropy
-from dalle_pytorch.text import TextTokenizer
+from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
+from dalle_pytorch.models.text_to_image import Losses, TextToImage
+from dalle_pytorch.text import BartTokenizer, TextTokenizer
 
 
 @dataclass(kw_only=True)
 class DALLEBartConfig(BartConfig):
     """A DALLEBart apart from its image tokenizer; the defaults are DALL·E mini's."""
 
+    has_soft_targets: ClassVar[bool] = False
     text_vocab_size: int = 50_264
     """Rows of the text embedding, special ids included (mega: 50272)."""
     text_positions: int = 64
@@ -76,17 +78,28 @@ class DALLEBartConfig(BartConfig):
         """Tokens that a caption may have, without <s> and </s>."""
         return self.text_positions - 2
 
+    def fitted(self, vae: nn.Module, tokenizer: TextTokenizer) -> "DALLEBartConfig":
+        """The settings with the tokenizers' sizes in their place; the begin token follows the codebook.
 
-class BartLoss(NamedTuple):
-    """Loss of a batch, nats per image token."""
+        BART's own tokenizer has <s>, <pad> and </s> in its vocabulary; others have none, and get two ids behind their
+        own (<s> takes 0, which no caption has).
+        """
+        images, ids = as_image_tokenizer(vae), tokenizer.vocab_size
+        codes = {
+            "grid_size": images.grid_size,
+            "image_vocab_size": images.codebook_size,
+            "bos_id": images.codebook_size,
+        }
+        if isinstance(tokenizer, BartTokenizer):
+            return replace(self, **codes, text_vocab_size=ids)
+        return replace(self, **codes, text_vocab_size=ids + 2, text_bos=0, text_pad=ids, text_eos=ids + 1)
 
-    loss: Float[Tensor, ""]
-    """What is minimised: the image loss, there is no other."""
-    image: Float[Tensor, ""]
-    """Mean over image tokens, and over all ``image_vocab_size + 1`` rows of the head."""
+    def build(self, vae: nn.Module) -> "DALLEBart":
+        """A DALLEBart with fresh weights."""
+        return DALLEBart(self, vae)
 
 
-class DALLEBart(nn.Module):
+class DALLEBart(TextToImage):
     """Model of pictures given captions.
 
     Args:
@@ -97,15 +110,10 @@ class DALLEBart(nn.Module):
         ValueError: ``vae`` is no image tokenizer, or its grid or codebook does not fit the config.
     """
 
-    def __init__(self, config: DALLEBartConfig, vae: nn.Module) -> None:
-        super().__init__()
-        self.config, self.vae = config, as_image_tokenizer(vae)
-        self.text_tokenizer: TextTokenizer | None = None
-        """Turns prompts into text tokens; set by training and load()."""
-        self.vae.requires_grad_(False).eval()
+    config: DALLEBartConfig
 
-        self.grid_size, self.codebook_size = self.vae.grid_size, self.vae.codebook_size
-        self.num_image_tokens = self.grid_size**2
+    def __init__(self, config: DALLEBartConfig, vae: nn.Module) -> None:
+        super().__init__(config, vae)
         if self.grid_size != config.grid_size:
             raise UserError(f"the vae has {self.grid_size} token rows, the config grid_size = {config.grid_size}")
         if self.codebook_size > config.image_vocab_size:
@@ -131,12 +139,6 @@ class DALLEBart(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vae."):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def train(self, mode: bool = True) -> "DALLEBart":
-        """Switch the network's mode; the image tokenizer stays in eval mode."""
-        super().train(mode)
-        self.vae.eval()
-        return self
-
     def views(self) -> list[StreamView]:
         """What each decoder layer sees when all positions are there: those before it."""
         return [StreamView(None, None, None, None) for _ in self.decoder.blocks]
@@ -150,15 +152,9 @@ class DALLEBart(nn.Module):
         Raises:
             ValueError: too many tokens, an id outside the vocabulary, or one that means <pad>, <s> or </s> here.
         """
-        config, given = self.config, text_tokens.shape[1]
-        if given > config.text_len:
-            raise ValueError(f"{given} text tokens given, the model reads text_len = {config.text_len}")
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
-            )
-        text = F.pad(text_tokens, (0, config.text_len - given))
+        self.check_text_tokens(text_tokens)
+        config = self.config
+        text = F.pad(text_tokens, (0, config.text_len - text_tokens.shape[1]))
         special = torch.tensor([config.text_bos, config.text_pad, config.text_eos], device=text.device)
         if torch.any(torch.isin(text, special[special > 0])):
             raise ValueError(
@@ -189,14 +185,6 @@ class DALLEBart(nn.Module):
         positions = self.image_pos.weight.narrow(0, 1 + start, image_tokens.shape[1])
         return self.image_norm(self.image_emb(image_tokens) + positions)
 
-    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
-        """Refuse ids outside the codebook or more of them than the grid holds.
-
-        Raises:
-            ValueError: names the numbers.
-        """
-        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
-
     def hidden(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q d"]:
         """The decoder's outputs; the last image token, which predicts nothing, is not read."""
         self.check_image_tokens(image_tokens)
@@ -209,17 +197,18 @@ class DALLEBart(nn.Module):
         x = drop(x, self.config.dropout, self.training)
         return self.decoder(x, self.encode_text(padded), self.visible(padded), self.views())
 
-    def logits(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q k"]:
-        """Scores of every image token given the caption and those before it.
-
-        Args:
-            text_tokens: ids of the text tokenizer, 0 = padding; at most text_len of them.
-            image_tokens: the first m tokens, 0 <= m <= n.
-
-        Returns:
-            Scores of the codebook at the first min(m + 1, n) positions; the head's other rows are left out.
-        """
+    def image_logits(
+        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
+    ) -> Float[Tensor, "b q k"]:
+        """Scores of every image token given the caption and those before it; the head's other rows are left out."""
         return self.image_head(self.hidden(text_tokens, image_tokens))[..., : self.codebook_size]
+
+    def image_nll(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """Nats of each image token among the codes alone, where ``loss`` is among all rows of the head."""
+        self.check_pairs(text_tokens, image_tokens)
+        h = self.hidden(text_tokens, image_tokens).flatten(0, 1)
+        nats = linear_nats(h, self.image_head, image_tokens.flatten(), classes=self.codebook_size)
+        return nats.view_as(image_tokens)
 
     def loss(
         self,
@@ -228,8 +217,10 @@ class DALLEBart(nn.Module):
         *,
         generator: torch.Generator | None = None,
         mean: Callable[[Tensor], Tensor] | None = None,
-    ) -> BartLoss:
-        """Cross entropy of a batch of captioned pictures; inputs are not changed.
+    ) -> Losses:
+        """Cross entropy of a batch of captioned pictures over all ``image_vocab_size + 1`` rows of the head.
+
+        Inputs are not changed.
 
         Args:
             text_tokens: ids of the text tokenizer, 0 = padding; at most text_len of them.
@@ -240,11 +231,10 @@ class DALLEBart(nn.Module):
         Raises:
             ValueError: shapes or ids that do not fit; names the numbers.
         """
-        if image_tokens.shape[1] != self.num_image_tokens:
-            raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
+        self.check_pairs(text_tokens, image_tokens)
         h = self.hidden(self.corrupt(text_tokens, generator), image_tokens)
         image = linear_cross_entropy(h.flatten(0, 1), self.image_head, image_tokens.flatten())
-        return BartLoss(image, image)
+        return Losses(image, image)
 
     def corrupt(self, text_tokens: Int[Tensor, "b given"], generator: torch.Generator | None) -> Int[Tensor, "b given"]:
         """Captions after caption_dropout; a copy, and unchanged in eval mode."""

@@ -43,14 +43,20 @@ def linear_cross_entropy(
     return torch.stack([_sum(part, weight, bias, target, z_loss) for part, target in parts]).sum() / len(x)
 
 
-def linear_nats(x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def linear_nats(
+    x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"], *, classes: int | None = None
+) -> Float[Tensor, " n"]:
     """Cross entropy of each row of ``head(x)`` in fp32, nats; logits are computed in chunks, and again in backward.
 
     Args:
         x: inputs of the last layer.
         head: the last layer.
         targets: the right class of each position.
+        classes: the softmax is over the first so many rows of the head; None = over all.
     """
+    weight, bias = head.weight, head.bias
+    if classes is not None:
+        weight, bias = weight[:classes], None if bias is None else bias[:classes]
 
     def nats(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         dtype = _product_type(rows.device.type, weight)
@@ -59,7 +65,7 @@ def linear_nats(x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"
 
     parts = zip(x.split(ROWS), targets.split(ROWS), strict=True)
     how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
-    return torch.cat([checkpoint(nats, rows, head.weight, head.bias, wanted, **how) for rows, wanted in parts])
+    return torch.cat([checkpoint(nats, rows, weight, bias, wanted, **how) for rows, wanted in parts])
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -13,12 +13,13 @@ from torch import Tensor
 from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import ConfigError, UserError
-from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens
+from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, draw
-from dalle_pytorch.models.dalle import DALLE, DALLEConfig
+from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
@@ -86,12 +87,12 @@ class TrainDALLEConfig(RunConfig):
         return next(name for name, config in MODELS.items() if type(self.model) is config)
 
 
-class LitDALLE(LitBase[AnyDALLE]):
-    """Trains a DALLE or a DALLEBart; its VAE stays as it is."""
+class LitDALLE(LitBase[TextToImage]):
+    """Trains a network of captions to image tokens; its VAE stays as it is."""
 
     monitor = "val/loss"
 
-    def __init__(self, net: AnyDALLE, config: TrainDALLEConfig) -> None:
+    def __init__(self, net: TextToImage, config: TrainDALLEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.prompts, self.sampling = config.callbacks.prompts, config.sampling
         self.image_codes, self.contrast_phrases = config.image_codes, config.contrast_phrases
@@ -108,7 +109,7 @@ class LitDALLE(LitBase[AnyDALLE]):
             image_tokens, probabilities = sampled_codes(vae, batch["images"], generator)
             if self.image_codes == "soft":
                 settings["image_targets"] = probabilities
-        if isinstance(self.net, DALLE) and self.net.config.contrast_weight:
+        if getattr(self.net.config, "contrast_weight", 0.0):
             settings["wrong_text"] = self.wrong_text(batch, batch_idx)
         result = self.net.loss(batch["text_tokens"], image_tokens, **settings)
         self.log_losses("train", result._asdict(), len(batch["captions"]))
@@ -160,7 +161,8 @@ class LitDALLE(LitBase[AnyDALLE]):
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """Samples for fixed prompts, the same random numbers at every step; a row a prompt."""
         prompts = list(self.prompts) or list(dict.fromkeys(batch["captions"]))[:SHOWN_PROMPTS]
-        net, tokenizer = self.net, self.net.text_tokenizer
+        net: Any = self.net  # the engine names the networks that it knows
+        tokenizer = self.net.text_tokenizer
         if tokenizer is None:
             raise UserError("the DALLE has no text_tokenizer: set it before training")
         rows = [(prompt, index) for prompt in prompts for index in range(SHOWN_EACH)]
@@ -199,7 +201,7 @@ def check_contrast(config: TrainDALLEConfig) -> None:
     Raises:
         ConfigError: the network has no such loss, or it has no weight, or no wrong captions.
     """
-    if isinstance(config.model, DALLEBartConfig):
+    if not hasattr(config.model, "contrast_weight"):
         if config.contrast_phrases:
             raise ConfigError("contrast_phrases is not there for a DALL·E mini: leave it out")
     elif config.contrast_phrases and not config.model.contrast_weight:
@@ -224,7 +226,7 @@ def check_codes(config: TrainDALLEConfig, vae: ImageTokenizer, *, cached: bool) 
     """
     if config.image_codes == "likeliest":
         return
-    if config.image_codes == "soft" and isinstance(config.model, DALLEBartConfig):
+    if config.image_codes == "soft" and not config.model.has_soft_targets:
         raise ConfigError("image_codes=soft is not there for a DALL·E mini: use sampled or likeliest")
     if not hasattr(vae, "encode_logits"):
         raise ConfigError(

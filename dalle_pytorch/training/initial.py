@@ -3,17 +3,13 @@
 from collections.abc import Set
 from dataclasses import asdict, fields, replace
 
-from torch import nn
-
 from dalle_pytorch.checkpoints.checkpoint import Header, config_of, describe_tokenizer
 from dalle_pytorch.checkpoints.loading import read_header
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import ConfigError
-from dalle_pytorch.generation.engine import AnyDALLE
-from dalle_pytorch.models.dalle import DALLE, DALLEConfig
-from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
-from dalle_pytorch.models.image_tokenizer import ImageTokenizer, as_image_tokenizer
-from dalle_pytorch.text import BartTokenizer, TextTokenizer
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.text_to_image import TextToImage, TextToImageConfig
+from dalle_pytorch.text import TextTokenizer
 from dalle_pytorch.training.dalle import TrainDALLEConfig
 from dalle_pytorch.training.resume import differences
 from dalle_pytorch.training.text import make_tokenizer
@@ -28,6 +24,9 @@ FILLED = ("text_vocab_size", "image_vocab_size", "grid_size", "bos_id")
 """Settings that come from the tokenizers."""
 TOKENIZER = ("text.tokenizer", "text.path", "text.tokenizer_from", "text.vocab_size")
 """Settings that choose a text tokenizer."""
+
+OPTIONS = {"dalle": "base", "dalle_bart": "bart"}
+"""The option of model= that has the settings of a kind of checkpoint."""
 
 
 def check_filled(explicit: Set[str]) -> None:
@@ -83,10 +82,9 @@ def inherit_config(config: TrainDALLEConfig, explicit: Set[str]) -> Header:
         asked |= {name for name, *_ in differences(asdict(type(config.model)()), wanted)}
     asked -= set(FILLED)
     if asked and type(config.model) is not type(start):
-        option = "bart" if isinstance(start, DALLEBartConfig) else "base"
         raise ConfigError(
             f"init={config.init} is a {head['kind']}, model.{min(asked)} is not its setting: leave it out, "
-            f"or say model={option}, whose settings it has"
+            f"or say model={OPTIONS[head['kind']]}, whose settings it has"
         )
     for name, has, given in differences(asdict(start), wanted):
         if name not in HOW_TO_TRAIN and asked & {name, name.partition(".")[0]}:
@@ -103,7 +101,7 @@ def inherit_config(config: TrainDALLEConfig, explicit: Set[str]) -> Header:
 
 
 def tokenizer_of(
-    source: AnyDALLE, config: TrainDALLEConfig, data: TextImageDataModule, resumed: Header | None
+    source: TextToImage, config: TrainDALLEConfig, data: TextImageDataModule, resumed: Header | None
 ) -> TextTokenizer:
     """The text tokenizer of the model to start from, or the one that the settings name.
 
@@ -123,38 +121,13 @@ def tokenizer_of(
     return tokenizer
 
 
-def new_network(config: DALLEConfig | DALLEBartConfig, vae: nn.Module, tokenizer: TextTokenizer) -> AnyDALLE:
-    """A network with fresh weights, its vocabulary, grid and codebook those of the tokenizers."""
-    if isinstance(config, DALLEBartConfig):
-        return DALLEBart(fitted(config, vae, tokenizer), vae)
-    return DALLE(replace(config, text_vocab_size=tokenizer.vocab_size), vae)
-
-
-def network_from(source: AnyDALLE, config: DALLEConfig | DALLEBartConfig) -> AnyDALLE:
+def network_from(source: TextToImage, config: TextToImageConfig) -> TextToImage:
     """A network with the weights of another one, trained in another way; gradient scales begin anew."""
-    vae = source.vae
-    net = DALLEBart(config, vae) if isinstance(config, DALLEBartConfig) else DALLE(config, vae)
+    net = config.build(source.vae)
     weights = {name: tensor for name, tensor in source.state_dict().items() if not _is_scale(name)}
     fresh = {name: tensor for name, tensor in net.state_dict().items() if _is_scale(name)}
     net.load_state_dict({**weights, **fresh})
     return net
-
-
-def fitted(bart: DALLEBartConfig, vae: nn.Module, tokenizer: TextTokenizer) -> DALLEBartConfig:
-    """Sizes with the tokenizers' in their place; the begin token follows the codebook.
-
-    BART's own tokenizer has <s>, <pad> and </s> in its vocabulary; others have none, and get two ids behind their own
-    (<s> takes 0, which no caption has).
-    """
-    images, ids = as_image_tokenizer(vae), tokenizer.vocab_size
-    codes = {
-        "grid_size": images.grid_size,
-        "image_vocab_size": images.codebook_size,
-        "bos_id": images.codebook_size,
-    }
-    if isinstance(tokenizer, BartTokenizer):
-        return replace(bart, **codes, text_vocab_size=ids)
-    return replace(bart, **codes, text_vocab_size=ids + 2, text_bos=0, text_pad=ids, text_eos=ids + 1)
 
 
 def _is_scale(name: str) -> bool:

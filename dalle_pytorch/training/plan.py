@@ -275,7 +275,7 @@ def make_plan(config: Any) -> str:
         ValueError: the training does not fit on the GPUs; says what it needs, and what would help.
     """
     hardware, section = config.hardware, config.trainer
-    if not isinstance(config.model, DALLEConfig):
+    if config.schema != "dalle":
         raise UserError("plan=true counts the DALLE only, not a DALL·E mini")
     if config.init is None:
         model = dataclasses.replace(config.model, text_vocab_size=vocabulary(config.text))

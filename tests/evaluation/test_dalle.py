@@ -75,6 +75,15 @@ def test_likelihood_metrics_are_those_of_the_baselines(make_dalle):
     assert sections[0].rows[0][0] == "image tokens"
 
 
+def test_text_is_set_beside_a_unigram_model_of_the_same_tokens(make_dalle):
+    """Without <bos> the first token is given, which frequencies know nothing of."""
+    pairs = some_pairs()
+    for bos in (True, False):
+        metrics, _ = evaluate_likelihood(make_dalle(bos=bos), pairs, pairs, MEASURE)
+        assert "text_nats" in metrics
+        assert ("text_nats_unigram" in metrics) == bos
+
+
 def test_a_caption_without_words_gains_nothing(make_dalle):
     pairs = some_pairs()._replace(text_tokens=torch.zeros(10, 5, dtype=torch.long))
     metrics, _ = evaluate_likelihood(make_dalle(), pairs, pairs, MEASURE)

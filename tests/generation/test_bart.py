@@ -25,7 +25,7 @@ def test_cached_equals_uncached(make_bart, compiled, candidates, given):
         decoder.fused.compiled = decoder.fused.program
     tokens, start = torch.randint(12, (2 * candidates, 16)), torch.randint(12, (2, given))
     tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
-    expected = bart.logits(TEXT.repeat_interleave(candidates, dim=0), tokens)[:, given:]
+    expected = bart.image_logits(TEXT.repeat_interleave(candidates, dim=0), tokens)[:, given:]
     state, logits = decoder.start(TEXT, candidates, start)
     steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
     torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
@@ -67,7 +67,7 @@ def test_guided_tokens_are_those_of_uncached_scores(prompted):
         Generator(prompted).candidates("a red apple", [0], sampling=sampling, negative_prompt="a car").image_tokens
     )
     text, null = (prompted.text_tokenizer.tokenize(part, 12) for part in ("a red apple", "a car"))
-    cond, uncond = (prompted.logits(part, tokens[None]) for part in (text, null))
+    cond, uncond = (prompted.image_logits(part, tokens[None]) for part in (text, null))
     assert torch.equal((uncond + 3 * (cond - uncond)).argmax(-1)[0], tokens)
     assert not torch.equal(cond.argmax(-1)[0], tokens)
 
@@ -87,7 +87,7 @@ def test_dropout_is_off_while_drawing(prompted):
 def test_likelihoods_and_exact_matches(make_bart):
     bart = make_bart()
     image = torch.randint(12, (2, 16))
-    log_probs = bart.logits(TEXT, image).log_softmax(-1)
+    log_probs = bart.image_logits(TEXT, image).log_softmax(-1)
     expected = log_probs.gather(2, image[..., None]).sum(dim=(1, 2))
     torch.testing.assert_close(image_log_likelihood(bart, TEXT, image), expected)
     greedy = generate_image_tokens(bart, TEXT, torch.zeros(2, 16), SamplingConfig(temperature=0.0))

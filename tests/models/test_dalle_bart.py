@@ -60,15 +60,15 @@ def test_padding_is_invisible(make_bart):
     short, long = make_bart(text_positions=5), make_bart()
     weights = {name: tensor for name, tensor in long.state_dict().items() if name != "text_pos.weight"}
     short.load_state_dict({**weights, "text_pos.weight": long.text_pos.weight[:5]})
-    logits = long.logits(TEXT[:, :3], IMAGE)
-    torch.testing.assert_close(short.logits(TEXT[:, :3], IMAGE), logits)
-    torch.testing.assert_close(long.logits(F.pad(TEXT[:, :3], (0, 2)), IMAGE), logits)
+    logits = long.image_logits(TEXT[:, :3], IMAGE)
+    torch.testing.assert_close(short.image_logits(TEXT[:, :3], IMAGE), logits)
+    torch.testing.assert_close(long.image_logits(F.pad(TEXT[:, :3], (0, 2)), IMAGE), logits)
     with torch.no_grad():
         long.text_emb.weight[1] += 10
-    torch.testing.assert_close(long.logits(TEXT[:, :3], IMAGE), logits)
+    torch.testing.assert_close(long.image_logits(TEXT[:, :3], IMAGE), logits)
     with torch.no_grad():
         long.text_emb.weight[2] += 10
-    assert not torch.allclose(long.logits(TEXT[:, :3], IMAGE), logits)
+    assert not torch.allclose(long.image_logits(TEXT[:, :3], IMAGE), logits)
 
 
 def test_captions_are_framed_and_filled_up(make_bart):
@@ -85,18 +85,18 @@ def test_captions_are_framed_and_filled_up(make_bart):
 
 def test_an_empty_prompt_is_a_prompt(make_bart):
     bart = make_bart()
-    empty = bart.logits(TEXT * 0, IMAGE)
+    empty = bart.image_logits(TEXT * 0, IMAGE)
     assert empty.isfinite().all()
-    torch.testing.assert_close(empty, bart.logits(TEXT[:, :0], IMAGE))
-    assert not torch.allclose(empty, bart.logits(TEXT, IMAGE))
+    torch.testing.assert_close(empty, bart.image_logits(TEXT[:, :0], IMAGE))
+    assert not torch.allclose(empty, bart.image_logits(TEXT, IMAGE))
 
 
 def test_first_tokens_are_enough_for_their_scores(make_bart):
     bart = make_bart()
-    logits = bart.logits(TEXT, IMAGE)
+    logits = bart.image_logits(TEXT, IMAGE)
     assert logits.shape == (2, 16, 12)  # the codebook's 12 of the head's 16 rows
     for count in (0, 1, 7, 15):
-        torch.testing.assert_close(bart.logits(TEXT, IMAGE[:, :count]), logits[:, : count + 1])
+        torch.testing.assert_close(bart.image_logits(TEXT, IMAGE[:, :count]), logits[:, : count + 1])
 
 
 def test_a_token_is_embedded_one_position_later(make_bart):
@@ -177,14 +177,14 @@ def test_one_batch_overfits(make_bart):
         loss.backward()
         optimizer.step()
     assert loss < 0.05  # chance: ln 16 = 2.8
-    assert torch.equal(bart.eval().logits(TEXT, IMAGE).argmax(-1), IMAGE)
+    assert torch.equal(bart.eval().image_logits(TEXT, IMAGE).argmax(-1), IMAGE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(make_bart, dtype):
     bart = make_bart()
-    full = bart.logits(TEXT, IMAGE)
-    half = bart.to(dtype).logits(TEXT, IMAGE)
+    full = bart.image_logits(TEXT, IMAGE)
+    half = bart.to(dtype).image_logits(TEXT, IMAGE)
     assert half.dtype == dtype
     torch.testing.assert_close(half.float(), full, atol=0.06 * full.abs().max().item(), rtol=0)
     assert bart.loss(TEXT, IMAGE).loss.isfinite()
@@ -250,7 +250,7 @@ def test_misfits_are_named(make_bart):
     with pytest.raises(ValueError, match=r"15 image tokens.*16"):
         bart.loss(TEXT[:1], IMAGE[:1, :15])
     with pytest.raises(ValueError, match=r"17 image tokens.*16"):
-        bart.logits(TEXT[:1], torch.zeros(1, 17, dtype=torch.long))
+        bart.image_logits(TEXT[:1], torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(ValueError, match=r"4 token rows.*grid_size = 5"):
         make_bart(grid_size=5)
     with pytest.raises(ValueError, match=r"12 codes.*image_vocab_size = 11"):

@@ -215,7 +215,7 @@ def test_a_model_comes_back(scanned, write, bart):
     assert again.vae.config == bart.vae.config
     for key, tensor in bart.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
-    torch.testing.assert_close(again.logits(TEXT, IMAGE), bart.logits(TEXT, IMAGE))
+    torch.testing.assert_close(again.image_logits(TEXT, IMAGE), bart.image_logits(TEXT, IMAGE))
     torch.testing.assert_close(again.vae.decode(IMAGE), bart.vae.decode(IMAGE))
 
 
@@ -234,8 +234,10 @@ def test_weights_keep_their_dtype(dtype, write, bart):
     again = load(dalle_mini.convert(write(arrays)))
     assert {parameter.dtype for name, parameter in again.named_parameters() if "vae" not in name} == {dtype}
     assert torch.equal(again.image_head.weight, bart.image_head.weight.to(dtype))
-    logits = bart.logits(TEXT, IMAGE)
-    torch.testing.assert_close(again.logits(TEXT, IMAGE).float(), logits, atol=0.06 * logits.abs().max().item(), rtol=0)
+    logits = bart.image_logits(TEXT, IMAGE)
+    torch.testing.assert_close(
+        again.image_logits(TEXT, IMAGE).float(), logits, atol=0.06 * logits.abs().max().item(), rtol=0
+    )
 
 
 @pytest.mark.parametrize("key", ["model.encoder.embed_tokens.embedding", "lm_head.kernel",

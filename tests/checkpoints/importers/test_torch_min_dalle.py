@@ -93,7 +93,7 @@ def read_outputs(bart: DALLEBart, tensors: State, notes: dict[str, Any]) -> tupl
     image = tensors["image_tokens"].long().expand(2, -1)
     memory = bart.encode_text(padded)[:, :20, ::4]
     head = bart.image_head(bart.hidden(tokens, image))[..., notes["columns"]]
-    logits = bart.logits(tokens, image)
+    logits = bart.image_logits(tokens, image)
     return memory, head, logits.logsumexp(dim=-1), logits.argmax(dim=-1)
 
 
