@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from timing import best
 
 from dalle_pytorch import DALLE, DALLEConfig, DiscreteVAE, DiscreteVAEConfig, SamplingConfig
+from dalle_pytorch.generation.backend import CastLinear
 from dalle_pytorch.generation.cache import BLOCK, attend_one, mix_blocks
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.generation.engine import generate_image_tokens
-from dalle_pytorch.generation.linear import CastLinear
+from dalle_pytorch.generation.strategies import generate_image_tokens
 
 # what a 10.8 M-parameter DALLE-pytorch is: issue-sized, not chosen to flatter
 SIZES = {

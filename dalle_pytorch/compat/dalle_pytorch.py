@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.captions import draw_texts
-from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, guide, top_k_of_filter_thres
+from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models import clip as _clip
 from dalle_pytorch.models import dalle as _dalle
 from dalle_pytorch.models import discrete_vae as _discrete_vae

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle_pytorch.compat.min_dalle import MinDalle
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.generation.linear import PRECISIONS
+from dalle_pytorch.generation.backend import PRECISIONS
 
 SHADES = " .:-=+*#%@"
 """From dark to light."""

@@ -27,9 +27,9 @@ from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.compat.min_dalle_request import Request, tile
 from dalle_pytorch.distributed import find_device
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.generation.bart import BartDecoder
-from dalle_pytorch.generation.engine import Given, draw_image_tokens
-from dalle_pytorch.generation.linear import DTYPES, check_precision, keep_stored, prepare
+from dalle_pytorch.generation.backend import DTYPES, check_precision, keep_stored, prepare
+from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens
 from dalle_pytorch.images import fit, flatten, to_pil, to_tensor
 from dalle_pytorch.models.dalle_bart import DALLEBart
 
@@ -97,7 +97,7 @@ class MinDalle:
             self.options["vqgan"] = Path(vqgan)
         self._decoder = self._load() if is_reusable else None
 
-    def _load(self) -> BartDecoder:
+    def _load(self) -> Decoder:
         name = "mega" if self.is_mega else "mini"
         folder = self.models_root / f"dalle_bart_{name}"
         there = folder.is_dir() and any(folder.iterdir())  # min-dalle makes the folder before it downloads
@@ -215,14 +215,14 @@ class MinDalle:
         return tokenizer.tokenize(text, length, truncate=True)
 
     @torch.inference_mode()
-    def _given(self, dalle: DALLEBart, image: Tensor | Image.Image, keep_rows: int) -> Given:
+    def _given(self, dalle: DALLEBart, image: Tensor | Image.Image, keep_rows: int) -> KnownTokens:
         """The upper rows of a picture."""
         if not 0 < keep_rows < dalle.grid_size:
             raise UserError(f"image needs keep_rows: keep_rows must lie in 1 to {dalle.grid_size - 1}, got {keep_rows}")
         if isinstance(image, Image.Image):
             image = to_tensor(fit(flatten(ImageOps.exif_transpose(image)), dalle.vae.image_size))
         keep = torch.arange(dalle.num_image_tokens) < keep_rows * dalle.grid_size
-        return Given(dalle.vae.encode(image[None].to(self.device)).cpu(), keep)
+        return KnownTokens(dalle.vae.encode(image[None].to(self.device)).cpu(), keep)
 
     @torch.inference_mode()
     def _decode(
@@ -237,7 +237,7 @@ class MinDalle:
         return vae.decode_grid(grid).cpu()
 
 
-def lay_out(dalle: DALLEBart, *, precision: str, **options: Any) -> BartDecoder:
+def lay_out(dalle: DALLEBart, *, precision: str, **options: Any) -> Decoder:
     """A decoder that uses the model up: its linear layers in ``precision``, all between them in fp32.
 
     The image tokenizer keeps the type of its weights; so does the text encoder, which runs once a prompt, in "fp32" (it
@@ -252,7 +252,7 @@ def lay_out(dalle: DALLEBart, *, precision: str, **options: Any) -> BartDecoder:
     else:
         encoder = keep_stored(dalle.encoder)
     dalle.add_module("encoder", encoder)
-    return BartDecoder(dalle, precision=precision, consume=True, **options)
+    return Decoder(dalle, precision=precision, consume=True, **options)
 
 
 def as_pil(grid: Float[Tensor, "rows columns c"]) -> Image.Image:

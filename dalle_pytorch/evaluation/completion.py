@@ -22,11 +22,11 @@ from dalle_pytorch.evaluation.reconstruction import l1_each, psnr_each
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, clip_score, r_precision
 from dalle_pytorch.evaluation.shares import in_parts
-from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import KnownTokens
 
 SHOWN = 6
 """Pictures on the page for every part that is drawn, a row each."""
@@ -143,7 +143,7 @@ def complete(
         def fill(place: int) -> Tensor:
             return generator.candidates(
                 prompts[place], range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress,
-                given=Given(own[place : place + 1], keep),
+                given=KnownTokens(own[place : place + 1], keep),
             ).image_tokens  # fmt: skip
 
         return torch.stack(in_parts(fill, range(len(prompts))))

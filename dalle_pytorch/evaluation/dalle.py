@@ -21,7 +21,6 @@ from dalle_pytorch.evaluation.page import Gallery, Line, Plot, Section, Table
 from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, best_of_n, clip_score, r_precision
 from dalle_pytorch.evaluation.shares import in_parts
-from dalle_pytorch.generation.engine import AnyDALLE
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer, score
@@ -111,7 +110,7 @@ class Draw(NamedTuple):
 
 
 def draw(
-    dalle: AnyDALLE,
+    dalle: TextToImage,
     prompts: Sequence[str],
     *,
     num_candidates: int,

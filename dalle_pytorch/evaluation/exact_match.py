@@ -14,16 +14,18 @@ from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.evaluation.baselines import psnr
 from dalle_pytorch.evaluation.samples import read_samples
-from dalle_pytorch.generation.engine import AnyDALLE, generate_image_tokens, make_decoder
+from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.generator import text_tokenizer_of
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import generate_image_tokens
+from dalle_pytorch.models.text_to_image import TextToImage
 
 BATCH = 256  # captions decoded together; no number depends on it
 
 
 @torch.no_grad()
 def greedy_matches(
-    dalle: AnyDALLE, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]
+    dalle: TextToImage, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b n"]
 ) -> Bool[Tensor, "b n"]:
     """Which tokens greedy decoding of the captions gets right.
 
@@ -34,7 +36,7 @@ def greedy_matches(
         text_tokens: captions, 0 = padding.
         image_tokens: what the tokenizer writes for their pictures.
     """
-    decoder, greedy, rows = make_decoder(dalle), SamplingConfig(temperature=0.0), []
+    decoder, greedy, rows = Decoder(dalle), SamplingConfig(temperature=0.0), []
     for text in text_tokens.split(BATCH):
         unused = torch.zeros(len(text), dalle.num_image_tokens)
         rows.append(generate_image_tokens(decoder, text, unused, greedy))

@@ -15,11 +15,11 @@ from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.samples import Samples, read_samples
 from dalle_pytorch.generation.config import read_lines
-from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Candidates, Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.results import file_stem
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import KnownTokens
 from dalle_pytorch.models.image_tokenizer import margin_of
 
 SHOWN = 2
@@ -89,7 +89,7 @@ class Artist:
         self,
         prompt: str,
         *,
-        given: Given | None = None,
+        given: KnownTokens | None = None,
         sampling: SamplingConfig | None = None,
         count: int | None = None,
     ) -> Drawn:

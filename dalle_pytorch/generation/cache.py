@@ -1,185 +1,191 @@
-"""What sampling remembers: each layer's keys and values, and the tokens that token shift looks back at.
+"""The key/value cache of sampling, and a layer's view of new image positions through it.
 
-A prompt's keys are stored once and shared by all its candidates; a candidate keeps image keys only, and of those only
-as many as its layer's pattern can still see. Everything is allocated once. Which slot a position writes and which it
-reads is worked out from the pattern's mask beforehand, so a step builds no mask.
+A prompt's keys are stored once for all its candidates. A candidate stores image keys only, and of those only as many as
+its layer's attention pattern can still see: ``pattern_mask`` says where each position is written and what it reads.
+Everything is allocated once. All that changes from step to step lies in a few small tensors (``Step``), so a step can
+read any number of new positions, and can be compiled or captured in a CUDA graph.
 
-Axes: g groups (a prompt, or its null twin for guidance), c candidates of a group, r = g * c rows, h heads, e head_dim,
-t text positions with <bos>, n image tokens, m slots of the image cache, d width.
+Axes: g groups (a prompt, or its null twin for guidance), c candidates of a group, r = g * c rows in that order, h
+heads, e head_dim, t prompt positions, n image tokens, s slots of the image cache, q new positions, d width.
 """
 
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dalle_pytorch.models.attention import StreamView
-
-BLOCK = 32
-"""Image slots that lie side by side for all rows: what one step reads is then a few long runs of memory. With all slots
-of a row side by side attention of 256 candidates took twice as long until the picture's last quarter, and as long at
-its end (benchmarks/sampling.py)."""
+from dalle_pytorch.generation.backend import attend
+from dalle_pytorch.models.attention import StreamView, rotate
 
 
-class Plan(NamedTuple):
-    """Where a layer keeps its image keys, and which of them each image position sees."""
+class Slots:
+    """Where the layers of one pattern keep their image keys, and which of them each image position sees.
 
-    slots: list[int]
-    """Slot that each raster position writes."""
-    reads: list[slice | Int[Tensor, " visible"]]
-    """Slots that each raster position sees, itself included."""
-    room: int
-    """Number of slots."""
-    runs: bool
-    """Every position sees the first so many slots."""
-    most: int
-    """Slots that a position sees at most."""
-
-    def allocated(self) -> int:
-        """Slots allocated for each of many candidates: runs come in whole blocks."""
-        return -(-self.room // BLOCK) * BLOCK if self.runs else self.room
-
-
-def plan(visible: Bool[Tensor, "n n"], pattern: str, device: torch.device | str = "cpu") -> Plan:
-    """Slots of a pattern: a ring as long as it looks back, and for columns one run for each column.
+    Most patterns look back a fixed number of positions, so their slots form a ring of that length. Columns need every
+    position; they are stored column by column, so that what a position reads lies side by side.
 
     Args:
-        visible: image part of ``pattern_mask``.
+        visible: image part of ``pattern_mask``: which positions (columns) each position (rows) sees, itself included.
         pattern: its name.
-        device: where the cache will be.
+        window: most positions that are read in one step; a ring is longer by what they would overwrite.
+        device: where the cache is.
     """
-    n = len(visible)
-    grid_size, position = round(n**0.5), torch.arange(n)
-    if pattern == "axial_col":
-        room, slots = n, position % grid_size * grid_size + position // grid_size
-    else:
-        room = int((position - visible.int().argmax(dim=1)).max()) + 1
-        slots = position % room
-    reads: list[slice | Tensor] = []
-    for row in visible:
-        read = slots[row].sort().values
-        first, last = int(read[0]), int(read[-1])
-        reads.append(slice(first, last + 1) if last - first + 1 == len(read) else read.to(device))
-    runs = all(isinstance(read, slice) and read.start == 0 for read in reads)
-    return Plan(slots.tolist(), reads, room, runs, int(visible.sum(dim=1).max()))
+
+    def __init__(
+        self, visible: Bool[Tensor, "n n"], pattern: str, window: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        n, position = len(visible), torch.arange(len(visible))
+        if pattern == "axial_col":
+            grid_size = round(n**0.5)
+            self.count, write = n, position % grid_size * grid_size + position // grid_size
+        else:
+            lookback = int((position - visible.int().argmax(dim=1)).max())
+            self.count = min(lookback + window, n)
+            write = position % self.count
+        query, key = visible.nonzero().unbind(dim=1)
+        seen = torch.zeros(n, self.count, dtype=torch.bool)
+        seen[query, write[key]] = True
+        self.starts = seen.int().argmax(dim=1).tolist()
+        self.stops = (self.count - seen.flip(1).int().argmax(dim=1)).tolist()
+        spans = [stop - start for start, stop in zip(self.starts, self.stops, strict=True)]
+        self.gapless = [span == count for span, count in zip(spans, seen.sum(dim=1).tolist(), strict=True)]
+        """Whether a position sees all slots from its first to its last."""
+        self.from_first = not any(self.starts)
+        """Whether every position's slots begin with the first one."""
+        self.write = write.to(device)
+        """Slot of each position."""
+        self.hidden = ~seen.to(device)
+        """True = the position (row) does not see the slot (column)."""
+
+
+class Read(NamedTuple):
+    """What one pattern's layers write and read in a step."""
+
+    write: Int[Tensor, " q"]
+    start: int
+    stop: int
+    bias: Float[Tensor, "q seen"] | None
+    """Added to the scores of slots start to stop: 0 or -inf; None = all of them are visible."""
+
+
+class Step(NamedTuple):
+    """The positions of one step, as its layers need them."""
+
+    positions: Int[Tensor, " q"]
+    """In raster order."""
+    turns: Float[Tensor, "2 q e"] | None
+    """Their part of ``rotary_turns``."""
+    shift: tuple[Int[Tensor, " q"], Int[Tensor, " q"], Int[Tensor, " q"]] | None
+    """Slots of token shift: of each position, of the token above it, of the token on its left."""
+    reads: dict[str, Read]
+    """By pattern."""
+
+    def clone(self) -> "Step":
+        """A copy with tensors of its own."""
+        copy = lambda tensor: None if tensor is None else tensor.clone()  # noqa: E731
+        reads = {
+            pattern: read._replace(write=read.write.clone(), bias=copy(read.bias))
+            for pattern, read in self.reads.items()
+        }
+        shift = None if self.shift is None else tuple(part.clone() for part in self.shift)
+        return Step(self.positions.clone(), copy(self.turns), shift, reads)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        found = [self.positions, self.turns, *(self.shift or ())]
+        found += [part for read in self.reads.values() for part in (read.write, read.bias)]
+        return [tensor for tensor in found if tensor is not None]
+
+
+class ShiftSlots:
+    """Ring of the last tokens that token shift looks back at: a row of the grid, and what a step may overwrite.
+
+    Args:
+        grid_size: token rows = columns.
+        window: most positions that are read in one step.
+        device: where the cache is.
+    """
+
+    def __init__(self, grid_size: int, window: int, device: torch.device | str) -> None:
+        length, position = grid_size + window, torch.arange(grid_size**2)
+        self.count = length + 1
+        nothing = torch.tensor(length)  # the last slot stays zero: what stands beyond the borders
+        self.write = (position % length).to(device)
+        above, left = (position - grid_size) % length, (position - 1) % length
+        self.above = torch.where(position < grid_size, nothing, above).to(device)
+        self.left = torch.where(position % grid_size == 0, nothing, left).to(device)
+
+    def at(self, some: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some positions."""
+        return self.write[some], self.above[some], self.left[some]
 
 
 class LayerCache:
-    """Keys and values of one layer.
+    """Keys and values of one layer, and the channels that token shift moves.
 
     Args:
-        plan: slots of its pattern.
-        full: keys and values of the prompt and the given image tokens, ``[2, g, h, t + given, e]``.
-        text_length: t.
+        prompt: keys and values of the prompts and of the given image tokens behind them, ``[2, g, h, t + m, e]``.
+        prompt_length: t.
+        slots: where image keys go.
         candidates: c.
-        dtype: of what is kept.
-        in_front: let a lone candidate's image keys follow its prompt's in one run, which is read at once.
+        dtype: of keys and values.
+        in_front: keep the prompt in front of the image keys of its only candidate, so that one product reads both.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        full: Float[Tensor, "2 g h s e"],
-        text_length: int,
+        prompt: Float[Tensor, "2 g h s e"],
+        prompt_length: int,
+        slots: Slots,
         candidates: int,
         *,
         dtype: torch.dtype,
-        in_front: bool = True,
+        in_front: bool,
     ) -> None:
-        _, groups, heads, length, head_dim = full.shape
-        full = full.to(dtype)
-        self.plan, self.shape = plan, (groups, candidates, heads, head_dim)
-        self.text_length = text_length
-        self.in_front = in_front and candidates == 1 and plan.runs
-        self.offset = text_length if self.in_front else 0
-        slots, rows = self.offset + plan.room, groups * candidates * heads
-        self.block = BLOCK if plan.runs and not self.in_front else slots
-        self.blocks = full.new_zeros(-(-slots // self.block), 2, rows, self.block, head_dim)
-        """Image keys and values, rows in the order (g, h, c)."""
-        self.halves = [tuple(block.unbind()) for block in self.blocks]
-        self.prompt = full[:, :, :, :text_length].flatten(1, 2).contiguous()
-        """Keys and values of the prompts, ``[2, g * h, t, e]``; empty where they lie in front."""
-        if self.in_front:
-            self.blocks[0, :, :, :text_length] = self.prompt
-            self.prompt = self.prompt[:, :, :0].clone()
-        given = full[:, :, :, text_length:].flatten(1, 2).repeat_interleave(candidates, dim=1)
-        for position in range(max(0, length - text_length - plan.room), length - text_length):
-            self.write(given[0, :, position], given[1, :, position], plan.slots[position])
+        prompt = prompt.to(dtype)
+        image = prompt[:, :, :, prompt_length:].repeat_interleave(candidates, dim=1)
+        prompt = prompt[:, :, :, :prompt_length]
+        self.offset = prompt_length if in_front else 0
+        _, rows, heads, given, head_dim = image.shape
+        self.keys, self.values = image.new_zeros(2, rows, heads, self.offset + slots.count, head_dim)
+        """``[r, h, offset + s, e]``."""
+        self.prompt = None if in_front else prompt.contiguous()
+        """Keys and values of the prompts, ``[2, g, h, t, e]``; None where they lie in front of the image's."""
+        if in_front:
+            self.keys[:, :, : self.offset], self.values[:, :, : self.offset] = prompt
+        some = slice(max(0, given - slots.count), given)
+        self.write(*image[:, :, :, some], self.offset + slots.write[some])
+        self.recent: list[Float[Tensor, "r slots half"]] = []
+        """Moving channels of the last tokens, at the entry of attention and of the feed-forward."""
 
-    def write(self, k: Float[Tensor, "rows e"], v: Float[Tensor, "rows e"], slot: int) -> None:
-        """Store one position's keys and values."""
-        block, at = divmod(self.offset + slot, self.block)
-        keys, values = self.halves[block]
-        keys.select(1, at).copy_(k)
-        values.select(1, at).copy_(v)
+    def keep_recent(
+        self, moving: list[Float[Tensor, "g s half"]], slots: ShiftSlots, prompt_length: int, candidates: int
+    ) -> None:
+        """Store what token shift needs of the given image tokens."""
+        for part in moving:
+            image = part[:, prompt_length:].repeat_interleave(candidates, dim=0)
+            ring, given = image.new_zeros(len(image), slots.count, image.shape[-1]), image.shape[1]
+            some = slice(max(0, given - slots.count + 1), given)
+            self.recent.append(ring.index_copy_(1, slots.write[some], image[:, some]))
 
-    def attend(
-        self, q: Float[Tensor, "r h 1 e"], k: Float[Tensor, "r h 1 e"], v: Float[Tensor, "r h 1 e"], position: int
-    ) -> Float[Tensor, "r h 1 e"]:
-        """Store a position's keys and values; its attention to the prompt and the image keys it may see."""
-        self.write(self.by_head(k), self.by_head(v), self.plan.slots[position])
-        read = self.plan.reads[position]
-        if self.in_front and isinstance(read, slice):
-            some = self.offset + read.stop
-            keys, values = (half.narrow(1, 0, some) for half in self.halves[0])
-            queries = q.reshape(-1, 1, q.shape[-1]).to(keys.dtype)
-            return attend_one(queries, keys, values).view(q.shape).to(q.dtype)
-        groups, candidates, heads, head_dim = self.shape
-        queries = self.by_head(q).to(self.blocks.dtype) * head_dim**-0.5
-        out = mix_blocks(queries, self.prompt, *self.visible(read))
-        return out.view(groups, heads, candidates, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
+    def write(self, k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], at: Int[Tensor, " q"]) -> None:
+        """Store keys and values of some positions."""
+        self.keys.index_copy_(2, at, k)
+        self.values.index_copy_(2, at, v)
 
-    def visible(self, read: slice | Tensor) -> tuple[Float[Tensor, "blocks 2 rows some e"], int]:
-        """Blocks that hold the slots to read, and how many slots they are."""
-        if not isinstance(read, slice):  # picked here and there: one copy
-            return self.blocks.index_select(3, read), len(read)
-        if self.plan.runs:
-            return self.blocks[: -(-read.stop // self.block)], read.stop
-        return self.blocks[:, :, :, read], read.stop - read.start
-
-    def by_head(self, x: Float[Tensor, "r h 1 e"]) -> Float[Tensor, "rows e"]:
-        """One position's queries, keys or values in the order (g, h, c)."""
-        groups, candidates, heads, head_dim = self.shape
-        if candidates == 1:
-            return x.reshape(-1, head_dim)
-        return x.view(groups, candidates, heads, head_dim).transpose(1, 2).reshape(-1, head_dim)
+    def keep_rows(self, rows: int, groups: int) -> None:
+        """Forget all but the first rows, those of the first groups."""
+        self.keys, self.values = self.keys[:rows], self.values[:rows]
+        self.prompt = None if self.prompt is None else self.prompt[:, :groups]
+        self.recent = [part[:rows] for part in self.recent]
 
     def bytes(self) -> int:
         """Memory held."""
-        return self.blocks.nbytes + self.prompt.nbytes
-
-
-def attend_one(
-    q: Float[Tensor, "rows 1 e"], k: Float[Tensor, "rows m e"], v: Float[Tensor, "rows m e"]
-) -> Float[Tensor, "rows 1 e"]:
-    """Attention of one query a row; on a CPU two products: torch's fused kernel is no faster (docs/sampling.md)."""
-    if q.device.type == "cpu":
-        return torch.bmm(torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1), v)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-
-
-def mix_blocks(
-    queries: Float[Tensor, "rows e"],
-    prompt: Float[Tensor, "2 gh t e"],
-    blocks: Float[Tensor, "blocks 2 rows some e"],
-    seen: int,
-) -> Float[Tensor, "rows e"]:
-    """Attention of scaled queries to their prompt and to the first ``seen`` image slots.
-
-    Candidates that share a prompt read its keys in one product.
-    """
-    size, queries = blocks.shape[3], queries.unsqueeze(1)
-    parts = [block[:, :, : seen - first] for first, block in zip(range(0, seen, size), blocks.unbind(), strict=True)]
-    scores = [torch.bmm(queries, keys.transpose(1, 2)) for keys, _ in parts]
-    together = (prompt.shape[1], -1, prompt.shape[3])
-    scores.append(torch.bmm(queries.view(together), prompt[0].transpose(1, 2)).view(len(queries), 1, -1))
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([score.shape[-1] for score in scores], dim=-1)
-    out = torch.bmm(weights[-1].view(prompt.shape[1], -1, prompt.shape[2]), prompt[1]).view(queries.shape)
-    for weight, (_, values) in zip(weights, parts, strict=False):
-        out.baddbmm_(weight, values)
-    return out.squeeze(1)
+        prompt = 0 if self.prompt is None else self.prompt.nbytes
+        return self.keys.nbytes + self.values.nbytes + prompt + sum(part.nbytes for part in self.recent)
 
 
 class RecordingView(StreamView):
@@ -190,13 +196,13 @@ class RecordingView(StreamView):
 
     def __init__(self, view: StreamView) -> None:
         super().__init__(view.mask, view.layout, view.turns, view.shifts)
-        self.shifted: list[Float[Tensor, "g s half"]] = []
-        """Moving channels at the entry of attention and feed-forward; empty where the model does not shift."""
+        self.moving: list[Float[Tensor, "g s half"]] = []
+        """Moving channels at the entry of attention and of the feed-forward; empty where the model does not shift."""
 
     def shift(self, x: Float[Tensor, "b q d"], sublayer: int) -> Float[Tensor, "b q d"]:
         """As in training; keeps the channels that move."""
         if self.shifts is not None:
-            self.shifted.append(x[..., : 2 * (x.shape[-1] // 4)])
+            self.moving.append(x[..., : 2 * (x.shape[-1] // 4)])
         return super().shift(x, sublayer)
 
     def attend(
@@ -207,74 +213,138 @@ class RecordingView(StreamView):
         return super().attend(q, k, v, stable)
 
 
-class StepView:
-    """One layer's view of one image position at a time.
+class CachedView:
+    """One layer's view of the positions of a step, and through its cache of those before them."""
 
-    Args:
-        recorded: the layer's view of what came before.
-        cache: the layer's keys and values.
-        phases: rotations of all positions, ``[s, 1, e / 2]``, or None.
-        candidates: c.
-        grid_size: token rows = columns.
-    """
+    def __init__(self, cache: LayerCache, step: Step, pattern: str) -> None:
+        self.cache, self.step, self.read = cache, step, step.reads[pattern]
+
+    def shift(self, x: Float[Tensor, "r q d"], sublayer: int) -> Float[Tensor, "r q d"]:
+        """The first quarter of the channels from the token above, the second from the left; zeros at the borders."""
+        if self.step.shift is None:
+            return x
+        (write, above, left), recent, quarter = self.step.shift, self.cache.recent[sublayer], x.shape[-1] // 4
+        recent.index_copy_(1, write, x[..., : 2 * quarter])
+        first = recent[..., :quarter].index_select(1, above)
+        second = recent[..., quarter:].index_select(1, left)
+        return torch.cat([first, second, x[..., 2 * quarter :]], dim=-1)
+
+    def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
+        """Rotated by the positions' angles."""
+        return x if self.step.turns is None else rotate(x, self.step.turns)
+
+    def attend(
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
+    ) -> Float[Tensor, "r h q e"]:
+        """Store the positions' keys and values, then attend. Scores are fp32 here, so ``stable`` changes nothing."""
+        cache, (write, start, stop, bias) = self.cache, self.read
+        cache.write(k.to(cache.keys.dtype), v.to(cache.values.dtype), write)
+        keys, values = (part[:, :, start:stop] for part in (cache.keys, cache.values))
+        return attend(q, keys, values, cache.prompt, bias).to(q.dtype)
+
+
+class State:
+    """What has been read: the caches of all layers, and what the network needs of the prompts beside them."""
 
     def __init__(
         self,
-        recorded: RecordingView,
-        cache: LayerCache,
-        phases: Complex[Tensor, "s 1 half"] | None,
-        *,
-        candidates: int,
-        grid_size: int,
+        layers: list[LayerCache],
+        patterns: list[str],
+        slots: dict[str, Slots],
+        shifts: ShiftSlots | None,
+        turns: Float[Tensor, "2 n e"] | None,
+        context: dict[str, Any],
     ) -> None:
-        self.cache, self.grid_size, self.text_length = cache, grid_size, cache.text_length
-        self.phases = phases
-        self.position = recorded.full.shape[3] - self.text_length
-        """Raster position that is read next."""
-        self.above: list[list[Tensor]] = []
-        """For attention and feed-forward the first channel quarter of the last row of tokens, a ring by column."""
-        self.left: list[Tensor] = []
-        """The second quarter of the last token."""
-        self.zeros: list[Tensor] = []
-        """What stands on the left of the first column."""
-        for moved in recorded.shifted:
-            image = moved[:, self.text_length :].repeat_interleave(candidates, dim=0)
-            first, second = image.chunk(2, dim=-1)
-            zeros, *ring = (first.new_zeros(len(image), 1, first.shape[-1]) for _ in range(1 + grid_size))
-            for position in range(max(0, self.position - grid_size), self.position):
-                ring[position % grid_size] = first[:, position : position + 1]
-            self.above.append([as_part(part) for part in ring])
-            self.left.append(as_part(second[:, -1:] if self.position else zeros))
-            self.zeros.append(as_part(zeros))
+        self.layers, self.patterns, self.context = layers, patterns, context
+        self.slots, self.shifts, self.turns = slots, shifts, turns
+        self.graphs: dict[tuple[int, ...], Any] = {}
+        """CUDA graphs of steps, by the shape of the tokens that they read."""
+        self.offsets = {pattern: layer.offset for pattern, layer in zip(patterns, layers, strict=True)}
 
-    def shift(self, x: Float[Tensor, "r 1 d"], sublayer: int) -> Float[Tensor, "r 1 d"]:
-        """The first quarter of the channels from the token above, the second from the left; zeros at the borders."""
-        if not self.above:
-            return x
-        ring, column, quarter = self.above[sublayer], self.position % self.grid_size, x.shape[-1] // 4
-        first, second, rest = x.split_with_sizes([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
-        shifted = torch.cat([ring[column], self.left[sublayer] if column else self.zeros[sublayer], rest], dim=-1)
-        ring[column], self.left[sublayer] = first, second
-        return shifted
+    def step(self, first: int, count: int, *, static: bool = False) -> Step:
+        """The step that reads the image positions ``first`` to ``first + count - 1``.
 
-    def turn(self, x: Float[Tensor, "r 1 parts h e"]) -> Float[Tensor, "r 1 parts h e"]:
-        """Rotated by the position's angles: one product of complex numbers in place of five operations."""
-        if self.phases is None:
-            return x
-        pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * self.phases[self.text_length + self.position]).view(x.shape).to(x.dtype)
+        Args:
+            first: raster position.
+            count: q, at most the window.
+            static: read all slots under a bias, so that every step has the same shapes.
+        """
+        some, reads = slice(first, first + count), {}
+        for pattern, slots in self.slots.items():
+            offset = self.offsets[pattern]
+            start, stop = min(slots.starts[some]), max(slots.stops[some])
+            bias = None
+            if static:
+                start, stop = 0, slots.count
+            if static or count > 1 or not slots.gapless[first]:
+                hidden = slots.hidden[some, start:stop]
+                bias = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
+                bias = F.pad(bias, (offset, 0))  # the prompt in front is visible
+            start = start + offset if start else 0
+            reads[pattern] = Read(slots.write[some] + offset, start, stop + offset, bias)
+        positions = torch.arange(first, first + count, device=next(iter(reads.values())).write.device)
+        turns = None if self.turns is None else self.turns[:, some]
+        return Step(positions, turns, None if self.shifts is None else self.shifts.at(some), reads)
 
-    def attend(
-        self, q: Float[Tensor, "r h 1 e"], k: Float[Tensor, "r h 1 e"], v: Float[Tensor, "r h 1 e"], stable: bool
-    ) -> Float[Tensor, "r h 1 e"]:
-        """Attention over the cache. ``stable`` guards scores in fp16, which sampling does not use."""
-        return self.cache.attend(q, k, v, self.position)
+    def views(self, step: Step) -> list[CachedView]:
+        """Every layer's view of a step."""
+        return [CachedView(layer, step, name) for layer, name in zip(self.layers, self.patterns, strict=True)]
+
+    def keep_rows(self, rows: int, groups: int) -> None:
+        """Forget all but the first rows, those of the first groups."""
+        for layer in self.layers:
+            layer.keep_rows(rows, groups)
+        self.context = {
+            name: [part[:groups] for part in value] if isinstance(value, list) else value[:groups]
+            for name, value in self.context.items()
+        }
 
     def bytes(self) -> int:
-        """Memory held; a kept quarter of a token keeps the whole token."""
-        return self.cache.bytes() + sum(4 * part.nbytes for ring in self.above for part in ring)
+        """Memory held."""
+        return sum(layer.bytes() for layer in self.layers)
 
 
-def as_part(quarter: Float[Tensor, "r 1 quarter"]) -> Float[Tensor, "r 1 quarter"]:
-    """A copy with the strides of a token's channels: to a compiled program other strides are another input."""
-    return torch.cat([quarter] * 4, dim=-1)[..., : quarter.shape[-1]]
+ACTIVE: ContextVar[list[CachedView]] = ContextVar("active")
+"""Views of the step that a compiled program is running."""
+
+
+class CompiledView:
+    """A layer's view inside a compiled program: what touches the cache is a call that the compiler does not look into.
+
+    A program that wrote to the caches itself would be compiled into one that copies them, and would be another one for
+    every length that is read.
+    """
+
+    def __init__(self, layer: int, turns: Float[Tensor, "2 q e"] | None, shifts: bool) -> None:
+        self.layer, self.turns, self.shifts = layer, turns, shifts
+
+    def shift(self, x: Float[Tensor, "r q d"], sublayer: int) -> Float[Tensor, "r q d"]:
+        """As in CachedView."""
+        return torch.ops.dalle_pytorch.shift(x, self.layer, sublayer) if self.shifts else x
+
+    def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
+        """As in CachedView."""
+        return x if self.turns is None else rotate(x, self.turns)
+
+    def attend(
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
+    ) -> Float[Tensor, "r h q e"]:
+        """As in CachedView."""
+        return torch.ops.dalle_pytorch.attend(q, k, v, self.layer)
+
+
+_OPERATORS = torch.library.Library("dalle_pytorch", "FRAGMENT")
+_OPERATORS.define("attend(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
+_OPERATORS.define("shift(Tensor x, int layer, int sublayer) -> Tensor")
+_OPERATORS.impl(
+    "attend",
+    lambda q, k, v, layer: ACTIVE.get()[layer].attend(q, k, v, False).contiguous(),
+    "CompositeExplicitAutograd",
+)
+_OPERATORS.impl("shift", lambda x, layer, sublayer: ACTIVE.get()[layer].shift(x, sublayer), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dalle_pytorch::attend", lambda q, k, v, layer: torch.empty_like(q).contiguous(), lib=_OPERATORS
+)
+torch.library.register_fake(
+    "dalle_pytorch::shift", lambda x, layer, sublayer: torch.empty_like(x).contiguous(), lib=_OPERATORS
+)

@@ -1,112 +1,207 @@
-"""A DALLE, one image token at a time: reads prompts once, then a token of every candidate a step.
+"""A text-to-image model laid out for sampling: reads prompts once, then new image tokens of every candidate.
 
 Axes: g groups (a prompt, or its null twin for guidance), c candidates of a group, r = g * c rows in that order, t text
-tokens, n image tokens, k codebook_size.
+tokens, m given image tokens, n image tokens, q image tokens of a step, k codebook_size.
 """
+
+import types
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.generation.cache import LayerCache, Plan, RecordingView, StepView, plan
-from dalle_pytorch.generation.fused import FusedStep
-from dalle_pytorch.generation.linear import keys_dtype, prepare, prepare_head
-from dalle_pytorch.models.dalle import DALLE
+from dalle_pytorch.generation.backend import keys_dtype, prepare, prepare_head
+from dalle_pytorch.generation.cache import (
+    ACTIVE,
+    CompiledView,
+    LayerCache,
+    RecordingView,
+    ShiftSlots,
+    Slots,
+    State,
+    Step,
+)
+from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.text_to_image import TextToImage
 
 
 class Decoder:
-    """A DALLE laid out for sampling. Some weights are copied: make another one after training on.
+    """A model laid out for sampling. Some weights are copied: make another one after training on.
 
     Args:
-        dalle: the model; not changed.
-        precision: arithmetic of the linear layers, "fp32", "bf16", "fp16" or "int8" (see ``linear.prepare``). The head
-            that scores the codebook is as ``linear.prepare_head`` says, keys and values as ``linear.keys_dtype``.
+        dalle: the model; not changed unless consumed.
+        precision: arithmetic of the linear layers, "fp32", "bf16", "fp16" or "int8" (see ``backend.prepare``); that of
+            the head as ``backend.prepare_head`` says.
         compiled: translate a step with ``torch.compile``: half a minute once for each number of candidates, then less
             time a step (needs a C++ compiler on a CPU).
+        consume: take the weights of linear layers out of ``dalle`` as they are laid out: it can then do nothing but
+            draw, and no weight is in memory twice.
+        cache_dtype: of keys and values; None = as ``backend.keys_dtype`` says.
 
     Raises:
         ValueError: a precision that is unknown or that this device does not have.
     """
 
-    def __init__(self, dalle: DALLE, *, precision: str = "fp32", compiled: bool = False) -> None:
-        self.dalle = dalle
-        self.transformer = prepare(dalle.transformer, precision, packed=not compiled)
-        self.head = prepare_head(dalle.image_head, precision, packed=not compiled)
-        self.fused = FusedStep(self.transformer, self.head) if compiled else None
-        self.device = dalle.image_emb.weight.device
-        self.cache_dtype = keys_dtype(precision, self.device, compiled)
-        self.turns = turns = dalle.rotary.float() if dalle.config.rotated else None
-        self.phases = None if turns is None else torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
-        self.text_length = dalle.config.text_length
-        self.plans: dict[str, Plan] = {}
-        """Cache slots of each pattern."""
-        for pattern, mask in zip(dalle.patterns, dalle.masks.cpu(), strict=True):
-            self.plans[pattern] = plan(mask[self.text_length :, self.text_length :], pattern, self.device)
+    def __init__(
+        self,
+        dalle: TextToImage,
+        *,
+        precision: str = "fp32",
+        compiled: bool = False,
+        consume: bool = False,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dalle, self.compiled = dalle, compiled
+        self.device = next(dalle.parameters()).device
+        self.views = dalle.views()
+        self.patterns = [dalle.pattern(layer) for layer in range(len(self.views))]
+        self.trunk: Any = prepare(dalle.trunk, precision, consume=consume)
+        self.head = prepare_head(dalle.image_head, precision, consume=consume)
+        self.cache_dtype = cache_dtype or keys_dtype(precision, self.device)
+        self.program = compiled_program(self.trunk) if compiled else None
+        self.graphs = self.device.type == "cuda" and not compiled
+        """Whether a step is captured in a CUDA graph."""
+        self._slots: dict[int, tuple[dict[str, Slots], ShiftSlots | None]] = {}
+
+    def slots(self, window: int) -> tuple[dict[str, Slots], ShiftSlots | None]:
+        """Cache slots of each pattern and of token shift, for steps of at most ``window`` positions."""
+        if window not in self._slots:
+            t, n = self.dalle.prompt_length, self.dalle.num_image_tokens
+            causal = torch.ones(n, n, dtype=torch.bool).tril()
+            found = {}
+            for pattern, view in zip(self.patterns, self.views, strict=True):
+                if pattern not in found:
+                    visible = causal if view.mask is None else view.mask[t:, t:].cpu()
+                    found[pattern] = Slots(visible, pattern, window, self.device)
+            shifts = ShiftSlots(self.dalle.grid_size, window, self.device) if self.views[0].shifts else None
+            self._slots[window] = found, shifts
+        return self._slots[window]
 
     def bytes_per_candidate(self, *, guided: bool = False) -> int:
         """What the caches of one candidate hold, prompts apart."""
-        config = self.dalle.config
-        slots = sum(self.plans[self.dalle.pattern(layer)].allocated() for layer in range(config.depth))
-        keys = 2 * slots * config.heads * config.head_dim * self.cache_dtype.itemsize
-        # a kept quarter keeps its whole token; attention and feed-forward each look back a row; 4 bytes a channel
-        shifted = config.depth * 2 * self.dalle.grid_size * config.dim * 4 if config.shift_tokens else 0
-        return (keys + shifted) * (2 if guided else 1)
+        slots, shifts = self.slots(1)
+        held = 2 * sum(slots[pattern].count for pattern in self.patterns)
+        keys = held * self.dalle.key_width * self.cache_dtype.itemsize
+        moving = 0 if shifts is None else len(self.views) * 2 * shifts.count * (self.dalle.config.dim // 4 * 2) * 4
+        return (keys + moving) * (2 if guided else 1)
 
     @torch.inference_mode()
     def start(
         self,
         text_tokens: Int[Tensor, "g t"],
         candidates: int = 1,
-        given_tokens: Int[Tensor, "g given"] | None = None,
-    ) -> tuple["State", Float[Tensor, "r k"]]:
+        given_tokens: Int[Tensor, "g m"] | None = None,
+        *,
+        window: int = 1,
+    ) -> tuple[State, Float[Tensor, "r k"]]:
         """Read each prompt once, with the first image tokens where they are given.
 
         Args:
             text_tokens: prompts, 0 = padding.
             candidates: c, drawn for each prompt.
             given_tokens: first image tokens, the same for all candidates of a prompt; fewer than n.
+            window: most image tokens that a step will read.
 
         Returns:
             State, and scores of the next image token of every row.
         """
-        dalle = self.dalle
-        if given_tokens is None:
-            given_tokens = text_tokens.new_empty(len(text_tokens), 0)
-        dalle.check_image_tokens(given_tokens)
-        recorded = [RecordingView(view) for view in dalle.views()]
-        out = self.transformer(dalle.embed(dalle.pad_text(text_tokens), given_tokens), recorded)
-        steps = []
-        for layer, view in enumerate(recorded):
-            cache = LayerCache(
-                self.plans[dalle.pattern(layer)],
-                view.full,
-                self.text_length,
-                candidates,
-                dtype=self.cache_dtype,
-                in_front=self.fused is None,
-            )
-            steps.append(StepView(view, cache, self.phases, candidates=candidates, grid_size=dalle.grid_size))
-        return State(steps), self.head(out[:, -1]).repeat_interleave(candidates, dim=0)
+        dalle, recorded = self.dalle, [RecordingView(view) for view in self.views]
+        with eval_mode(dalle):  # no dropout, though the model may be in training
+            kept = torch.float32 if self.device.type == "cpu" else self.cache_dtype
+            # a compiled step is translated anew for every length of a prompt
+            x, context = dalle.read_prompt(text_tokens, self.trunk, dtype=kept, trim=not self.compiled)
+            if given_tokens is not None and given_tokens.shape[1]:
+                dalle.check_image_tokens(given_tokens)
+                positions = torch.arange(given_tokens.shape[1], device=x.device)
+                x = torch.cat([x, dalle.embed_image(given_tokens, positions)], dim=1)
+            out = self.trunk(x, views=recorded, **context)
+        (slots, shifts), t = self.slots(window), dalle.prompt_length
+        layers = []
+        for pattern, view in zip(self.patterns, recorded, strict=True):
+            # in 16 bits the rounding of one softmax over both parts would make a lone candidate another one
+            in_front = candidates == 1 and slots[pattern].from_first and self.cache_dtype == torch.float32
+            cache = LayerCache(view.full, t, slots[pattern], candidates, dtype=self.cache_dtype, in_front=in_front)
+            if shifts is not None:
+                cache.keep_recent(view.moving, shifts, t, candidates)
+            layers.append(cache)
+        turns = self.views[0].turns
+        state = State(layers, self.patterns, slots, shifts, None if turns is None else turns[:, t:].float(), context)
+        return state, self.scores(out[:, -1]).repeat_interleave(candidates, dim=0)
 
     @torch.inference_mode()
-    def step(self, state: "State", image_tokens: Int[Tensor, " r"]) -> Float[Tensor, "r k"]:
-        """Read the next image token of every row; scores of the one after it."""
-        inputs = self.dalle.embed_image(image_tokens[:, None], state.views[0].position)
-        if self.fused is not None:
-            scores = self.fused(inputs, state.views, self.turns)
-        else:
-            scores = self.head(self.transformer(inputs, state.views)[:, 0])
-        for view in state.views:
-            view.position += 1
-        return scores
+    def read(self, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
+        """Read image tokens of every row; scores of the tokens that follow each of them.
+
+        Positions read before may be read again with other tokens: those that follow them are then forgotten.
+
+        Args:
+            state: what ``start`` gave.
+            image_tokens: of the raster positions ``first`` to ``first + q - 1``; q is at most the window.
+            first: all positions before it have been read.
+        """
+        if not self.graphs:
+            return self.run(state, image_tokens, state.step(first, image_tokens.shape[1]))
+        shape = tuple(image_tokens.shape)
+        if shape not in state.graphs:
+            state.graphs[shape] = GraphedStep(self, state, image_tokens, first)
+        return state.graphs[shape](image_tokens, first)
+
+    def run(self, state: State, image_tokens: Int[Tensor, "r q"], step: Step) -> Float[Tensor, "r q k"]:
+        """One step through the network."""
+        x, views = self.dalle.embed_image(image_tokens, step.positions), state.views(step)
+        if self.program is None:
+            return self.scores(self.trunk(x, views=views, **state.context))
+        token = ACTIVE.set(views)
+        try:
+            return self.scores(self.program(x, step.turns, step.shift is not None, len(views), state.context))
+        finally:
+            ACTIVE.reset(token)
+
+    def scores(self, out: Float[Tensor, "*r d"]) -> Float[Tensor, "*r k"]:
+        """Of the codebook only: a head may have rows for tokens that no image has."""
+        return self.head(out)[..., : self.dalle.codebook_size]
 
 
-class State:
-    """What has been read: a view of each layer with its cache."""
+class GraphedStep:
+    """A step of one State as a CUDA graph, replayed with other tokens and positions: one launch in place of hundreds.
 
-    def __init__(self, views: list[StepView]) -> None:
-        self.views = views
+    Nothing of it runs on a CPU. The first step is run once outside the graph, as capturing asks for.
+    """
 
-    def bytes(self) -> int:
-        """Memory held."""
-        return sum(view.bytes() for view in self.views)
+    def __init__(self, decoder: Decoder, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> None:
+        self.state, self.tokens = state, image_tokens.clone()
+        self.step = state.step(first, image_tokens.shape[1], static=True).clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            decoder.run(state, self.tokens, self.step)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.scores = decoder.run(state, self.tokens, self.step)
+
+    def __call__(self, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
+        """Scores, valid until the next call."""
+        self.tokens.copy_(image_tokens)
+        step = self.state.step(first, image_tokens.shape[1], static=True)
+        for kept, new in zip(self.step.tensors(), step.tensors(), strict=True):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.scores
+
+
+def compiled_program(trunk: torch.nn.Module) -> Any:
+    """The network's blocks as one program of ``torch.compile``.
+
+    torch finds programs by code object: one of its own keeps this model's programs apart from those of others. Nothing
+    replaces the layers of this private copy, so they are not checked anew at every step.
+    """
+
+    def program(x: Tensor, turns: Tensor | None, shifts: bool, depth: int, context: dict[str, Any]) -> Tensor:
+        return trunk(x, views=[CompiledView(layer, turns, shifts) for layer in range(depth)], **context)
+
+    own = types.FunctionType(
+        program.__code__.replace(), program.__globals__, program.__name__, None, program.__closure__
+    )
+    return torch.compile(own, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from dalle_pytorch.distributed import Processes
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.config import GenerateConfig
-from dalle_pytorch.generation.engine import Given
 from dalle_pytorch.generation.generator import Candidates, Generator, Preview, Ranked, join, ranked
 from dalle_pytorch.generation.results import PreviewAnimation
+from dalle_pytorch.generation.strategies import KnownTokens
 from dalle_pytorch.images import decode_image
 from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
 
@@ -31,7 +31,7 @@ def read_picture(path: str, size: int) -> Float[Tensor, "3 H W"]:
     return decode_image(Path(path).read_bytes(), image_size=size, name=path)
 
 
-def to_complete(config: GenerateConfig, generator: Generator) -> Given | None:
+def to_complete(config: GenerateConfig, generator: Generator) -> KnownTokens | None:
     """The part of ``image`` that stays.
 
     Raises:
@@ -60,7 +60,7 @@ def to_complete(config: GenerateConfig, generator: Generator) -> Given | None:
 
 
 def draw(
-    generator: Generator, prompt: str, config: GenerateConfig, given: Given | None, processes: Processes
+    generator: Generator, prompt: str, config: GenerateConfig, given: KnownTokens | None, processes: Processes
 ) -> tuple[Ranked | None, PreviewAnimation, bool]:
     """Sample and rank this process's share of one prompt under a progress bar.
 

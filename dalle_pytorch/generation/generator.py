@@ -13,11 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.generation.engine import AnyDALLE, Given, draw_image_tokens, make_decoder
+from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.rerank import Ranking, Scorer, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
+from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIP
+from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.text import TextTokenizer
 
 MOST = 256
@@ -63,7 +65,7 @@ class SampleOptions(TypedDict, total=False):
     """Another seed gives other candidates; 0."""
     sampling: SamplingConfig | None
     """Temperature, truncation and guidance; None = as the model is."""
-    given: Given | None
+    given: KnownTokens | None
     """Image tokens that stay as they are; None = none."""
     negative_prompt: str
     """What guidance leads away from; "" = the empty caption."""
@@ -95,7 +97,7 @@ class Generator:
 
     def __init__(
         self,
-        dalle: AnyDALLE,
+        dalle: TextToImage,
         clip: Scorer | Sequence[Scorer] | None = None,
         *,
         batch_size: int | None = None,
@@ -112,7 +114,7 @@ class Generator:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if memory_gb <= 0:
             raise UserError(f"memory_gb must be positive, got {memory_gb}")
-        self.decoder = make_decoder(dalle, precision=precision, compiled=compiled)
+        self.decoder = Decoder(dalle, precision=precision, compiled=compiled)
 
     def check(self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, truncate: bool = False) -> None:
         """Refuse what cannot be drawn, before time is spent on the first prompt.
@@ -143,7 +145,7 @@ class Generator:
             parts = image_tokens.to(self.decoder.device).split(DECODED_TOGETHER)
             return torch.cat([self.dalle.vae.decode(part).float().cpu() for part in parts])
 
-    def given(self, image: Float[Tensor, "c H W"], keep: Bool[Tensor, " n"]) -> Given:
+    def given(self, image: Float[Tensor, "c H W"], keep: Bool[Tensor, " n"]) -> KnownTokens:
         """A picture's image tokens, of which some stay.
 
         Args:
@@ -151,7 +153,7 @@ class Generator:
             keep: True = the token stays, in raster order.
         """
         with torch.no_grad():
-            return Given(self.dalle.vae.encode(image[None].to(self.decoder.device)).cpu(), keep)
+            return KnownTokens(self.dalle.vae.encode(image[None].to(self.decoder.device)).cpu(), keep)
 
     def sample(
         self,
@@ -160,7 +162,7 @@ class Generator:
         *,
         seed: int = 0,
         sampling: SamplingConfig | None = None,
-        given: Given | None = None,
+        given: KnownTokens | None = None,
         negative_prompt: str = "",
         truncate: bool = False,
         preview_rows: int = 0,
@@ -194,7 +196,7 @@ class Generator:
         for first in range(0, len(indices), size):
             part = list(indices[first : first + size])
             uniforms = torch.stack([candidate_uniforms(prompt, seed, index, dalle.num_image_tokens) for index in part])
-            if first and self.decoder.fused is not None:  # fill up: another size would be another program to translate
+            if first and self.decoder.compiled:  # fill up: another size would be another program to translate
                 uniforms = torch.cat([uniforms, uniforms[:1].expand(size - len(part), -1)])
             done, tokens = 0, torch.empty(0)
             for now, tokens in draw_image_tokens(self.decoder, text, uniforms.to(text.device), sampling, given, null):
@@ -279,7 +281,7 @@ def join(parts: Sequence[Candidates]) -> Candidates:
     )
 
 
-def text_tokenizer_of(model: AnyDALLE | Scorer, kind: str) -> TextTokenizer:
+def text_tokenizer_of(model: TextToImage | Scorer, kind: str) -> TextTokenizer:
     """The tokenizer a model carries.
 
     Raises:

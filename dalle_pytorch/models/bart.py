@@ -94,18 +94,18 @@ class CrossAttention(nn.Module):
         self.to_kv = Linear(config.dim, 2 * config.dim, bias=False)
         self.to_out = Linear(config.dim, config.dim, bias=False)
 
-    def keys(self, memory: Float[Tensor, "g t d"]) -> Float[Tensor, "2 g h t e"]:
+    def keys(self, memory: Float[Tensor, "g t d"]) -> Float[Tensor, "g 2 h t e"]:
         """Keys and values of captions."""
-        return self.to_kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.to_kv(memory).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
     def forward(
-        self, x: Float[Tensor, "r q d"], keys: Float[Tensor, "2 g h t e"], visible: Bool[Tensor, "g t"]
+        self, x: Float[Tensor, "r q d"], keys: Float[Tensor, "g 2 h t e"], visible: Bool[Tensor, "g t"]
     ) -> Float[Tensor, "r q d"]:
         """Candidates of a prompt are as many more queries, so that its keys are stored and read once."""
         (rows, length, _), groups = x.shape, len(visible)
         q = self.to_q(x).view(groups, -1, length, self.heads, x.shape[-1] // self.heads)  # [g, c, q, h, e]
         q = q.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [g, h, c * q, e]
-        k, v = keys
+        k, v = keys.unbind(dim=1)
         out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=visible[:, None, None])
         out = out.unflatten(2, (-1, length)).permute(0, 2, 3, 1, 4)
         return self.to_out(out.reshape(rows, length, -1).to(x.dtype))
@@ -165,7 +165,7 @@ class DecoderBlock(Block):
         self,
         x: Float[Tensor, "r q d"],
         view: LayerView,
-        captions: Float[Tensor, "2 g h t e"] | Float[Tensor, "g t d"],
+        captions: Float[Tensor, "g 2 h t e"] | Float[Tensor, "g t d"],
         visible: Bool[Tensor, "g t"],
     ) -> Float[Tensor, "r q d"]:
         """One block over the positions that the view shows it, and over the visible ones of the caption."""
@@ -202,14 +202,14 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
         self.norm = ShiftNorm(config.dim)
 
-    def keys(self, memory: Float[Tensor, "g t d"]) -> list[Float[Tensor, "2 g h t e"]]:
+    def keys(self, memory: Float[Tensor, "g t d"]) -> list[Float[Tensor, "g 2 h t e"]]:
         """Keys and values of captions in every layer: the same at every image position."""
         return [cast(DecoderBlock, block).cross_attention.keys(memory) for block in self.blocks]
 
     def forward(
         self,
         x: Float[Tensor, "r q d"],
-        captions: Sequence[Float[Tensor, "2 g h t e"]] | Float[Tensor, "g t d"],
+        captions: Sequence[Float[Tensor, "g 2 h t e"]] | Float[Tensor, "g t d"],
         visible: Bool[Tensor, "g t"],
         views: Sequence[LayerView],
     ) -> Float[Tensor, "r q d"]:

@@ -13,7 +13,7 @@ p = t predicted text tokens, t - 1 without <bos>.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -257,18 +257,39 @@ class DALLE(TextToImage):
         if self.config.positions != "rotary":
             x = x + self.text_pos.weight
         if image_tokens is not None and image_tokens.shape[1]:
-            x = torch.cat([x, self.embed_image(image_tokens, 0)], dim=1)
+            positions = torch.arange(image_tokens.shape[1], device=x.device)
+            x = torch.cat([x, self.embed_image(image_tokens, positions)], dim=1)
         return x
 
-    def embed_image(self, image_tokens: Int[Tensor, "b m"], start: int) -> Float[Tensor, "b m d"]:
-        """Inputs of image tokens at raster positions ``start`` and on."""
+    def embed_image(self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"]) -> Float[Tensor, "b m d"]:
+        """Inputs of image tokens at some raster positions."""
         x = self.image_emb(image_tokens)
+        if self.config.positions == "flat":
+            return x + self.image_pos(positions)
         if self.config.positions != "rotary":
-            position = torch.arange(start, start + image_tokens.shape[1], device=x.device)
-            if self.config.positions == "flat":
-                return x + self.image_pos(position)
-            x = x + self.row_pos(position // self.grid_size) + self.col_pos(position % self.grid_size)
+            x = x + self.row_pos(positions // self.grid_size) + self.col_pos(positions % self.grid_size)
         return x
+
+    @property
+    def trunk(self) -> Transformer:
+        """The transformer."""
+        return self.transformer
+
+    @property
+    def prompt_length(self) -> int:
+        """The <bos> and the text."""
+        return self.config.text_length
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a position's keys in a layer."""
+        return self.config.heads * self.config.head_dim
+
+    def read_prompt(
+        self, text_tokens: Int[Tensor, "g given"], trunk: nn.Module, *, dtype: torch.dtype, trim: bool
+    ) -> tuple[Float[Tensor, "g p d"], dict[str, Any]]:
+        """Inputs of the <bos> and the text, whose pads all count; see ``TextToImage``."""
+        return self.embed(self.pad_text(text_tokens)), {}
 
     def hidden(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]

@@ -11,7 +11,7 @@ k codebook_size.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 from dalle_pytorch.models.text_to_image import Losses, TextToImage
 from dalle_pytorch.text import BartTokenizer, TextTokenizer
+
+TEXT_STEP = 16
+"""Caption positions are read in multiples of it: captions of up to 14 tokens, with their two ends, are then alike."""
 
 
 @dataclass(kw_only=True)
@@ -180,10 +183,40 @@ class DALLEBart(TextToImage):
         x = self.image_norm(self.image_emb.weight[self.config.bos_id] + self.image_pos.weight[0])
         return x.expand(batch, 1, -1)
 
-    def embed_image(self, image_tokens: Int[Tensor, "b m"], start: int) -> Float[Tensor, "b m d"]:
-        """Inputs of image tokens at raster positions ``start`` and on; each is read one position later."""
-        positions = self.image_pos.weight.narrow(0, 1 + start, image_tokens.shape[1])
-        return self.image_norm(self.image_emb(image_tokens) + positions)
+    def embed_image(self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"]) -> Float[Tensor, "b m d"]:
+        """Inputs of image tokens at some raster positions; each is read one position later."""
+        return self.image_norm(self.image_emb(image_tokens) + self.image_pos(positions + 1))
+
+    @property
+    def trunk(self) -> Decoder:
+        """The decoder; its context are the captions' keys in every layer, and which of them are visible."""
+        return self.decoder
+
+    @property
+    def prompt_length(self) -> int:
+        """The token that begins an image; captions are read in cross-attention."""
+        return 1
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a position's keys in a layer."""
+        return self.config.dim
+
+    def pattern(self, layer: int) -> str:
+        """Attention pattern of a layer: all that came before."""
+        return "full"
+
+    def read_prompt(
+        self, text_tokens: Int[Tensor, "g given"], trunk: nn.Module, *, dtype: torch.dtype, trim: bool
+    ) -> tuple[Float[Tensor, "g 1 d"], dict[str, Any]]:
+        """Input of the token that begins an image, and captions as the decoder reads them; see ``TextToImage``."""
+        padded = self.pad_text(text_tokens)
+        visible, memory = self.visible(padded), self.encode_text(padded)
+        if trim:  # in steps, so that a prompt's sums seldom depend on the others
+            longest = -(-(int(visible.any(dim=0).nonzero().max()) + 1) // TEXT_STEP) * TEXT_STEP
+            visible, memory = visible[:, :longest], memory[:, :longest]
+        keys = [layer.to(dtype) for layer in cast(Decoder, trunk).keys(memory)]
+        return self.embed_bos(len(padded)), {"captions": keys, "visible": visible}
 
     def hidden(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q d"]:
         """The decoder's outputs; the last image token, which predicts nothing, is not read."""
@@ -193,7 +226,8 @@ class DALLEBart(TextToImage):
         padded = self.pad_text(text_tokens)
         x = self.embed_bos(len(padded))
         if read := min(image_tokens.shape[1], self.num_image_tokens - 1):
-            x = torch.cat([x, self.embed_image(image_tokens[:, :read], 0)], dim=1)
+            positions = torch.arange(read, device=x.device)
+            x = torch.cat([x, self.embed_image(image_tokens[:, :read], positions)], dim=1)
         x = drop(x, self.config.dropout, self.training)
         return self.decoder(x, self.encode_text(padded), self.visible(padded), self.views())
 

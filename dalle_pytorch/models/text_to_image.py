@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
+from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.text import TextTokenizer
 
@@ -81,6 +82,8 @@ class TextToImage(nn.Module, ABC):
 
     config: Any
     """A TextToImageConfig; each network narrows it to its own."""
+    image_head: nn.Linear
+    """Scores the codebook, in its first ``codebook_size`` rows."""
     has_text_head: ClassVar[bool] = False
     """Whether the network predicts captions, too: ``text_nll`` and ``next_text_scores``."""
 
@@ -132,6 +135,46 @@ class TextToImage(nn.Module, ABC):
             raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
         if image_tokens.shape[1] != self.num_image_tokens:
             raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
+
+    @property
+    @abstractmethod
+    def trunk(self) -> nn.Module:
+        """The blocks that image positions pass, and their last norm: ``trunk(x, views=..., **context)``."""
+
+    @property
+    @abstractmethod
+    def prompt_length(self) -> int:
+        """Positions in front of the image tokens; all candidates of a prompt share them."""
+
+    @property
+    @abstractmethod
+    def key_width(self) -> int:
+        """Channels of a position's keys in a layer, all heads together; its values have as many."""
+
+    @abstractmethod
+    def views(self) -> list[StreamView]:
+        """What each layer of the trunk sees when all positions are there."""
+
+    @abstractmethod
+    def pattern(self, layer: int) -> str:
+        """Attention pattern of a layer of the trunk."""
+
+    @abstractmethod
+    def read_prompt(
+        self, text_tokens: Int[Tensor, "g t"], trunk: nn.Module, *, dtype: torch.dtype, trim: bool
+    ) -> tuple[Float[Tensor, "g p d"], dict[str, Any]]:
+        """Inputs of the trunk in front of the image tokens, and what else it needs to know of the prompts.
+
+        Args:
+            text_tokens: prompts, 0 = padding.
+            trunk: the model's own, or one with other linear layers.
+            dtype: of keys and values that are made here once for all steps.
+            trim: leave out padding that all prompts share.
+        """
+
+    @abstractmethod
+    def embed_image(self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"]) -> Float[Tensor, "b m d"]:
+        """Inputs of the trunk of image tokens at some raster positions."""
 
     @abstractmethod
     def image_logits(self, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q k"]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import ConfigError, UserError
-from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, draw
+from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer

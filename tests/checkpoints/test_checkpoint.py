@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.generation.engine import generate_image_tokens
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAE

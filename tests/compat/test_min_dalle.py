@@ -12,7 +12,7 @@ from dalle_pytorch import MinDalle
 from dalle_pytorch.checkpoints import hub
 from dalle_pytorch.commands import image_from_text as cli
 from dalle_pytorch.compat import image_from_text, min_dalle
-from dalle_pytorch.generation.engine import Given
+from dalle_pytorch.generation.strategies import KnownTokens
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
 
@@ -48,7 +48,7 @@ def brief(monkeypatch):
 
     def last_rows(decoder, text, uniforms, sampling, given, **more):
         assert given is None
-        return draw(decoder, text, uniforms, sampling, Given(above, torch.arange(256) < 224), **more)
+        return draw(decoder, text, uniforms, sampling, KnownTokens(above, torch.arange(256) < 224), **more)
 
     monkeypatch.setattr(min_dalle, "draw_image_tokens", last_rows)
 

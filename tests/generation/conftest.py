@@ -8,18 +8,20 @@ from dalle_pytorch.generation.decoder import Decoder
 
 @pytest.fixture
 def assert_exact():
-    """Check a decoder's logits against the uncached pass, for (candidates, given tokens) of two prompts."""
-    text = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
+    """Check a decoder's logits against the uncached pass, for (candidates, given tokens, positions a step)."""
+    text = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]])
 
-    def check(decoder: Decoder, *cases: tuple[int, int]) -> None:
-        for candidates, given in cases:
+    def check(decoder: Decoder, *cases: tuple[int, int, int], atol: float = 1e-5) -> None:
+        for candidates, given, window in cases:
             tokens = torch.randint(12, (2 * candidates, 16))
             start = torch.randint(12, (2, given))
             tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
-            expected = decoder.dalle.logits(text.repeat_interleave(candidates, dim=0), tokens).image[:, given:]
-            state, logits = decoder.start(text, candidates, start)
-            steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
-            torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+            expected = decoder.dalle.image_logits(text.repeat_interleave(candidates, dim=0), tokens)[:, given:]
+            state, logits = decoder.start(text, candidates, start, window=window)
+            found = [logits[:, None]]
+            for first in range(given, 15, window):
+                found.append(decoder.read(state, tokens[:, first : min(first + window, 15)], first))
+            torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=atol, rtol=1e-5)
 
     return check
 

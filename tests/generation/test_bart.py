@@ -6,29 +6,18 @@ import torch
 from dalle_pytorch import Generator, SamplingConfig, caption_picture, image_log_likelihood
 from dalle_pytorch.evaluation.baselines import image_loss
 from dalle_pytorch.evaluation.exact_match import greedy_matches
-from dalle_pytorch.generation.bart import BartDecoder
 from dalle_pytorch.generation.captions import draw_texts
-from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.text import BPETokenizer
 
 TEXT = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("given", [0, 1, 6, 15])
-def test_cached_equals_uncached(make_bart, compiled, candidates, given):
-    """Two prompts, with and without first tokens. The program is run as it is written, not compiled."""
-    bart = make_bart()
-    decoder = BartDecoder(bart, compiled=compiled)
-    if decoder.fused is not None:
-        decoder.fused.compiled = decoder.fused.program
-    tokens, start = torch.randint(12, (2 * candidates, 16)), torch.randint(12, (2, given))
-    tokens[:, :given] = start.repeat_interleave(candidates, dim=0)
-    expected = bart.image_logits(TEXT.repeat_interleave(candidates, dim=0), tokens)[:, given:]
-    state, logits = decoder.start(TEXT, candidates, start)
-    steps = [logits, *(decoder.step(state, tokens[:, i]) for i in range(given, 15))]
-    torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+def test_cached_equals_uncached(make_bart, assert_exact, given):
+    """Two prompts, with and without first tokens, alone and with several candidates, one or more positions a step."""
+    assert_exact(Decoder(make_bart()), (1, given, 1), (3, given, 1), (1, given, 4), (3, given, 3))
 
 
 @pytest.fixture

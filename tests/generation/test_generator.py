@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from dalle_pytorch import Generator, SamplingConfig
-from dalle_pytorch.generation.engine import Given, generate_image_tokens
 from dalle_pytorch.generation.generator import Candidates, Preview, Ranked
 from dalle_pytorch.generation.rerank import rank, score
+from dalle_pytorch.generation.strategies import KnownTokens, generate_image_tokens
 from dalle_pytorch.text import BPETokenizer
 
 
@@ -100,7 +100,7 @@ def test_completion_keeps_the_pictures_tokens(prompted):
     given = generator.given(image, keep)
     drawn = generator.candidates("a red apple", range(3), given=given, sampling=SAMPLING)
     assert torch.equal(drawn.image_tokens[:, keep], prompted.vae.encode(image[None])[:, keep].expand(3, -1))
-    assert isinstance(given, Given)
+    assert isinstance(given, KnownTokens)
     assert isinstance(drawn, Candidates)
     assert len(drawn.image_tokens.unique(dim=0)) == 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dalle_pytorch.generation.linear import prepare
+from dalle_pytorch.generation.backend import prepare
 from dalle_pytorch.models.dalle_bart import DALLEBart, DALLEBartConfig
 
 TEXT = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]])
@@ -18,7 +18,11 @@ def test_no_position_reads_the_future(make_bart):
     bart = make_bart()
     padded = bart.pad_text(TEXT)
     memory = bart.encode_text(padded).detach().requires_grad_()
-    x = torch.cat([bart.embed_bos(2), bart.embed_image(IMAGE[:, :-1], 0)], dim=1).detach().requires_grad_()
+    x = (
+        torch.cat([bart.embed_bos(2), bart.embed_image(IMAGE[:, :-1], torch.arange(15))], dim=1)
+        .detach()
+        .requires_grad_()
+    )
     out = bart.decoder(x, bart.decoder.keys(memory), bart.visible(padded), bart.views())
     assert out.shape == x.shape == (2, 16, 32)
     for position in range(16):
@@ -101,12 +105,15 @@ def test_first_tokens_are_enough_for_their_scores(make_bart):
 
 def test_a_token_is_embedded_one_position_later(make_bart):
     bart = make_bart()
-    torch.testing.assert_close(bart.embed_image(IMAGE[:, 3:5], 3), bart.embed_image(IMAGE[:, :-1], 0)[:, 3:5])
     torch.testing.assert_close(
-        bart.embed_image(IMAGE[:, 3:4], 3), bart.image_norm(bart.image_emb(IMAGE[:, 3:4]) + bart.image_pos.weight[4])
+        bart.embed_image(IMAGE[:, 3:5], torch.arange(3, 5)), bart.embed_image(IMAGE[:, :-1], torch.arange(15))[:, 3:5]
     )
-    with pytest.raises(RuntimeError):  # the last token is read nowhere
-        bart.embed_image(IMAGE[:, 15:], 15)
+    torch.testing.assert_close(
+        bart.embed_image(IMAGE[:, 3:4], torch.arange(3, 4)),
+        bart.image_norm(bart.image_emb(IMAGE[:, 3:4]) + bart.image_pos.weight[4]),
+    )
+    with pytest.raises(IndexError):  # the last token is read nowhere
+        bart.embed_image(IMAGE[:, 15:], torch.arange(15, 16))
 
 
 def test_loss_is_the_mean_over_the_batch_and_all_rows_of_the_head(make_bart):
@@ -194,7 +201,7 @@ def test_half_precision_is_close(make_bart, dtype):
 def test_decoder_can_be_laid_out_for_sampling(make_bart, precision, tolerance):
     bart = make_bart().requires_grad_(False)
     padded = bart.pad_text(TEXT)
-    memory, visible, x = bart.encode_text(padded), bart.visible(padded), bart.embed_image(IMAGE[:, :9], 0)
+    memory, visible, x = bart.encode_text(padded), bart.visible(padded), bart.embed_image(IMAGE[:, :9], torch.arange(9))
     plain = bart.decoder(x, bart.decoder.keys(memory), visible, bart.views())
     decoder = prepare(bart.decoder, precision)
     laid_out = decoder(x, decoder.keys(memory), visible, bart.views())

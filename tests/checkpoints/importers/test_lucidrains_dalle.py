@@ -15,7 +15,7 @@ from dalle_pytorch.checkpoints import checkpoint, loading
 from dalle_pytorch.checkpoints.checkpoint import assemble, build, make_header
 from dalle_pytorch.checkpoints.importers import lucidrains_dalle as importer
 from dalle_pytorch.commands import import_weights as command
-from dalle_pytorch.generation.engine import generate_image_tokens
+from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig

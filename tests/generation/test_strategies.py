@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 
-from dalle_pytorch.generation.decoder import Decoder, State
-from dalle_pytorch.generation.engine import Given, draw_image_tokens, generate_image_tokens
+from dalle_pytorch.generation.cache import State
+from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens, generate_image_tokens
 
 TEXT = torch.tensor([[3, 1, 4], [1, 5, 0]])
 MASKS = {
@@ -36,7 +37,7 @@ def last(events):
 def test_completion_keeps_the_given_tokens(make_dalle, name, scale):
     """And draws the others as if the kept ones had been drawn themselves."""
     decoder, keep, sampling = Decoder(make_dalle()), MASKS[name], SamplingConfig(cfg_scale=scale)
-    given, uniforms = Given(torch.randint(12, (2, 16)), keep), torch.rand(6, 16)
+    given, uniforms = KnownTokens(torch.randint(12, (2, 16)), keep), torch.rand(6, 16)
     copy = given.tokens.clone()
     tokens, counts = last(draw_image_tokens(decoder, TEXT, uniforms, sampling, given))
     assert torch.equal(tokens[:, keep], given.tokens.repeat_interleave(3, dim=0)[:, keep])
@@ -60,7 +61,8 @@ def test_what_lies_outside_the_mask_is_not_read(make_dalle):
     first = torch.randint(12, (2, 16))
     second = torch.where(keep, first, 999)  # no token at all
     results = [
-        last(draw_image_tokens(decoder, TEXT, uniforms, SamplingConfig(), Given(t, keep)))[0] for t in (first, second)
+        last(draw_image_tokens(decoder, TEXT, uniforms, SamplingConfig(), KnownTokens(t, keep)))[0]
+        for t in (first, second)
     ]
     assert torch.equal(*results)
 
@@ -69,10 +71,10 @@ def test_cancelling_frees_the_cache_and_keeps_the_tokens(make_dalle, monkeypatch
     states = []
     start = Decoder.start
 
-    def watched(self, *arguments) -> tuple[State, torch.Tensor]:
-        state, logits = start(self, *arguments)
+    def watched(self, *arguments, **options) -> tuple[State, torch.Tensor]:
+        state, logits = start(self, *arguments, **options)
         states.append(weakref.ref(state))
-        states.extend(weakref.ref(view.cache.blocks) for view in state.views)
+        states.extend(weakref.ref(layer.keys) for layer in state.layers)
         return state, logits
 
     monkeypatch.setattr(Decoder, "start", watched)
@@ -96,6 +98,6 @@ def test_misfits_are_named(make_dalle):
         (torch.zeros(1, 16), r"\(1, 16\).*2 prompts"),
         (torch.full((2, 16), 12), r"\[0, 12\].*0 to 11"),
     ):
-        given = Given(tokens.long(), MASKS["rows"])
+        given = KnownTokens(tokens.long(), MASKS["rows"])
         with pytest.raises(ValueError, match=message):
             next(draw_image_tokens(decoder, TEXT, torch.rand(2, 16), SamplingConfig(), given))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dalle_pytorch.generation import linear as linear_module
+from dalle_pytorch.generation import backend
+from dalle_pytorch.generation.backend import CastLinear, Int8Linear, keep_stored, keys_dtype, prepare
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.generation.linear import CastLinear, Int8Linear, keep_stored, keys_dtype, prepare
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 
@@ -58,11 +58,17 @@ def test_int8_rounds_to_the_nearest_step():
     torch.testing.assert_close(Int8Linear(linear)(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_operator_of_compiled_programs_keeps_its_promises():
-    layer = Int8Linear(nn.Linear(64, 32))
-    steps = torch.randint(256, (2, 1, 64), dtype=torch.uint8)
-    operator = torch.ops.dalle_pytorch.int8_products.default
-    torch.library.opcheck(operator, (steps, layer.number, 32), test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_operator_of_compiled_programs_keeps_its_promises(precision):
+    layer = prepare(nn.Linear(64, 32), precision)
+    x = torch.randn(2, 1, 64).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if precision == "int8":
+        x = torch.randint(256, (2, 1, 64), dtype=torch.uint8)
+    elif not layer.packed:
+        pytest.skip("this CPU has no such kernel")
+    operator = torch.ops.dalle_pytorch.packed_products.default
+    out = x.dtype if x.is_floating_point() else torch.float32
+    torch.library.opcheck(operator, (x, layer.number, 32, out), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_zeros_stay_finite():
@@ -73,10 +79,10 @@ def test_shared_layers_stay_shared_and_the_model_untouched(make_dalle):
     dalle = make_dalle(shared_attn_ids=[0], shared_ff_ids=[0, 1, 0]).train()
     before = {name: value.clone() for name, value in dalle.state_dict().items()}
     decoder = Decoder(dalle, precision="int8")
-    blocks = decoder.transformer.blocks
+    blocks = decoder.trunk.blocks
     assert blocks[0].attention is blocks[2].attention
     assert blocks[0].feed_forward is blocks[2].feed_forward is not blocks[1].feed_forward
-    assert not any(module.training for module in decoder.transformer.modules())
+    assert not any(module.training for module in decoder.trunk.modules())
     assert dalle.training
     assert all(module.training for module in dalle.transformer.modules())
     assert isinstance(dalle.transformer.blocks[0].attention.to_qkv, nn.Linear)
@@ -113,25 +119,25 @@ def test_unknown_precision_is_named(make_dalle, precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "on_cpu", "else_"),
+    ("precision", "plain", "amx", "gpu"),
     [
-        ("fp32", torch.float32, torch.float32),
-        ("bf16", torch.float32, torch.bfloat16),
-        ("fp16", torch.float32, torch.float16),
-        ("int8", torch.float32, torch.bfloat16),
+        ("fp32", torch.float32, torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("fp16", torch.float32, torch.float32, torch.float16),
+        ("int8", torch.float32, torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_keys_have_16_bits_where_that_is_faster(make_dalle, precision, on_cpu, else_):
-    assert keys_dtype(precision, torch.device("cpu"), False) == on_cpu
-    assert keys_dtype(precision, torch.device("cpu"), True) == else_
-    assert keys_dtype(precision, torch.device("cuda"), False) == else_
-    assert Decoder(make_dalle(), precision=precision, compiled=True).cache_dtype == else_
+def test_keys_have_16_bits_where_those_are_multiplied(monkeypatch, precision, plain, amx, gpu):
+    for has, expected in ((False, plain), (True, amx)):
+        monkeypatch.setattr(backend, "multiplies_bf16", lambda has=has: has)
+        assert keys_dtype(precision, torch.device("cpu")) == expected
+    assert keys_dtype(precision, torch.device("cuda")) == gpu
 
 
 @pytest.mark.parametrize(
     ("precision", "supported", "warned"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
 )
 def test_emulated_bf16_is_told(monkeypatch, caplog, precision, supported, warned):
-    monkeypatch.setattr(linear_module, "onednn_computes", lambda dtype: supported)
-    linear_module.check_precision(precision, torch.device("cpu"))
+    monkeypatch.setattr(backend, "onednn_computes", lambda dtype: supported)
+    backend.check_precision(precision, torch.device("cpu"))
     assert ("use fp32 or int8" in caplog.text) is warned
