@@ -1,8 +1,8 @@
 """How fast OpenAI's dVAE encodes and decodes: ours in fp32 and bf16, against the package ``dall-e`` and the machine.
 
-    pip install --no-deps --target peer dall-e==0.1 attrs
-    PYTHONPATH=peer python benchmarks/codec.py                # without the package: ours alone
-    PYTHONPATH=peer python benchmarks/codec.py --sizes 64 128 --batches 1
+    pip install --no-deps --target dall_e_only dall-e==0.1 attrs
+    PYTHONPATH=dall_e_only python benchmarks/codec.py         # without the package: ours alone
+    PYTHONPATH=dall_e_only python benchmarks/codec.py --sizes 64 128 --batches 1
 
 The full network with random weights, in our bf16 with rounded ones; the package knows fp32 only on a CPU. All take
 turns in one process, and the fastest run of each counts. Encoding is from pictures to codes, decoding from codes to
@@ -38,7 +38,7 @@ def make_peer() -> dict[str, nn.Module] | None:
     try:
         from dall_e import Decoder, Encoder
     except ImportError as error:
-        print(f"without the package dall-e ({error}): pip install --no-deps --target peer dall-e==0.1 attrs\n")
+        print(f"without the package dall-e ({error}): pip install --no-deps --target dall_e_only dall-e==0.1 attrs\n")
         return None
     parts = {"encoder": Encoder().eval(), "decoder": Decoder().eval()}
     for part in parts.values():

@@ -1,7 +1,6 @@
 """DALL·E mini beside min-dalle 0.4.11: seconds a call, image tokens, peak memory; random weights of the real sizes.
 
-    pip install --no-deps --target peer min-dalle==0.4.11 emoji
-    python benchmarks/min_dalle.py --peer peer
+    python benchmarks/min_dalle.py --peer peer/bin/python     # peer.py says how to make such an interpreter
 
 Both programs read the same files, written to a temporary folder in min-dalle's format (fp16), and draw the same prompt
 with the same seed; a call is from the text to pictures in memory, detokenizer included. Each measurement is a process
@@ -13,6 +12,7 @@ Prints Markdown.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,10 +35,9 @@ def stub_network() -> None:
     sys.modules["requests"] = requests
 
 
-def write_weights(folder: Path, peer: str) -> None:
-    """Files of DALL·E mini's sizes, from min-dalle's own modules; runs in a process of its own."""
+def write_weights(folder: Path) -> None:
+    """Files of DALL·E mini's sizes, from min-dalle's own modules; runs in a process of the peer."""
     stub_network()
-    sys.path.insert(0, peer)
     from min_dalle.models import DalleBartDecoder, DalleBartEncoder, VQGanDetokenizer
 
     torch.manual_seed(0)
@@ -64,13 +63,12 @@ def write_weights(folder: Path, peer: str) -> None:
     (folder / "dalle_bart_mini" / "merges.txt").write_text("#version: 0.2\n\u0120 a\n\n", encoding="utf-8")
 
 
-def measure(program: str, folder: Path, peer: str, grid_size: int, calls: int, threads: int) -> dict[str, object]:
+def measure(program: str, folder: Path, grid_size: int, calls: int, threads: int) -> dict[str, object]:
     """Seconds of each call but the first, tokens and peak memory of one program; runs in a process of its own."""
     drawn: list[torch.Tensor] = []
     start = time.perf_counter()
     if program == "min-dalle":
         stub_network()
-        sys.path.insert(0, peer)
         from min_dalle import MinDalle
 
         model = MinDalle(str(folder), is_mega=False, is_verbose=False, device="cpu")
@@ -99,10 +97,11 @@ def measure(program: str, folder: Path, peer: str, grid_size: int, calls: int, t
     return {"loaded": loaded, "seconds": seconds[1:], "tokens": drawn[-1].tolist(), "peak": peak}
 
 
-def child(*arguments: object) -> dict[str, object]:
-    """Another process of this script."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def child(interpreter: str, *arguments: object) -> dict[str, object]:
+    """Another process of this script; the peer's finds its own packages only, not this file under their name."""
+    command = [interpreter, "-P", __file__, *map(str, arguments)]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or interpreter == sys.executable}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     if result.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1]) if result.stdout.strip() else {}
@@ -111,7 +110,7 @@ def child(*arguments: object) -> dict[str, object]:
 def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", required=True, help="folder with the package min_dalle")
+    parser.add_argument("--peer", help="interpreter with min-dalle==0.4.11")
     parser.add_argument("--grids", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--modes", nargs="+", default=MODES)
     parser.add_argument("--turns", type=int, default=2)
@@ -121,15 +120,16 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
-        write_weights(Path(arguments.write), arguments.peer)
+        write_weights(Path(arguments.write))
         return
     if arguments.measure:
         program, folder, grid, calls = arguments.measure
-        found = measure(program, Path(folder), arguments.peer, int(grid), int(calls), arguments.threads)
-        print(json.dumps(found))
+        print(json.dumps(measure(program, Path(folder), int(grid), int(calls), arguments.threads)))
         return
+    if arguments.peer is None:
+        parser.error("--peer is missing: an interpreter with min-dalle==0.4.11 (peer.py says how to make one)")
     with tempfile.TemporaryDirectory() as folder:
-        child("--peer", arguments.peer, "--write", folder)
+        child(arguments.peer, "--write", folder)
         print(
             "| pictures | program | VQGAN | seconds | times faster | same tokens | peak memory, GB | seconds to load |"
         )
@@ -139,10 +139,9 @@ def main() -> None:
             runs: dict[str, list[dict[str, object]]] = {program: [] for program in programs}
             for _ in range(arguments.turns):
                 for program in programs:
-                    runs[program].append(
-                        child("--peer", arguments.peer, "--threads", arguments.threads,
-                              "--measure", program, folder, grid, arguments.calls)
-                    )  # fmt: skip
+                    interpreter = arguments.peer if program == "min-dalle" else sys.executable
+                    settings = ("--threads", arguments.threads, "--measure", program, folder, grid, arguments.calls)
+                    runs[program].append(child(interpreter, *settings))
             report(grid, runs)
 
 

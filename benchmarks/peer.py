@@ -1,8 +1,12 @@
-"""Empty modules in place of requirements of DALLE-pytorch 1.6.6 that cannot be installed beside a current torch.
+"""The environment of ``--peer``, and empty modules in place of requirements of DALLE-pytorch 1.6.6 that are gone.
 
     python -m venv peer
     peer/bin/pip install "torch>=2.11,<2.14" einops ftfy regex tokenizers transformers webdataset pillow requests
     peer/bin/pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch DALL-E
+    peer/bin/pip install --no-deps min-dalle==0.4.11 emoji
+
+Every ``--peer`` is its interpreter, ``peer/bin/python``. The third line is for ``sampling.py`` and ``training.py``, the
+last one for ``min_dalle.py``, which does not need this module.
 
 youtokentome, taming-transformers and pkg_resources cannot be had any more, torchvision and omegaconf are not needed to
 build, train or sample its DALLE. ``build`` makes one.

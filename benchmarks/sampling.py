@@ -1,6 +1,6 @@
 """How fast image tokens are drawn: against DALLE-pytorch 1.6.6, against this machine's ceilings, and as sizes grow.
 
-    python benchmarks/sampling.py --peer peer/bin/python     # peer.py says how to install it
+    python benchmarks/sampling.py --peer peer/bin/python     # peer.py says how to make such an interpreter
     python benchmarks/sampling.py --parts ours large kernels growth  # without it
 
 Ratios matter, not times. Everything is measured in one run, the best of a few repeats, on ``--threads`` threads. Our

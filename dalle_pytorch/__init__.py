@@ -7,6 +7,7 @@ from dalle_pytorch.compat.min_dalle import MinDalle
 from dalle_pytorch.compat.pretrained_vaes import OpenAIDiscreteVAE, VQGanVAE
 from dalle_pytorch.generation.captions import caption_picture, image_log_likelihood
 from dalle_pytorch.generation.generator import Generator
+from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig
@@ -27,6 +28,7 @@ __all__ = [
     "MinDalle",
     "OpenAIDiscreteVAE",
     "SamplingConfig",
+    "Scorer",
     "VQGanVAE",
     "VQVAEConfig",
     "caption_picture",

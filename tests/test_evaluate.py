@@ -218,6 +218,20 @@ def test_a_dalle_with_ranker_and_judge(place, call):
     assert "clip_score" not in read(place / "three" / "metrics.json").metrics
 
 
+def test_a_scorer_of_a_user_ranks_for_the_judge(place, call, monkeypatch):
+    source = "class Warm:\n    def score(self, images, prompt):\n        return images[:, 0].mean(dim=(1, 2))\n"
+    (place / "scorers_to_evaluate.py").write_text(source + "class Mute:\n    pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(place)
+    judge = f"judge={place}/judge.safetensors"
+    code, error = call(*common(place, "dalle", "out"), judge, "ranker=scorers_to_evaluate.Warm", "max_samples=10")
+    assert code == 0, error
+    protocol = read(place / "out" / "metrics.json").metrics["clip_score_best_of_4"].protocol
+    assert protocol["ranker"] == "scorers_to_evaluate.Warm"
+    code, error = call(*common(place, "dalle", "two"), judge, "ranker=scorers_to_evaluate.Mute")
+    assert code == 1
+    assert "Mute cannot rank" in error
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_sweep_completion_and_memorisation_of_a_dalle(place, call):
     given = [

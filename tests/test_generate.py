@@ -129,9 +129,36 @@ def test_scorers_vote(models, monkeypatch):
     run(monkeypatch, *arguments(models, "out"), both, "num_keep=5")
     for row in json.loads((models / "out" / "ranking.json").read_text())["prompts"]:
         assert sum(kept["score"] for kept in row["kept"]) == pytest.approx(0, abs=1e-3)  # standard deviations
-        assert all(len(kept["cosines"]) == 2 for kept in row["kept"])
+        assert all(len(kept["scores"]) == 2 for kept in row["kept"])
         scores = [kept["score"] for kept in row["kept"]]
         assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_scorer_of_a_user_votes(models, monkeypatch, capsys):
+    source = "class Warm:\n    def score(self, images, prompt):\n        return images[:, 0].mean(dim=(1, 2))\n"
+    (models / "scorers_to_generate.py").write_text(source + "class Mute:\n    pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(models)
+    run(monkeypatch, *arguments(models, "one"), "clip=scorers_to_generate.Warm", "num_keep=5")
+    run(monkeypatch, *arguments(models, "two"), f"clip='{models}/clip.safetensors|scorers_to_generate.Warm'")
+    dalle = load(models / "dalle.safetensors")
+    rows, votes = (json.loads((models / out / "ranking.json").read_text())["prompts"] for out in ("one", "two"))
+    for row, voted in zip(rows, votes, strict=True):
+        kept = row["kept"]
+        images = dalle.vae.decode(torch.tensor([candidate["image_tokens"] for candidate in kept]))
+        assert [candidate["score"] for candidate in kept] == pytest.approx(
+            images[:, 0].mean(dim=(1, 2)).tolist(), abs=1e-4
+        )
+        warmth = {candidate["index"]: candidate["score"] for candidate in kept}
+        for candidate in voted["kept"]:
+            assert candidate["scores"][1] == pytest.approx(warmth[candidate["index"]], abs=2e-4)
+    for name, said in (("Mute", "Mute cannot rank"), ("Cold", "has no class Cold")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *arguments(models, "three"), f"clip=scorers_to_generate.{name}")
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
+        assert not (models / "three").exists()
 
 
 @pytest.mark.parametrize("how", ["rows", "mask"])

@@ -1,5 +1,8 @@
 """``dalle_pytorch.load``: a model from our file, from somebody else's, or from the hub."""
 
+import importlib
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,44 @@ def load_vae(weights: str | Path, *, map_location: str | torch.device = "cpu") -
     if role(head) in ("clip", "probe"):
         raise UserError(f"{weights} holds a {head['kind']}, an image tokenizer or a DALLE with one is needed")
     return model.vae if role(head) == "dalle" else model
+
+
+def load_scorer(name: str, device: str | torch.device = "cpu") -> Any:
+    """What ranks: a CLIP, found as ``load`` finds it, or an object of a user's own class, ``package.module.Class``.
+
+    The class is built without arguments; on which device it computes is its own affair. A name is an import path only
+    where it cannot be a file, a release or an id of the hub.
+
+    Raises:
+        FileNotFoundError: as ``load``.
+        UserError: as ``load``; or there is no such module or class, or the class needs arguments.
+    """
+    if not is_import_path(name):
+        return load(name, kind="clip").to(device)
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        raise UserError(
+            f"{name} is neither a file nor can it be imported: there is no module {error.name}; install it, or put "
+            "its folder into PYTHONPATH"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise UserError(f"{name} cannot rank: the module {module_name} has no class {class_name}")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UserError(f"{name} is built without arguments, and it needs some ({error})") from error
+    return found()
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a text can only be ``package.module.Class``: no file, release or name of weights."""
+    dotted = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) is not None
+    return dotted and name not in hub.RELEASES and not name.endswith(hub.SUFFIXES) and not Path(name).exists()
 
 
 def read_header(weights: str | Path, *, kind: str | None = None) -> Header:

@@ -4,7 +4,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.checkpoints.loading import load, load_scorer
 from dalle_pytorch.config import entry
 from dalle_pytorch.evaluation.gallery import CELL, Artist, GalleryConfig
 from dalle_pytorch.files import ensure_empty
@@ -19,7 +19,7 @@ def main(config: GalleryConfig) -> None:
     """Draw and write every figure."""
     folder = Path(config.out)
     ensure_empty(folder)
-    generator = Generator(load(config.weights, kind="dalle"), load(config.clip, kind="clip"))
+    generator = Generator(load(config.weights, kind="dalle"), load_scorer(config.clip))
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in Artist(generator, config).figures():
         save_png(picture_grid(rows, cell=CELL), folder / f"{name}.png", asdict(config))

@@ -5,7 +5,7 @@ Without ``weights=`` it draws with those that come along, ``weights=emoji clip=e
 
 import sys
 
-from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.checkpoints.loading import load, load_scorer
 from dalle_pytorch.config import entry
 from dalle_pytorch.distributed import Processes
 from dalle_pytorch.generation.config import GenerateConfig
@@ -24,7 +24,7 @@ def main(config: GenerateConfig) -> None:
     try:
         device = processes.device(config.device)
         dalle = load(config.weights, kind="dalle").to(device)
-        clips = [load(path, kind="clip").to(device) for path in config.clips()]
+        clips = [load_scorer(name, device) for name in config.clips()]
         generator = Generator(
             dalle, clips, batch_size=config.batch_size, memory_gb=config.memory_gb, precision=config.precision,
             compiled=config.compile,

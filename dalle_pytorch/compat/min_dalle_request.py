@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.generation.rerank import Scorer, rank, score
+from dalle_pytorch.generation.rerank import Scorer, as_scorers, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, keep_top_p
 
 INTEGERS = ("grid_size", "top_k", "num_images", "num_keep", "keep_rows")
@@ -111,7 +111,7 @@ class Request:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
-        """Refuse what has no effect without something else."""
+        """Refuse what has no effect without something else, and what cannot rank."""
         if self.is_seamless and self.grid_size is None:
             raise UserError("is_seamless needs grid_size: the grid is one picture")
         if self.is_seamless and self.clip is not None:
@@ -124,6 +124,7 @@ class Request:
             raise UserError(f"num_keep ({self.num_keep}) must lie in 1 to the number of pictures ({self.count})")
         if self.keep_rows and self.image is None:
             raise UserError(f"keep_rows={self.keep_rows} are rows of a picture: give image=")
+        as_scorers(self.clip)
 
     def randomness(self, device: torch.device, tokens: int) -> tuple[SamplingConfig, Float[Tensor, "m n"]]:
         """The rule by which tokens are drawn, and the numbers that it reads."""
@@ -146,8 +147,8 @@ class Request:
         """The best, best first; all in their order without a ``clip``."""
         if self.clip is None:
             return images
-        clips = list(self.clip) if isinstance(self.clip, Sequence) else [self.clip]
-        return images[rank(score(images, self.text, clips), images, self.num_keep or self.count).indices]
+        scores = score(images, self.text, as_scorers(self.clip))
+        return images[rank(scores, images, self.num_keep or self.count).indices]
 
     def apart(self, images: Float[Tensor, "m c H W"]) -> Float[Tensor, "pictures c h w"]:
         """The pictures one by one: of a seamless grid its parts, down the columns."""

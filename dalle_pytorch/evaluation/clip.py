@@ -17,7 +17,7 @@ from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.report import Metrics, shown
 from dalle_pytorch.evaluation.retrieval import clip_score, recall_at, retrieval_ranks
 from dalle_pytorch.generation.grid import GridRow
-from dalle_pytorch.generation.rerank import Scorer
+from dalle_pytorch.models.two_towers import TwoTowers
 
 RECALLS = (1, 5, 10)
 SHOWN_CAPTIONS, SHOWN = 6, 8
@@ -25,7 +25,7 @@ SHOWN_CAPTIONS, SHOWN = 6, 8
 
 
 def evaluate_clip(
-    clip: Scorer, captions: Sequence[str], images: Float[Tensor, "b c H W"], measure: Measure
+    clip: TwoTowers, captions: Sequence[str], images: Float[Tensor, "b c H W"], measure: Measure
 ) -> Evaluation:
     """R@1, R@5 and R@10 both ways among all given pairs, in per cent, CLIP score of right pairs, calibration.
 

@@ -24,9 +24,9 @@ from dalle_pytorch.evaluation.retrieval import DISTRACTORS, clip_score, r_precis
 from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow
-from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.generation.strategies import KnownTokens
+from dalle_pytorch.models.two_towers import TwoTowers
 
 SHOWN = 6
 """Pictures on the page for every part that is drawn, a row each."""
@@ -165,7 +165,7 @@ class Eyes(NamedTuple):
     """What completed parts are looked at with."""
 
     measure: Measure
-    judge: Scorer | None
+    judge: TwoTowers | None
     """A CLIP: CLIP score and R-precision of the part alone, on white."""
     lpips: LPIPS | None
     """For lpips_vgg of the part."""

@@ -29,7 +29,8 @@ class EvaluateConfig:
     judge: str | None = None
     """A CLIP: of a DALLE, CLIP score, R-precision and distances like fid_clip; of an image tokenizer, rfid_clip."""
     ranker: str | None = None
-    """Another CLIP, which ranks a DALLE's candidates; the judge then draws the best-of-N curve."""
+    """Another CLIP, or a class of yours as package.module.Class, which ranks a DALLE's candidates; the judge then draws
+    the best-of-N curve."""
     inception: str | None = None
     """FID's Inception, pt_inception-2015-12-05-6726825d.pth: FID, KID, precision, recall, Inception score."""
     probe: str | None = None

@@ -26,6 +26,7 @@ from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer, score
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.text_to_image import TextToImage
+from dalle_pytorch.models.two_towers import TwoTowers
 
 SHOWN_PROMPTS, SHOWN = 6, 7
 """Prompts on the page, and pictures of each."""
@@ -139,7 +140,7 @@ def evaluate_drawn(
     own: Float[Tensor, "p c H W"],
     measure: Measure,
     *,
-    judge: Scorer | None = None,
+    judge: TwoTowers | None = None,
     captions: Sequence[str] = (),
     extractors: Sequence[Extractor] = (),
     logits: Extractor | None = None,
@@ -192,7 +193,7 @@ def judged(
     drawn: Draw,
     own: Float[Tensor, "p c H W"],
     measure: Measure,
-    judge: Scorer,
+    judge: TwoTowers,
     captions: Sequence[str],
     how: Protocol,
 ) -> Evaluation:

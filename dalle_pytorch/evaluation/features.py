@@ -23,11 +23,10 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.inception import Inception
 from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.shares import in_parts
-from dalle_pytorch.generation.generator import text_tokenizer_of
-from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.models.skeleton import skeleton
+from dalle_pytorch.models.two_towers import TwoTowers
 
 TOGETHER = 32
 """Pictures in one call of a network; no number depends on it."""
@@ -113,7 +112,7 @@ def inception_logits(net: Inception) -> Extractor:
     return Extractor("inception", protocol, weights_sha256(net), net, lambda images: net(images).logits)
 
 
-def clip_extractor(clip: Scorer) -> Extractor:
+def clip_extractor(clip: TwoTowers) -> Extractor:
     """Unit picture features of a CLIP, of ours or released."""
     kind, size = checkpoint.header(clip)["kind"], clip.config.image_size
     return Extractor("clip", f"{kind} at {size} pixels, unit length", weights_sha256(clip), clip, clip.encode_image)
@@ -158,16 +157,15 @@ def gaussian_blur(images: Float[Tensor, "b c H W"], radius: float) -> Float[Tens
     return F.conv2d(rows, weights[:, :, None], groups=images.shape[1])
 
 
-def caption_features(clip: Scorer, captions: Sequence[str]) -> Float[Tensor, "t e"]:
+def caption_features(clip: TwoTowers, captions: Sequence[str]) -> Float[Tensor, "t e"]:
     """Unit features of captions, on the CPU; each is cut to the model's context.
 
     Raises:
         UserError: the model carries no text tokenizer.
     """
-    tokens = text_tokenizer_of(clip, "clip").tokenize(list(captions), clip.config.text_len, truncate=True)
+    tokens = clip.tokenize(captions)
     with eval_mode(clip):
-        device = clip.log_logit_scale.device
-        return torch.cat(in_parts(lambda part: clip.encode_text(part.to(device)).cpu(), tokens.split(TOGETHER)))
+        return torch.cat(in_parts(lambda part: clip.encode_text(part).cpu(), tokens.split(TOGETHER)))
 
 
 def lpips_each(net: LPIPS, images: Float[Tensor, "b c H W"], targets: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, " b"]:

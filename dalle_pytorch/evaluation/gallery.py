@@ -35,7 +35,7 @@ class GalleryConfig:
     weights: str = "emoji"
     """A DALLE, as generate.py takes it."""
     clip: str = "emoji"
-    """The CLIP that ranks."""
+    """What ranks, as generate.py takes it."""
     data: DataConfig = field(default_factory=DataConfig)
     """train_split gives the captions of seen.png, val_split those of held_out.png and what is completed."""
     caption: int = 1

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle_pytorch.checkpoints import loading
@@ -44,9 +44,11 @@ from dalle_pytorch.evaluation.samples import Samples, chosen, distinct_pairs, re
 from dalle_pytorch.evaluation.sweep import SweepConfig, evaluate_sweep
 from dalle_pytorch.evaluation.zero_shot import evaluate_zero_shot
 from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
+from dalle_pytorch.generation.rerank import as_scorers
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.image_tokenizer import margin_of
 from dalle_pytorch.models.probe import Probe
+from dalle_pytorch.models.two_towers import TwoTowers
 
 
 def samples_of(shards: ShardDataset, config: EvaluateConfig, image_size: int, most: int | None = None) -> Samples:
@@ -97,12 +99,10 @@ def networks_of(config: EvaluateConfig, device: torch.device) -> Networks:
     Raises:
         UserError: a file that cannot be read, or a ranker that is the judge.
     """
-
-    def clip(path: str | None) -> Any:
-        return None if path is None else loading.load(path, kind="clip").to(device)
-
-    judge, ranker = clip(config.judge), clip(config.ranker)
-    if ranker is not None and weights_sha256(ranker) == weights_sha256(judge):
+    judge = None if config.judge is None else loading.load(config.judge, kind="clip").to(device)
+    ranker = None if config.ranker is None else loading.load_scorer(config.ranker, device)
+    as_scorers(ranker)  # refuses what cannot rank
+    if ranker is not None and ranked_by(ranker) == ranked_by(judge):
         raise UserError("ranker= and judge= are the same weights, which would praise their own choice: give two CLIPs")
     inception = None if config.inception is None else load_inception(config.inception).to(device)
     probe = None if config.probe is None else loading.load(config.probe, kind="probe").to(device)
@@ -257,7 +257,7 @@ def judge_drawn(
     first = own.take(list(range(min(config.num_prompts, len(own.captions)))))
     prompts, how = first.captions, drawn_how(config, config.sampling, prompts=len(first.captions))
     drawn = drawn_pictures(dalle, prompts, config, networks.ranker)
-    ranked = {} if networks.ranker is None else {"ranker_sha256": weights_sha256(networks.ranker)}
+    ranked = {} if networks.ranker is None else ranked_by(networks.ranker)
     found = [evaluate_drawn(
         drawn, samples.images, first.images, measure,
         judge=networks.judge, captions=own.captions, extractors=networks.extractors,
@@ -279,6 +279,14 @@ def judge_drawn(
             how=how, trained={"train_split": train.split, "train_sha256": data_sha256(train)},
         ))  # fmt: skip
     return found
+
+
+def ranked_by(ranker: Any) -> dict[str, str]:
+    """Which ranker chose: the hash of its weights if it has any, and of a user's scorer the class."""
+    hashed = {"ranker_sha256": weights_sha256(ranker)} if isinstance(ranker, nn.Module) else {}
+    if isinstance(ranker, TwoTowers):
+        return hashed
+    return {"ranker": f"{type(ranker).__module__}.{type(ranker).__qualname__}", **hashed}
 
 
 def drawn_pictures(dalle: Any, prompts: list[str], config: EvaluateConfig, ranker: Any) -> Draw:

@@ -19,8 +19,8 @@ from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.scatter import Point, Scatter
 from dalle_pytorch.generation.grid import GridRow
-from dalle_pytorch.generation.rerank import Scorer
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.models.two_towers import TwoTowers
 
 SHOWN = 8
 """Prompts on the page, a picture of each under every setting."""
@@ -100,7 +100,7 @@ def evaluate_sweep(
     own: Float[Tensor, "p c H W"],
     measure: Measure,
     *,
-    judge: Scorer,
+    judge: TwoTowers,
     captions: Sequence[str],
     extractors: Sequence[Extractor],
     how: Callable[[SamplingConfig], Protocol],

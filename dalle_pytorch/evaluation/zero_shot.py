@@ -16,13 +16,13 @@ from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Section, Table
 from dalle_pytorch.evaluation.report import Metrics, shown
 from dalle_pytorch.evaluation.retrieval import recall_at, retrieval_ranks
-from dalle_pytorch.generation.rerank import Scorer
+from dalle_pytorch.models.two_towers import TwoTowers
 
 TOPS = (1, 5)
 
 
 def evaluate_zero_shot(
-    clip: Scorer,
+    clip: TwoTowers,
     images: Float[Tensor, "b c H W"],
     factors: Sequence[Factors],
     captions: Mapping[str, Mapping[str, Sequence[str]]],

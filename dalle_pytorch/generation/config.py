@@ -23,8 +23,8 @@ class GenerateConfig:
     dalle: str | None = None
     """The old name of ``weights``."""
     clip: str | None = None
-    """The CLIP that ranks, found in the same ways, or several with | between them, which vote; null = the candidates
-    keep their order."""
+    """The CLIP that ranks, found in the same ways, or a class of yours as package.module.Class (README, "Drawing");
+    several with | between them vote; null = the candidates keep their order."""
     num_candidates: int = 64
     """Pictures drawn for each prompt (the paper: 512)."""
     num_keep: int = 8
@@ -86,7 +86,7 @@ class GenerateConfig:
             raise UserError("completion needs image=FILE and one of keep_rows=ROWS and keep_mask=FILE")
 
     def clips(self) -> list[str]:
-        """Where the CLIPs are."""
+        """Names of what ranks."""
         return [path.strip() for path in (self.clip or "").split("|") if path.strip()]
 
     def drawn(self) -> list[int]:

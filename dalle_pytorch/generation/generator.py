@@ -14,12 +14,11 @@ from torch import Tensor
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.generation.rerank import Ranking, Scorer, rank, score
+from dalle_pytorch.generation.rerank import Ranking, Scorer, as_scorers, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens
-from dalle_pytorch.models.clip import CLIP
-from dalle_pytorch.models.pretrained_clip import PretrainedCLIP
 from dalle_pytorch.models.text_to_image import TextToImage
+from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
 
 MOST = 256
@@ -54,7 +53,7 @@ class Ranked(NamedTuple):
 
     candidates: Candidates
     scores: Float[Tensor, "s m"]
-    """Cosine of the prompt with each candidate, a row a scorer."""
+    """Of each candidate, a row a scorer (of a CLIP: cosines with the prompt)."""
     ranking: Ranking
 
 
@@ -78,12 +77,13 @@ class SampleOptions(TypedDict, total=False):
 
 
 class Generator:
-    """A DALLE with its text tokenizer and, for ranking, one CLIP or several.
+    """A DALLE with its text tokenizer and, for ranking, one scorer or several.
 
     Args:
         dalle: a model whose ``text_tokenizer`` is set, as training and ``load`` leave it. Its weights are laid out for
             sampling here: make another Generator after training on.
-        clip: ranks the candidates; several vote; None = they keep their order and have no score.
+        clip: ranks the candidates, a CLIP or any ``rerank.Scorer``; several vote; None = they keep their order and
+            have no score.
         batch_size: candidates sampled together; None = as many as ``memory_gb`` holds. Memory and speed, not
             the pictures.
         memory_gb: memory for the keys and values of candidates, in 10^9 bytes.
@@ -92,7 +92,7 @@ class Generator:
         compiled: translate a step with torch.compile, which takes half a minute the first time; pays with int8.
 
     Raises:
-        ValueError: a model without a text tokenizer, or settings out of range.
+        ValueError: a model without a text tokenizer, a ranker that is no Scorer, or settings out of range.
     """
 
     def __init__(
@@ -106,10 +106,8 @@ class Generator:
         compiled: bool = False,
     ) -> None:
         self.dalle, self.batch_size, self.memory_gb = dalle, batch_size, memory_gb
-        self.clips = [] if clip is None else [clip] if isinstance(clip, CLIP | PretrainedCLIP) else list(clip)
+        self.clips = as_scorers(clip)
         self.tokenizer = text_tokenizer_of(dalle, "dalle")
-        for scorer in self.clips:
-            text_tokenizer_of(scorer, "clip")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if memory_gb <= 0:
@@ -281,7 +279,7 @@ def join(parts: Sequence[Candidates]) -> Candidates:
     )
 
 
-def text_tokenizer_of(model: TextToImage | Scorer, kind: str) -> TextTokenizer:
+def text_tokenizer_of(model: TextToImage | TwoTowers, kind: str) -> TextTokenizer:
     """The tokenizer a model carries.
 
     Raises:

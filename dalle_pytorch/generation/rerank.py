@@ -1,24 +1,31 @@
-"""Rank the candidates of a prompt with one CLIP or several, and keep the best.
+"""Rank the candidates of a prompt with one scorer or several, and keep the best.
 
 Axes: m candidates, k kept, s scorers, c channels, H W pixels.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.models.clip import CLIP
-from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.pretrained_clip import PretrainedCLIP
+from dalle_pytorch.models.two_towers import TwoTowers
 
-Scorer: TypeAlias = CLIP | PretrainedCLIP
-"""What ranks: a CLIP of ours, or a released one."""
-SCORED_TOGETHER = 256
-"""Pictures in one call of a scorer."""
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What ranks: a CLIP of ours, a released one, or any object with this method."""
+
+    def score(self, images: Float[Tensor, "m c H W"], prompt: str) -> Float[Tensor, " m"]:
+        """One finite number an image, higher = better. Numbers are compared among the candidates of a prompt only.
+
+        Args:
+            images: RGB in [0, 1], on the CPU; not to be changed.
+            prompt: what the user typed.
+        """
+        ...
 
 
 class Ranking(NamedTuple):
@@ -27,33 +34,66 @@ class Ranking(NamedTuple):
     indices: Int[Tensor, " k"]
     """Positions among the candidates."""
     scores: Float[Tensor, " k"] | None
-    """What they were ranked by: the cosine with the prompt, in [-1, 1]; with several scorers the mean of their cosines
-    in standard deviations from their mean over the candidates. None without a scorer."""
+    """What they were ranked by: the scorer's numbers (a CLIP's: the cosine with the prompt, in [-1, 1]); with several
+    scorers the mean of their numbers in standard deviations from their mean over the candidates. None without one."""
     all_scores: Float[Tensor, " m"] | None
     """The same for all candidates, in their order."""
 
 
-def score(images: Float[Tensor, "m c H W"], prompt: str, clips: Sequence[Scorer]) -> Float[Tensor, "s m"]:
-    """Cosine of the prompt with every picture, as each scorer sees it.
+def as_scorers(given: Any) -> list[Scorer]:
+    """A scorer, several of them, or None, as a list.
+
+    Raises:
+        UserError: one of them cannot rank; names it.
+    """
+    if given is None:
+        return []
+    several = isinstance(given, Iterable) and not isinstance(given, str | Scorer)
+    scorers = list(given) if several else [given]
+    for scorer in scorers:
+        if isinstance(scorer, type):
+            raise UserError(f"{scorer.__name__} is a class and cannot rank: give an object, {scorer.__name__}(...)")
+        if not isinstance(scorer, Scorer):
+            raise UserError(
+                f"{type(scorer).__name__} cannot rank: it has no method score(images, prompt), as the protocol Scorer "
+                "(dalle_pytorch.generation.rerank) wants it"
+            )
+        if isinstance(scorer, TwoTowers):
+            scorer.tokenize("")  # a CLIP without text tokenizer is refused before candidates are drawn
+    return scorers
+
+
+def score(images: Float[Tensor, "m c H W"], prompt: str, scorers: Sequence[Scorer]) -> Float[Tensor, "s m"]:
+    """What each scorer gives every image, on the CPU.
 
     Args:
         images: RGB in [0, 1].
-        prompt: what the user typed; cut to a scorer's context where longer.
-        clips: the scorers; none gives an empty result.
+        prompt: what the user typed.
+        scorers: none gives an empty result.
 
     Raises:
-        ValueError: a scorer carries no text tokenizer.
+        UserError: a scorer gives something else than one finite number an image; names it.
     """
     rows = [torch.empty(0, len(images))]
-    for clip in clips:
-        if clip.text_tokenizer is None:
-            raise UserError("this clip carries no text tokenizer, so it cannot read prompts; set clip.text_tokenizer")
-        device = clip.log_logit_scale.device
-        text = clip.text_tokenizer.tokenize(prompt, clip.config.text_len, truncate=True).to(device)
-        with eval_mode(clip):
-            parts = [clip.scores(text, part.to(device)).cpu() for part in images.split(SCORED_TOGETHER)]
-        rows.append(torch.cat(parts, dim=1))
+    for scorer in scorers:
+        with torch.no_grad():
+            rows.append(checked(scorer.score(images, prompt), len(images), f"{type(scorer).__name__}.score")[None])
     return torch.cat(rows)
+
+
+def checked(scores: Any, count: int, source: str) -> Float[Tensor, " m"]:
+    """Scores in fp32 on the CPU.
+
+    Raises:
+        UserError: they are not ``count`` finite numbers; names the source.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != (count,):
+        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise UserError(f"{source} gave {got} for {count} images, expected a tensor of shape ({count},)")
+    scores = scores.detach().float().cpu()
+    if bad := int((~scores.isfinite()).sum()):
+        raise UserError(f"{source} gave numbers that are not finite for {bad} of {count} images")
+    return scores
 
 
 def vote(scores: Float[Tensor, "s m"]) -> Float[Tensor, " m"] | None:

@@ -39,7 +39,7 @@ def describe(result: Ranked, stem: str) -> list[dict[str, Any]]:
         if ranking.scores is not None:
             row["score"] = round(ranking.scores[place].item(), 4)
         if len(result.scores) > 1:
-            row["cosines"] = [round(cosine, 4) for cosine in result.scores[:, at].tolist()]
+            row["scores"] = [round(score, 4) for score in result.scores[:, at].tolist()]
         row["file"] = f"{stem}_{place:02d}.png"
         row["image_tokens"] = candidates.image_tokens[at].tolist()
         rows.append(row)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import EncoderView
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
+from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
 
 LOSSES = ("infonce", "siglip")
@@ -89,7 +90,7 @@ class CLIPLoss(NamedTuple):
     image_to_text_accuracy: Float[Tensor, ""]
 
 
-class CLIP(nn.Module):
+class CLIP(TwoTowers):
     """Two transformers with mean pooling, linear projections and a learned scale.
 
     Args:
@@ -183,15 +184,6 @@ class CLIP(nn.Module):
         views = [EncoderView()] * config.visual_enc_depth
         x = self.image_transformer(self.to_patches(patches) + self.image_pos.weight, views)
         return F.normalize(self.to_image_latent(x.mean(dim=1)).float(), dim=-1)
-
-    def scores(
-        self,
-        text_tokens: Int[Tensor, "n t"],
-        images: Float[Tensor, "m c H W"],
-        text_mask: Shaped[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "n m"]:
-        """Cosine of every text with every picture, in [-1, 1], without the logit scale."""
-        return self.encode_text(text_tokens, text_mask) @ self.encode_image(images).T
 
     def loss(
         self,

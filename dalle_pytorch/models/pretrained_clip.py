@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.clip_resnet import ModifiedResNet
 from dalle_pytorch.models.clip_towers import ACTIVATIONS, TextTower, VisionTransformer
+from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
 
 IMAGE_POOLS, TEXT_POOLS = ("class", "attention"), ("end", "last")
@@ -136,7 +137,7 @@ class PretrainedCLIPConfig:
             raise UserError(f"mean and std need three numbers each, std positive, got {self.mean} and {self.std}")
 
 
-class PretrainedCLIP(nn.Module):
+class PretrainedCLIP(TwoTowers):
     """Two towers with the weights of a released CLIP; takes our CLIP's place where candidates are ranked.
 
     Args:
@@ -235,15 +236,6 @@ class PretrainedCLIP(nn.Module):
         images = images[:, :, top : top + config.image_size, left : left + config.image_size]
         mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (config.mean, config.std))
         return (images - mean) / std
-
-    def scores(
-        self,
-        text_tokens: Int[Tensor, "n t"],
-        images: Float[Tensor, "m c H W"],
-        text_mask: Shaped[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "n m"]:
-        """Cosine of every text with every picture, in [-1, 1], without the logit scale."""
-        return self.encode_text(text_tokens, text_mask) @ self.encode_image(images).T
 
 
 def resized(height: int, width: int, config: PretrainedCLIPConfig) -> tuple[int, int]:

@@ -161,8 +161,7 @@ class LitDALLE(LitBase[TextToImage]):
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """Samples for fixed prompts, the same random numbers at every step; a row a prompt."""
         prompts = list(self.prompts) or list(dict.fromkeys(batch["captions"]))[:SHOWN_PROMPTS]
-        net: Any = self.net  # the engine names the networks that it knows
-        tokenizer = self.net.text_tokenizer
+        net, tokenizer = self.net, self.net.text_tokenizer
         if tokenizer is None:
             raise UserError("the DALLE has no text_tokenizer: set it before training")
         rows = [(prompt, index) for prompt in prompts for index in range(SHOWN_EACH)]

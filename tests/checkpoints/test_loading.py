@@ -12,9 +12,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 import dalle_pytorch
 from dalle_pytorch.checkpoints import checkpoint, hub, sources
 from dalle_pytorch.checkpoints.export import ExportConfig, card
-from dalle_pytorch.checkpoints.loading import load_vae
+from dalle_pytorch.checkpoints.loading import load_scorer, load_vae
 from dalle_pytorch.commands import export
 from dalle_pytorch.commands import import_weights as command
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
@@ -450,3 +451,56 @@ def test_an_export_may_be_half_as_large(make_dalle, tmp_path, monkeypatch, capsy
         export.main()
     assert "image_head.bias is not finite with precision=fp16: choose bf16" in capsys.readouterr().err
     assert not (tmp_path / "large").exists()
+
+
+@pytest.fixture
+def scorers(tmp_path, monkeypatch):
+    """A user's module of scorers, one whose own import fails, and the folder they can be imported from."""
+    (tmp_path / "users_scorers.py").write_text(
+        "class Warm:\n    def score(self, images, prompt):\n        return images.mean(dim=(1, 2, 3))\n"
+        "class Weighed(Warm):\n    def __init__(self, weight):\n        self.weight = weight\n"
+        "maker = Warm\nnumber = 3\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "users_defect.py").write_text("import no_such_package_of_theirs\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ("users_scorers", "users_defect"):
+        sys.modules.pop(name, None)
+
+
+def test_a_scorer_of_a_user_is_imported_and_built(scorers):
+    scorer = load_scorer("users_scorers.Warm")
+    assert type(scorer).__name__ == "Warm"
+    assert scorer.score(torch.full((2, 3, 4, 4), 0.5), "red").tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("users_modul.Warm", "users_modul.Warm is neither a file.*no module users_modul"),
+        ("users_scorers.sub.Warm", r"no module users_scorers\.sub"),
+        ("users_scorers.Cold", "module users_scorers has no class Cold"),
+        ("users_scorers.number", "module users_scorers has no class number"),
+        ("users_scorers.Weighed", r"Weighed is built without arguments, and it needs some \(.*weight"),
+    ],
+)
+def test_a_scorer_that_cannot_be_built_is_named(scorers, name, message):
+    with pytest.raises(UserError, match=message):
+        load_scorer(name)
+
+
+def test_a_defect_of_a_users_module_keeps_its_traceback(scorers):
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_of_theirs"):
+        load_scorer("users_defect.Warm")
+
+
+def test_a_file_or_a_release_is_no_import_path(scorers, tiny_clip, monkeypatch):
+    """Though a module of that name could be imported."""
+    monkeypatch.chdir(scorers)
+    checkpoint.save(tiny_clip, scorers / "clip.pt")
+    (scorers / "clip.pt").rename(scorers / "users_scorers.Warm")
+    assert torch.equal(load_scorer("users_scorers.Warm").text_emb.weight, tiny_clip.text_emb.weight)
+    with pytest.raises(FileNotFoundError, match=r"no file or folder users_scorers\.pt"):
+        load_scorer("users_scorers.pt")
+    assert load_scorer("emoji").text_tokenizer is not None
