@@ -16,15 +16,18 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.rerank import Ranking, Scorer, as_scorers, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
-from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens
+from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens, find_strategy
 from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
 
-MOST = 256
-"""Candidates drawn together at most, guidance's twins included: on a CPU more of them take as long each."""
+CPU_ROWS = 256
+"""Candidates drawn together on a CPU at most, guidance's twins included: more of them take as long each."""
+CPU_MEMORY_GB = 4.0
+GPU_SHARE = 0.7
+"""Part of a GPU's free memory that the caches of candidates may take."""
 DECODED_TOGETHER = 32
-"""Pictures in one call of the image tokenizer: its activations are far larger than its output."""
+"""Images in one call of the image tokenizer: its activations are far larger than its output."""
 
 
 class Candidates(NamedTuple):
@@ -84,11 +87,12 @@ class Generator:
             sampling here: make another Generator after training on.
         clip: ranks the candidates, a CLIP or any ``rerank.Scorer``; several vote; None = they keep their order and
             have no score.
-        batch_size: candidates sampled together; None = as many as ``memory_gb`` holds. Memory and speed, not
-            the pictures.
-        memory_gb: memory for the keys and values of candidates, in 10^9 bytes.
-        precision: arithmetic of the DALLE's linear layers, "fp32", "bf16", "fp16" or "int8" (CPU). Faster, and other
-            pictures.
+        batch_size: candidates sampled together, of one prompt or of several; None = as many as ``memory_gb`` holds.
+            Memory and speed, not the images.
+        memory_gb: memory for the keys and values of candidates, in 10^9 bytes; None = 4 on a CPU, most of what is free
+            on a GPU.
+        precision: arithmetic of the DALLE's linear layers, "fp32", "bf16", "fp16" or "int8" (CPU); None = "bf16" on a
+            GPU that has it, else "fp32". Faster, and other images.
         compiled: translate a step with torch.compile, which takes half a minute the first time; pays with int8.
 
     Raises:
@@ -101,28 +105,41 @@ class Generator:
         clip: Scorer | Sequence[Scorer] | None = None,
         *,
         batch_size: int | None = None,
-        memory_gb: float = 4.0,
-        precision: str = "fp32",
+        memory_gb: float | None = None,
+        precision: str | None = None,
         compiled: bool = False,
     ) -> None:
-        self.dalle, self.batch_size, self.memory_gb = dalle, batch_size, memory_gb
+        self.dalle, self.batch_size = dalle, batch_size
         self.clips = as_scorers(clip)
         self.tokenizer = text_tokenizer_of(dalle, "dalle")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        if memory_gb <= 0:
+        if memory_gb is not None and not memory_gb > 0:
             raise UserError(f"memory_gb must be positive, got {memory_gb}")
-        self.decoder = Decoder(dalle, precision=precision, compiled=compiled)
+        device = next(dalle.parameters()).device
+        self.decoder = Decoder(dalle, precision=precision or best_precision(device), compiled=compiled)
+        self.memory_gb = memory_gb or free_memory_gb(device)
 
-    def check(self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, truncate: bool = False) -> None:
+    def check(
+        self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, seed: int = 0, truncate: bool = False
+    ) -> None:
         """Refuse what cannot be drawn, before time is spent on the first prompt.
 
         Raises:
-            ValueError: a prompt is longer than the model's context (shows it), or guidance of a model that never saw an
-                empty caption.
+            UserError: a prompt that is no text or is longer than the model's context (shows it), a seed that is no
+                integer, an unknown strategy, or guidance of a model that never saw an empty caption.
         """
         for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise UserError(
+                    f"a prompt must be a text, got {prompt!r}; generate() takes one, sample_each() and stream_each() "
+                    "take several"
+                )
             self.tokenizer.tokenize(prompt, self.dalle.config.text_len, truncate=truncate)
+        if not isinstance(seed, int):
+            raise UserError(f"seed must be an integer, got {seed!r}")
+        if sampling is not None:
+            find_strategy(sampling.strategy)
         if sampling is not None and sampling.guided() and not self.dalle.config.caption_dropout:
             raise UserError(
                 f"guidance (cfg_scale={sampling.cfg_scale}, cfg_schedule={sampling.cfg_schedule}) needs a model that "
@@ -135,13 +152,22 @@ class Generator:
             return self.batch_size
         guided = sampling.guided()
         affordable = int(self.memory_gb * 1e9) // self.decoder.bytes_per_candidate(guided=guided)
-        return max(min(affordable, MOST // 2 if guided else MOST), 1)
+        if self.decoder.device.type == "cpu":
+            affordable = min(affordable, CPU_ROWS // 2 if guided else CPU_ROWS)
+        return max(affordable, 1)
 
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
-        """Pictures of image tokens, on the CPU."""
+        """Images of image tokens, on the CPU.
+
+        Raises:
+            UserError: they are not finite.
+        """
         with torch.no_grad():
             parts = image_tokens.to(self.decoder.device).split(DECODED_TOGETHER)
-            return torch.cat([self.dalle.vae.decode(part).float().cpu() for part in parts])
+            images = torch.cat([self.dalle.vae.decode(part).float().cpu() for part in parts])
+        if not images.isfinite().all():
+            raise UserError("the image tokenizer decodes to NaN or infinity: its weights are damaged")
+        return images
 
     def given(self, image: Float[Tensor, "c H W"], keep: Bool[Tensor, " n"]) -> KnownTokens:
         """A picture's image tokens, of which some stay.
@@ -153,9 +179,9 @@ class Generator:
         with torch.no_grad():
             return KnownTokens(self.dalle.vae.encode(image[None].to(self.decoder.device)).cpu(), keep)
 
-    def sample(
+    def sample_each(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         indices: Sequence[int],
         *,
         seed: int = 0,
@@ -165,45 +191,64 @@ class Generator:
         truncate: bool = False,
         preview_rows: int = 0,
         progress: Callable[[int], object] = lambda drawn: None,
-    ) -> Iterator[Preview | Candidates]:
-        """Sample candidates of a prompt, a micro-batch after the other; each is a function of (prompt, seed, index).
+    ) -> Iterator[tuple[int, Preview | Candidates]]:
+        """Sample candidates of several prompts, a micro-batch after the other.
 
+        Prompts with few candidates share a micro-batch. A candidate is still a function of (prompt, seed, index).
         Closing the iterator frees what the unfinished micro-batch holds.
 
         Args:
-            prompt: what to draw.
-            indices: which candidates, for instance ``range(64)``; none of them gives nothing.
+            prompts: what to draw.
+            indices: which candidates of each prompt, for instance ``range(64)``; none of them gives nothing.
             seed: this and the others: see SampleOptions.
 
+        Yields:
+            The number of a prompt, and candidates of it, all that a micro-batch has of it at once.
+
         Raises:
-            ValueError: the prompt is longer than the context, or guidance of a model that never saw an empty one.
+            UserError: a prompt is longer than the context, or guidance of a model that never saw an empty one.
         """
-        sampling, dalle = sampling or SamplingConfig(), self.dalle
-        self.check([prompt], sampling, truncate=truncate)
+        sampling = sampling or SamplingConfig()
+        self.check(prompts, sampling, seed=seed, truncate=truncate)
         if sampling.temperature == 0 and len(indices) > 1:
             warnings.warn(
                 f"temperature=0 makes all {len(indices)} candidates of a prompt equal; use a positive one", stacklevel=2
             )
         if negative_prompt and not sampling.guided():
             raise UserError(f"negative_prompt={negative_prompt!r} acts through guidance: set cfg_scale above 1")
-        text, null = (
-            self.tokenizer.tokenize(part, dalle.config.text_len, truncate=truncate).to(self.decoder.device)
-            for part in (prompt, negative_prompt)
-        )
+        length, tokens_each, device = self.dalle.config.text_len, self.dalle.num_image_tokens, self.decoder.device
+        null = self.tokenizer.tokenize(negative_prompt, length, truncate=truncate)
         size = self.micro_batch(sampling)
-        for first in range(0, len(indices), size):
-            part = list(indices[first : first + size])
-            uniforms = torch.stack([candidate_uniforms(prompt, seed, index, dalle.num_image_tokens) for index in part])
-            if first and self.decoder.compiled:  # fill up: another size would be another program to translate
-                uniforms = torch.cat([uniforms, uniforms[:1].expand(size - len(part), -1)])
+        for numbers, part in micro_batches(len(prompts), list(indices), size):
+            some = [prompts[number] for number in numbers]
+            drawn, wanted = some, part
+            if self.decoder.compiled:  # fill up: another number of rows would be another program to translate
+                drawn, wanted = fill_up(some, part, min(size, len(prompts) * len(indices)))
+            text = torch.cat([self.tokenizer.tokenize(prompt, length, truncate=truncate) for prompt in drawn])
+            uniforms = [candidate_uniforms(p, seed, index, tokens_each) for p in drawn for index in wanted]
+            known = None if given is None else given._replace(tokens=given.tokens.expand(len(drawn), -1))
+            events = draw_image_tokens(
+                self.decoder, text.to(device), torch.stack(uniforms).to(device), sampling, known,
+                null.expand(len(drawn), -1).to(device),
+            )  # fmt: skip
             done, tokens = 0, torch.empty(0)
-            for now, tokens in draw_image_tokens(self.decoder, text, uniforms.to(text.device), sampling, given, null):
-                progress((now - done) * len(part))
-                done = now
-                if preview_rows and done % (preview_rows * dalle.grid_size) == 0 and done < dalle.num_image_tokens:
-                    yield Preview(tokens[: len(part)].cpu().clone(), done, part)
-            tokens = tokens[: len(part)]
-            yield Candidates(tokens.cpu(), self.decode(tokens), part)
+            for now, tokens in events:
+                progress((now - done) * len(some) * len(part))
+                rows_before, done = done // self.dalle.grid_size, now
+                shown = preview_rows and now // self.dalle.grid_size // preview_rows > rows_before // preview_rows
+                if shown and now < tokens_each:
+                    for number, own in zip(numbers, tokens.unflatten(0, (len(drawn), -1)), strict=False):
+                        yield number, Preview(own[: len(part)].cpu().clone(), now, part)
+            each = tokens.unflatten(0, (len(drawn), -1))[: len(some), : len(part)]
+            images = self.decode(each.flatten(0, 1)).unflatten(0, each.shape[:2])
+            for number, own, own_images in zip(numbers, each.cpu(), images, strict=True):
+                yield number, Candidates(own, own_images, part)
+
+    def sample(
+        self, prompt: str, indices: Sequence[int], **options: Unpack[SampleOptions]
+    ) -> Iterator[Preview | Candidates]:
+        """``sample_each`` of one prompt."""
+        return (event for _, event in self.sample_each([prompt], indices, **options))
 
     def candidates(self, prompt: str, indices: Sequence[int], **options: Unpack[SampleOptions]) -> Candidates:
         """All of ``sample`` at once.
@@ -215,6 +260,33 @@ class Generator:
             raise UserError("indices is empty: there is nothing to draw")
         return join([part for part in self.sample(prompt, indices, **options) if isinstance(part, Candidates)])
 
+    def stream_each(
+        self,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        *,
+        num_keep: int,
+        min_distance: float = 0.0,
+        **options: Unpack[SampleOptions],
+    ) -> Iterator[tuple[int, Preview | Ranked]]:
+        """Sample and rank; after every micro-batch the ranking of all candidates of its prompts so far.
+
+        Whoever stops early keeps each prompt's last Ranked. While fewer than ``num_keep`` are finished, all of them are
+        kept. ``min_distance`` as in ``rerank.rank``.
+        """
+        parts: list[Candidates] = []
+        scores: list[Tensor] = []
+        current = -1
+        for number, event in self.sample_each(prompts, indices, **options):
+            if isinstance(event, Preview):
+                yield number, event
+                continue
+            if number != current:  # a prompt's candidates come one after the other
+                current, parts, scores = number, [], []
+            parts.append(event)
+            scores.append(score(event.images, prompts[number], self.clips))
+            yield number, ranked(join(parts), torch.cat(scores, dim=1), num_keep, min_distance)
+
     def stream(
         self,
         prompt: str,
@@ -224,20 +296,9 @@ class Generator:
         min_distance: float = 0.0,
         **options: Unpack[SampleOptions],
     ) -> Iterator[Preview | Ranked]:
-        """Sample and rank; after every micro-batch the ranking of all candidates so far.
-
-        Whoever stops early keeps the last Ranked. While fewer than ``num_keep`` are finished, all of them are kept.
-        ``min_distance`` as in ``rerank.rank``.
-        """
-        parts: list[Candidates] = []
-        scores: list[Tensor] = []
-        for event in self.sample(prompt, indices, **options):
-            if isinstance(event, Preview):
-                yield event
-                continue
-            parts.append(event)
-            scores.append(score(event.images, prompt, self.clips))
-            yield ranked(join(parts), torch.cat(scores, dim=1), num_keep, min_distance)
+        """``stream_each`` of one prompt."""
+        events = self.stream_each([prompt], indices, num_keep=num_keep, min_distance=min_distance, **options)
+        return (event for _, event in events)
 
     def generate(
         self,
@@ -262,6 +323,36 @@ class Generator:
         *_, last = self.stream(prompt, indices, num_keep=num_keep, min_distance=min_distance, **options)
         assert isinstance(last, Ranked)  # a Preview is never the last
         return last.candidates, last.ranking
+
+
+def micro_batches(prompts: int, indices: list[int], size: int) -> Iterator[tuple[range, list[int]]]:
+    """Numbers of prompts, and which candidates of each are drawn together: at most ``size`` in all, or one.
+
+    Either several prompts with all their candidates, or some candidates of one.
+    """
+    if not indices:
+        return
+    together = max(size // len(indices), 1)
+    for first in range(0, prompts, together):
+        for at in range(0, len(indices), size):
+            yield range(first, min(first + together, prompts)), indices[at : at + size]
+
+
+def fill_up(prompts: list[str], indices: list[int], rows: int) -> tuple[list[str], list[int]]:
+    """Prompts, or else candidates, repeated up to a number of rows."""
+    if len(prompts) > 1:
+        return prompts + prompts[:1] * (rows // len(indices) - len(prompts)), indices
+    return prompts, indices + indices[:1] * (rows - len(indices))
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 on a GPU that computes in it, else fp32."""
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def free_memory_gb(device: torch.device) -> float:
+    """What the caches of candidates may take on a device, in 10^9 bytes."""
+    return GPU_SHARE * torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else CPU_MEMORY_GB
 
 
 def ranked(candidates: Candidates, scores: Float[Tensor, "s m"], num_keep: int, min_distance: float) -> Ranked:

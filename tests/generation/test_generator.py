@@ -49,6 +49,59 @@ def test_batch_size_changes_no_candidate_of_any_precision(prompted, precision):
     assert torch.equal(drawn[0].image_tokens, drawn[2].image_tokens)
 
 
+@pytest.mark.parametrize("size", [2, 5, 7, 100])
+@pytest.mark.parametrize("count", [1, 3])
+def test_prompts_that_share_a_micro_batch_draw_what_they_draw_alone(prompted, size, count):
+    """Token for token, whatever the micro-batch mixes; every candidate of every prompt comes once."""
+    prompts = ["a red apple", "a blue car", "red", "a car", "a blue apple"]
+    generator, drawn = Generator(prompted, batch_size=size), {}
+    for number, event in generator.sample_each(prompts, range(count), seed=5, sampling=SAMPLING):
+        for index, tokens in zip(event.indices, event.image_tokens, strict=True):
+            assert (number, index) not in drawn
+            drawn[number, index] = tokens
+    for number, prompt in enumerate(prompts):
+        alone = Generator(prompted, batch_size=1).candidates(prompt, range(count), seed=5, sampling=SAMPLING)
+        for index, tokens in enumerate(alone.image_tokens):
+            assert torch.equal(drawn.pop((number, index)), tokens)
+    assert not drawn
+
+
+def test_many_prompts_with_a_candidate_each_fill_the_micro_batch(prompted, monkeypatch):
+    generator, rows = Generator(prompted, batch_size=8), []
+    start = generator.decoder.start
+    monkeypatch.setattr(
+        generator.decoder, "start", lambda text, *rest, **more: rows.append(len(text)) or start(text, *rest, **more)
+    )
+    ranked = dict(generator.stream_each(["a red apple"] * 20, [3], num_keep=1))
+    assert rows == [8, 8, 4]
+    assert len(ranked) == 20
+    assert len(torch.cat([found.candidates.image_tokens for found in ranked.values()]).unique(dim=0)) == 1
+
+
+def test_what_is_not_finite_is_never_drawn(prompted, tiny_clip):
+    """NaN weights of the DALLE or of its image tokenizer; greedy and not."""
+    with torch.no_grad():
+        prompted.vae.decoder[-1].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="image tokenizer decodes to NaN"):
+        Generator(prompted).candidates("a red apple", range(2))
+    with torch.no_grad():
+        prompted.transformer.blocks[0].ff_norm.weight[0] = torch.inf
+    for settings in ({}, {"temperature": 0.0}, {"top_p": 0.5}, {"strategy": "speculative"}):
+        with pytest.raises(ValueError, match="scores are NaN or infinite"):
+            Generator(prompted).candidates("a red apple", [0], sampling=SamplingConfig(**settings))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_arguments_of_the_wrong_kind_are_named(prompted):
+    generator = Generator(prompted)
+    with pytest.raises(ValueError, match=r"a prompt must be a text, got \['a', 'b'\].*sample_each"):
+        generator.generate(["a", "b"], num_candidates=1, num_keep=1)
+    with pytest.raises(ValueError, match="seed must be an integer, got None"):
+        generator.candidates("a red apple", [0], seed=None)
+    with pytest.raises(ValueError, match="strategy must be one of raster, speculative, got 'halton'"):
+        generator.candidates("a red apple", [0], sampling=SamplingConfig(strategy="halton"))
+
+
 def test_memory_bounds_the_micro_batch(prompted):
     each = Generator(prompted).decoder.bytes_per_candidate(guided=True)
     assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SAMPLING) == 5

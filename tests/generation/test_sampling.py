@@ -53,6 +53,25 @@ def test_a_schedule_is_straight_between_its_points():
     assert not SamplingConfig(cfg_schedule=[1.0, 1.0]).guided()
 
 
+def test_guidance_grows_by_a_power_cosine_inside_its_interval():
+    scales = SamplingConfig(cfg_scale=5.0, cfg_power=1.0).scales(5)
+    assert scales == pytest.approx([1.0, 1 + 2 - 2 * 0.5**0.5, 3.0, 3 + 2 * 0.5**0.5, 5.0])
+    slower = SamplingConfig(cfg_scale=5.0, cfg_power=2.75).scales(5)
+    assert all(late < early for late, early in zip(slower[1:4], scales[1:4], strict=True))
+    assert slower[4] == pytest.approx(5.0)
+    assert SamplingConfig(cfg_scale=2.0, cfg_interval=[0.25, 0.75]).scales(8) == [1, 1, 2, 2, 2, 2, 1, 1]
+    for settings, message in (
+        ({"cfg_power": 0.0}, "cfg_power must be positive"),
+        ({"cfg_power": 1.0, "cfg_schedule": [1.0, 2.0]}, "both set"),
+        ({"cfg_interval": [0.5]}, "two rising shares"),
+        ({"cfg_interval": [0.5, 0.2]}, "two rising shares"),
+        ({"cfg_interval": [0.5, 1.2]}, "two rising shares"),
+        ({"draft_tokens": 1}, "draft_tokens must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SamplingConfig(**settings)
+
+
 def test_draws_follow_the_softmax():
     count = 20_000
     uniforms = (torch.arange(count) + 0.5) / count

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from dalle_pytorch.generation import strategies
 from dalle_pytorch.generation.cache import State
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -54,6 +55,73 @@ def test_completion_keeps_the_given_tokens(make_dalle, name, scale):
                 given_tokens=tokens[:, :end],
             )
             assert torch.equal(again, tokens)
+
+
+@pytest.mark.parametrize("draft_tokens", [2, 3, 8, 16])
+@pytest.mark.parametrize("name", ["none", "odd start", "middle"])
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 2.0, "cfg_interval": [0.2, 0.6]}, {"temperature": 0.0}])
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_speculation_draws_what_raster_draws(make_dalle, draft_tokens, name, settings, prompts):
+    """Token for token, in no more steps; alone, and with two candidates of each of two prompts."""
+    decoder = Decoder(make_dalle(attn_types=["full", "axial_row"], depth=2))
+    given = KnownTokens(torch.randint(12, (prompts, 16)), MASKS[name])
+    uniforms = torch.rand(prompts * prompts, 16)
+    plain, steps = last(
+        draw_image_tokens(
+            decoder,
+            TEXT[:prompts],
+            uniforms,
+            SamplingConfig(temperature=0.5) if not settings else SamplingConfig(**settings),
+            given,
+        )
+    )
+    ahead = SamplingConfig(**(settings or {"temperature": 0.5}), strategy="speculative", draft_tokens=draft_tokens)
+    tokens, fewer = last(draw_image_tokens(decoder, TEXT[:prompts], uniforms, ahead, given))
+    assert torch.equal(tokens, plain)
+    assert len(fewer) <= len(steps)
+    assert fewer == sorted(set(fewer))
+
+
+def test_speculation_needs_few_steps_where_guesses_are_right(make_dalle):
+    """A model that draws the same token everywhere guesses it: a step for each window but the first."""
+    dalle = make_dalle(shift_tokens=False)
+    with torch.no_grad():
+        dalle.image_head.weight.zero_()
+        dalle.image_head.bias.zero_()[7] = 100
+    steps = last(
+        draw_image_tokens(
+            Decoder(dalle), TEXT, torch.rand(2, 16), SamplingConfig(strategy="speculative", draft_tokens=4)
+        )
+    )[1]
+    assert len(steps) <= 8
+
+
+def test_guidance_ends_with_its_interval(make_dalle, monkeypatch):
+    """Behind it half of the rows are read, and the tokens are those of the same scales without the saving."""
+    decoder, rows = Decoder(make_dalle(depth=2)), []
+    uniforms = torch.rand(4, 16)
+    read = decoder.read
+    monkeypatch.setattr(
+        decoder, "read", lambda state, tokens, first: rows.append(len(tokens)) or read(state, tokens, first)
+    )
+    saved, _ = last(draw_image_tokens(decoder, TEXT, uniforms, SamplingConfig(cfg_scale=3.0, cfg_interval=[0.0, 0.5])))
+    assert rows == [8] * 7 + [4] * 8
+    schedule = SamplingConfig(cfg_scale=3.0)
+    monkeypatch.setattr(schedule, "scales", lambda count: [3.0] * 8 + [1 + 1e-9] * 8)
+    assert torch.equal(last(draw_image_tokens(decoder, TEXT, uniforms, schedule))[0], saved)
+
+
+def test_a_strategy_is_a_function_in_a_table(make_dalle, monkeypatch):
+    def backwards(drawing):
+        """Ignores the scores."""
+        drawing.begin()
+        for position in range(drawing.last, drawing.first - 1, -1):
+            drawing.tokens[:, position] = position % 12
+            yield 0 if position else drawing.last + 1
+
+    monkeypatch.setitem(strategies.STRATEGIES, "backwards", backwards)
+    tokens = generate_image_tokens(make_dalle(), TEXT, torch.rand(2, 16), SamplingConfig(strategy="backwards"))
+    assert torch.equal(tokens, (torch.arange(16) % 12).expand(2, -1))
 
 
 def test_what_lies_outside_the_mask_is_not_read(make_dalle):
