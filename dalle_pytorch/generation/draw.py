@@ -61,12 +61,13 @@ def to_complete(config: GenerateConfig, generator: Generator) -> Given | None:
 
 def draw(
     generator: Generator, prompt: str, config: GenerateConfig, given: Given | None, processes: Processes
-) -> tuple[Ranked | None, PreviewAnimation, bool]:
+) -> tuple[Ranked | None, PreviewAnimation, KeyboardInterrupt | None]:
     """Sample and rank this process's share of one prompt under a progress bar.
 
     Returns:
-        What was finished, None if nothing; the frames; whether Ctrl-C ended it early.
+        What was finished, None if nothing; the frames; Ctrl-C or another signal, where one ended it early.
     """
+    assert config.seed is not None  # a random one is drawn before, once for all processes
     share, film, finished = processes.share(config.drawn()), PreviewAnimation(generator, prompt), None
     total = len(share) * generator.dalle.num_image_tokens
     with tqdm(total=total, desc=prompt[:40], unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
@@ -88,11 +89,11 @@ def draw(
                     film.show(event)
                 else:
                     finished = event
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as signal:
             if processes.count > 1:
                 raise
-            return finished, film, True
-    return finished, film, False
+            return finished, film, signal
+    return finished, film, None
 
 
 def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, finite
 
 
 @dataclass(kw_only=True)
@@ -38,8 +38,11 @@ class SamplingConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
+        finite(self)
         if self.temperature < 0:
             raise UserError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
+        if 0 < self.temperature < 1e-6:
+            raise UserError(f"temperature={self.temperature} would overflow the logits; 0 = greedy")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 < self.top_p <= 1:
