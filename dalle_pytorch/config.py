@@ -5,11 +5,13 @@ import difflib
 import inspect
 import logging
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,11 +24,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
-from dalle_pytorch.errors import ConfigError, UserError
+from dalle_pytorch.errors import ConfigError, UserError, one_line_errors
 from dalle_pytorch.files import append_row
 
 T = TypeVar("T")
@@ -39,6 +42,28 @@ CONFIGS = next(
 """The YAML files: inside the package in a wheel, at the top of a checkout."""
 RENAMED: dict[str, str] = {}
 """Settings, or sections, of earlier versions, and what they are called now; the modules of settings add to it."""
+WRONG_VALUES: dict[str, str] = {}
+"""What to say where a setting is given a value of the wrong type; the modules of settings add to it."""
+HYDRA_FLAGS = re.compile(
+    "-[hcpricms]|-sc|-cp|-cn|-cd|--(hydra-help|help|version|cfg|resolve|package|run|multirun|shell-completion"
+    "|config-path|config-name|config-dir|experimental-rerun|info)"
+)
+"""The flags that a command has."""
+SETTING = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@]*=")
+"""How an argument begins that gives a setting."""
+
+
+class Flag(NamedTuple):
+    """What stands here for a flag of another program's command."""
+
+    settings: Sequence[str] = ()
+    """Settings that take its value, or settings with theirs, as ``model.stable=true``."""
+    remark: str = ""
+    """What else there is to say; {} is its value."""
+
+    def arguments(self, value: str | None) -> list[str]:
+        """The arguments to type in place of the flag."""
+        return [item if "=" in item else argument(item, value or "VALUE") for item in self.settings]
 
 
 def register(name: str, config_class: type, group: str | None = None) -> None:
@@ -74,6 +99,10 @@ def typed(node: DictConfig | ListConfig, cls: type[T]) -> T:
         value = OmegaConf.to_object(node)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}= is missing: this command cannot do without it") from error
+    except InterpolationResolutionError as error:
+        raise ConfigError(
+            f"{error.full_key}: {str(error).splitlines()[0]}; ${{...}} stands for a value, \\${{ for itself"
+        ) from error
     except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     if not isinstance(value, cls):
@@ -146,7 +175,9 @@ def explicit_overrides() -> set[str]:
     return {override.key_or_group for override in overrides}
 
 
-def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
+def entry(
+    name: str, config_class: type[T], *, flags: Mapping[str, Flag] | None = None
+) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
     """Turn ``main(config)`` into a command: ``configs/<name>.yaml``, overrides, sweeps, errors in one line.
 
     A `UserError` and an error of the system (no such file, disk full) end with one line and exit code 1, settings that
@@ -155,6 +186,7 @@ def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], Any]], Ca
     Args:
         name: of the primary YAML file, and of the schema: ``<name>_schema`` in its defaults list.
         config_class: the dataclass that the settings are checked against and turned into.
+        flags: those of another program's command, without dashes; who gives one is answered with the setting.
 
     Returns:
         A decorator; the function that it makes takes no arguments and reads ``sys.argv``. What ``main`` returns is the
@@ -165,20 +197,19 @@ def entry(name: str, config_class: type[T]) -> Callable[[Callable[[T], Any]], Ca
     def decorate(main: Callable[[T], Any]) -> Callable[[], None]:
         def command() -> None:
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-            given, sys.argv = sys.argv, arguments_of(sys.argv)
+            given = sys.argv
             task = Task(main, config_class, given, full_error)
             run: Callable[[], None] = hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(task)
             try:
-                with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises its errors, and we word them
-                    run()
-            except (HydraException, OmegaConfBaseException) as error:
-                if full_error:
-                    raise
-                sys.exit(report(ConfigError(explain(error))))
-            except (UserError, OSError) as error:
-                if full_error or not is_for_people(error):
-                    raise
-                sys.exit(report(error))
+                # Hydra raises its errors, and we word them
+                with one_line_errors(full=full_error), env_override({"HYDRA_FULL_ERROR": "1"}):
+                    sys.argv = arguments_of(given, flags or {})
+                    try:
+                        run()
+                    except (HydraException, OmegaConfBaseException) as error:
+                        if full_error:
+                            raise
+                        raise ConfigError(explain(error, flags or {})) from error
             finally:
                 sys.argv = given
 
@@ -208,11 +239,8 @@ class Task:
             return self.point(node)
         sys.argv = self.argv
         try:
-            return self.main(self.configure(node))
-        except (UserError, OSError) as error:
-            if self.full_error or not is_for_people(error):
-                raise
-            sys.exit(report(error))
+            with one_line_errors(full=self.full_error):
+                return self.main(self.configure(node))
         finally:
             folder = Path(settings.runtime.output_dir)
             if folder != Path.cwd():
@@ -249,20 +277,25 @@ class Task:
         return typed(node, self.config_class)
 
 
-def arguments_of(argv: Sequence[str]) -> list[str]:
+def arguments_of(argv: Sequence[str], foreign: Mapping[str, Flag]) -> list[str]:
     """A command line as Hydra reads it.
 
     ``config=runs/x/config.yaml``, settings that a run wrote, becomes the flags for them; and where no sweep is asked
     for, a launcher takes ``out`` as the folder of its one run.
+
+    Raises:
+        ConfigError: flags that there are not; those of ``foreign`` are answered with what stands for them here.
+        FileNotFoundError: no such settings.
     """
+    check_flags(argv[1:], foreign)
     overrides, flags = [], []
     for item in argv[1:]:
         if item.startswith("config="):
             path = Path(item.removeprefix("config=").strip("'\"")).expanduser().absolute()
             if not path.is_file():
-                sys.exit(report(FileNotFoundError(f"config={path} does not exist: give the config.yaml of a run")))
+                raise FileNotFoundError(f"config={path} does not exist: give the config.yaml of a run")
             if "defaults" not in (OmegaConf.load(path) or {}):
-                sys.exit(report(ConfigError(f"{path} names no defaults: it was written before a run's could be used")))
+                raise ConfigError(f"{path} names no defaults: it was written before a run's could be used")
             flags += ["--config-dir", str(path.parent), "--config-name", path.stem]
         else:
             overrides.append(item)
@@ -271,15 +304,59 @@ def arguments_of(argv: Sequence[str]) -> list[str]:
     return [argv[0], *flags, *overrides]
 
 
-def explain(error: BaseException) -> str:
+def check_flags(arguments: Sequence[str], foreign: Mapping[str, Flag]) -> None:
+    """Refuse flags that a command has not.
+
+    Args:
+        arguments: of a command line.
+        foreign: flags of another program.
+
+    Raises:
+        ConfigError: names them, and what to type in place of those of ``foreign``.
+    """
+    found: list[tuple[str, str | None]] = []
+    for place, item in enumerate(arguments):
+        name, equals, value = item.partition("=")
+        if not item.startswith("-") or item == "-" or HYDRA_FLAGS.fullmatch(name):
+            continue
+        following = arguments[place + 1] if place + 1 < len(arguments) else "-"
+        taken = not (equals or following.startswith("-") or SETTING.match(following))
+        found.append((name, value if equals else following if taken else None))
+    answers = [(name, value, foreign.get(name.lstrip("-").replace("-", "_"))) for name, value in found]
+    known = [(name, value, flag) for name, value, flag in answers if flag is not None]
+    if known:
+        typed_instead = [item for _, value, flag in known for item in flag.arguments(value)]
+        remarks = [f"{name}: {flag.remark.format(value)}" for name, value, flag in known if flag.remark]
+        instead = [f"in place of {' '.join(name for name, _, _ in known)} give {' '.join(typed_instead)}"]
+        raise ConfigError("; ".join([*(instead if typed_instead else []), *remarks]))
+    if found:
+        raise ConfigError(f"{found[0][0]} is no flag: settings are given as name=value, and --help shows them")
+
+
+def argument(key: str, value: str) -> str:
+    """A setting as it is typed in a shell: quoted for Hydra, and once more for the shell, where it has to be."""
+    if re.fullmatch(r"[\w./:+-]+", value):
+        return f"{key}={value}"
+    inner = re.sub(r'(\\*)"', r'\1\1\\"', value)  # backslashes count before a quotation mark only
+    tail = "\\" * (len(inner) - len(inner.rstrip("\\")))
+    return shlex.quote(f'{key}="{inner}{tail}"')
+
+
+def explain(error: BaseException, foreign: Mapping[str, Flag]) -> str:
     """Word a composition error of Hydra: the key, what is wrong, the nearest valid names."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: no such option; {nearest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     first_line = str(cause).strip().splitlines()[0]
-    if isinstance(error, OverrideParseException) or first_line.startswith("Ambiguous value"):
-        return f"{first_line} (quote values of several words or signs twice: 'prompt=\"a cat, sitting\"')"
+    if isinstance(error, OverrideParseException):
+        return explain_syntax(error.override)
+    if first_line.startswith("Ambiguous value"):
+        key, _, value = first_line.partition("'")[2].rpartition("'")[0].partition("=")
+        return (
+            f"{key}={value} may be one text, {argument(key, value)}; a list, {argument_list(key, value)}; "
+            "or values to be tried one by one, with the flag -m"
+        )
     key = getattr(cause, "full_key", None)
     if not key:
         group = first_line.partition("Could not override '")[2].partition("'")[0]
@@ -287,8 +364,27 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         root = cause.parent_node._get_root() if isinstance(cause.parent_node, DictConfig) else None
         where = first_line.removeprefix("In '").partition("'")[0] if first_line.startswith("In '") else ""
+        if flag := foreign.get(key):
+            settings = " and ".join(item if "=" in item else f"{item}=" for item in flag.settings)
+            return f"{key} is no setting; " + "; ".join(filter(None, (settings and f"here: {settings}", flag.remark)))
         return unknown_key(key, list(_keys(root))) + (f" (in configs/{where}.yaml)" if where else "")
-    return f"{key}: {first_line}"
+    return f"{key}: {first_line}" + (f"; {WRONG_VALUES[key]}" if key in WRONG_VALUES else "")
+
+
+def explain_syntax(override: str) -> str:
+    """What is wrong with an argument that Hydra cannot read: almost always its quotation."""
+    if not SETTING.match(override):
+        return f"{override!r} is no setting: settings are given as name=value, and --help shows them"
+    key, _, value = override.partition("=")
+    return (
+        f"{override} cannot be read: a value with signs or quotation marks is quoted twice, for the shell and within: "
+        f"{argument(key, value)}"
+    )
+
+
+def argument_list(key: str, value: str) -> str:
+    """A setting that is a list, as it is typed in a shell."""
+    return shlex.quote(f"{key}=[{value}]")
 
 
 def unknown_key(key: str, keys: Sequence[str]) -> str:
@@ -324,22 +420,6 @@ def _surplus(value: Any, prefix: str = "") -> Iterator[str]:
     for name in names:
         if is_dataclass(getattr(value, name)):
             yield from _surplus(getattr(value, name), f"{prefix}{name}.")
-
-
-def is_for_people(error: Exception) -> bool:
-    """Whether an error says all that a person needs: ours, or one of the system that names what failed."""
-    return isinstance(error, UserError | FileNotFoundError | FileExistsError) or (
-        isinstance(error, OSError) and error.errno is not None
-    )
-
-
-def report(error: Exception) -> int:
-    """Print an error in one line; return the exit code."""
-    text = str(error)
-    if isinstance(error, OSError) and error.errno is not None:  # raised by the system, not by us
-        text = f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror)
-    sys.stderr.write(f"error: {text}\n")
-    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _run_folder(*, _root_: DictConfig) -> str:

@@ -1,7 +1,14 @@
-"""Errors meant for people, and the checks and words that many of them share."""
+"""Errors meant for people, the checks and words that many of them share, and how a command ends."""
 
-from collections.abc import Iterable
-from typing import NoReturn
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -38,6 +45,22 @@ def not_negative(config: object, *names: str) -> None:
             raise UserError(f"{name} must not be negative, got {getattr(config, name)}")
 
 
+def finite(config: Any) -> None:
+    """Refuse NaN and infinity in the fields of a dataclass, and in lists there.
+
+    Raises:
+        UserError: names the first field, and its value.
+    """
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if any(isinstance(each, float) and not math.isfinite(each) for each in _each(value)):
+            raise UserError(f"{item.name} must be a finite number, got {value}")
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def some(names: Iterable[str]) -> str:
     """A few names for an error message."""
     names = list(names)
@@ -56,3 +79,102 @@ def refuse(path: object, why: str) -> NoReturn:
         UserError: always.
     """
     raise UserError(f"{path}: {why}")
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal asks the program to end; whatever handles Ctrl-C handles it too.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raise `StoppedError` where SIGTERM or SIGHUP would end the program at once; further ones are ignored."""
+
+    def stop(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise StoppedError(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    found = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in found:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in found:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """The exit code after a signal, as a shell has it: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (error.number if isinstance(error, StoppedError) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def one_line_errors(*, full: bool = False) -> Iterator[None]:
+    """End the program with one line and an exit code where an error is meant for people.
+
+    Settings that cannot be end it with 2, other errors with 1, Ctrl-C with 130. Standard output is written out here, so
+    that a closed pipe or a full disk behind it is such an error, too.
+
+    Args:
+        full: keep every traceback.
+    """
+    try:
+        try:
+            yield
+        except SystemExit:
+            _flush_stdout()
+            raise
+        _flush_stdout()
+    except KeyboardInterrupt as error:
+        if full:
+            raise
+        sys.stderr.write("interrupted\n")
+        sys.exit(exit_code(error))
+    except (UserError, OSError) as error:
+        if full or not is_for_people(error):
+            raise
+        code = report(error)
+        with contextlib.suppress(OSError):
+            _flush_stdout()  # may be what failed: the interpreter would fail again at its end
+        sys.exit(code)
+
+
+def is_for_people(error: Exception) -> bool:
+    """Whether an error says all that a person needs: ours, or one of the system that names what failed."""
+    return isinstance(error, UserError | FileNotFoundError | FileExistsError) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
+
+
+def report(error: Exception) -> int:
+    """Print an error in one line; return the exit code."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # raised by the system, not by us
+        text = f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror)
+    sys.stderr.write(f"error: {text}\n")
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _flush_stdout() -> None:
+    """Write out what ``print`` holds back; what cannot be written is dropped.
+
+    Raises:
+        OSError: it cannot be written; names standard output.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "standard output"
+        raise

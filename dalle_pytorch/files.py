@@ -1,18 +1,29 @@
-"""Files written whole or not at all, their hashes, and folders that must not hold anything yet."""
+"""Files written whole or not at all, texts in any encoding, hashes, and folders that must not hold anything yet."""
 
+import codecs
 import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from dalle_pytorch.errors import UserError, first_line
+
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # begins with UTF-16's mark
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks that a text may begin with, and its encoding; UTF-8's is no more than a habit of editors."""
 
 
 @contextlib.contextmanager
@@ -30,6 +41,24 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, in whole: what cannot be finished is removed.
+
+    Raises:
+        FileExistsError: the file is there already.
+        OSError: it cannot be written; names the file.
+    """
+    file = path.open("xb")
+    try:
+        with file:
+            file.write(content)
+    except BaseException as error:
+        path.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,6 +84,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: no JSON object")
     return content
+
+
+def read_text(path: Path, name: str) -> str:
+    """A text of a file or a pipe: UTF-8, with a byte order mark or without, or UTF-16 or UTF-32 with one.
+
+    Args:
+        path: where it is.
+        name: what errors call it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: bytes that are no such text.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{name} does not exist")
+    content = path.read_bytes()
+    encoding = next((known for mark, known in MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        plain = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{name} is no text in {plain}, see its byte {error.start + 1}: save it as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{name} holds NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8")
+    return text
 
 
 def split_lines(text: str) -> list[str]:
@@ -86,6 +140,34 @@ def ensure_empty(
         return
     if not folder.is_dir() or any(ignore is None or not ignore(path) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} exists and holds files; nothing is overwritten: {advice}")
+
+
+def make_folder(out: str | None, runs: str) -> Path:
+    """Make the folder of a run.
+
+    Args:
+        out: the folder, which must not hold files; None = a new one in ``runs``.
+        runs: parent of such folders: each is named after the time, and has a number where two runs begin in one second.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: ``out`` holds files.
+    """
+    if out is not None:
+        folder = Path(out)
+        ensure_empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    Path(runs).mkdir(parents=True, exist_ok=True)
+    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
+        folder = Path(runs, f"{stamp}{suffix}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 import dataclasses
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from dalle_pytorch.checkpoints.export import ExportConfig
 from dalle_pytorch.commands import (
@@ -20,7 +23,8 @@ from dalle_pytorch.commands import (
     train_probe,
     train_vae,
 )
-from dalle_pytorch.config import CONFIGS, build, typed
+from dalle_pytorch.compat.flags import GENERATE, TRAIN_DALLE, TRAIN_VAE
+from dalle_pytorch.config import CONFIGS, argument, build, typed
 from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.evaluation.baselines import BaselinesConfig
 from dalle_pytorch.evaluation.config import EvaluateConfig
@@ -142,10 +146,88 @@ def test_wrong_settings_end_with_one_line_that_names_the_mend(monkeypatch, capsy
 def test_missing_and_unquoted_values_end_with_one_line_that_names_the_mend(monkeypatch, capsys):
     code, error = call(monkeypatch, capsys, "evaluate")
     assert (code, error) == (2, "error: checkpoint= is missing: this command cannot do without it\n")
-    for prompt in ("prompt=a cat, sitting", "prompt=a cat's face"):
-        code, error = call(monkeypatch, capsys, "generate", "weights=x", prompt)
+    for value in ("a cat, sitting", "a cat's face", "a=b", "cat (grinning)", 'say "cat', "(\\", "~/a b", "[", "${x} {"):
+        code, error = call(monkeypatch, capsys, "generate", "weights=x", f"prompt={value}")
         assert code == 2
-        assert """'prompt="a cat, sitting"'""" in error
+        assert error.startswith(f"error: prompt={value} ")
+        assert argument("prompt", value) in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["cat", "a cat", "cat's", "2+2=4", 'say "cat"', "C:\\new\\", 'a\\"b', '\\\\"', "~/x", "", "a\nb", "$x (y) [z], {"],
+)
+def test_what_an_error_proposes_to_type_reaches_the_setting(value):
+    """Through the shell, and through Hydra."""
+    (typed_argument,) = shlex.split(argument("prompt", value))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert compose("generate", overrides=[typed_argument]).prompt == value
+
+
+def test_what_stands_for_nothing_names_the_setting_and_the_escape(monkeypatch, capsys):
+    code, error = call(monkeypatch, capsys, "generate", 'prompt="${nope} cats"')
+    assert code == 2
+    assert error.startswith("error: prompt: ")
+    assert "\\${" in error
+
+
+def settings_of(flag):
+    """Names of settings that the answer to a flag has, without those that are added with a plus."""
+    words = " ".join((*(item.partition("=")[0] + "=" for item in flag.settings), flag.remark))
+    words = re.sub(
+        r"prepare_data\.py( \S+=\S+)+|prepare_data.py takes \S+=|\+\S+=|dalle-import-weights.*|source=\S+", "", words
+    )
+    return re.findall(r"([a-z_.]+)=", words)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("generate", GENERATE), ("train_vae", TRAIN_VAE), ("train_dalle", TRAIN_DALLE)]
+)
+def test_every_flag_of_dalle_pytorch_is_answered_with_settings_that_exist(monkeypatch, capsys, name, table):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = compose(name, overrides=["logger=wandb"] if name != "generate" else [])
+    groups = {"logger", "data", "trainer"}
+    for flag, answer in table.items():
+        assert answer.settings or answer.remark
+        for setting in settings_of(answer):
+            assert setting in groups or OmegaConf.select(node, setting, default=...) is not ..., (flag, setting)
+        for given in ([f"--{flag}", "7"], [f"--{flag}=7"], [f"--{flag}"]):
+            code, error = call(monkeypatch, capsys, name, *given)
+            assert code == 2
+            assert f"--{flag}" in error
+            assert error.count("\n") == 1
+
+
+def test_a_command_line_of_dalle_pytorch_is_answered_with_one_of_ours(monkeypatch, capsys):
+    given = ["--dalle_path", "a b/dalle.pt", "--text=a cat, sitting", "--num_images", "4", "--top_k", "0.9", "--taming"]
+    code, error = call(monkeypatch, capsys, "generate", *given)
+    assert code == 2
+    command, _, remarks = error.partition("; ")
+    assert shlex.split(command.partition(" give ")[2]) == [
+        'weights="a b/dalle.pt"', 'prompt="a cat, sitting"', "num_candidates=4", "num_keep=4"
+    ]  # fmt: skip
+    assert "sampling.top_k=819 for 8192 codes" in remarks
+    assert "--taming: leave it out" in remarks
+    for setting, answer in (
+        ("dalle_path=x", "weights="),
+        ("num_images=2", "num_candidates= and num_keep="),
+        ("sampling.top_k=0.9", "sampling.top_k=819 for 8192 codes"),
+        ("sampling.filter_thres=0.9", "sampling.top_k=819 for 8192 codes"),
+    ):
+        code, error = call(monkeypatch, capsys, "generate", "prompt=cat", setting)
+        assert code == 2
+        assert setting.partition("=")[0] in error
+        assert answer in error
+
+
+@pytest.mark.parametrize(("given", "named"), [("--foo", "--foo"), ("-x=3", "-x"), ("a red apple", "a red apple")])
+def test_what_is_no_setting_is_named(monkeypatch, capsys, given, named):
+    code, error = call(monkeypatch, capsys, "generate", "prompt=cat", given)
+    assert code == 2
+    assert named in error
+    assert "name=value" in error
+    assert error.count("\n") == 1
 
 
 def test_a_mistake_found_later_ends_with_code_1(monkeypatch, capsys, tmp_path):

@@ -1,29 +1,38 @@
 """The generate command: files, metadata, repeatability, errors."""
 
+import codecs
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dalle_pytorch import DALLE, DALLEConfig, Generator, load, save
+from dalle_pytorch import DALLE, DALLEConfig, Generator, files, load, save
 from dalle_pytorch.commands import generate as generate_command
 from dalle_pytorch.commands.generate import main
 from dalle_pytorch.generation import generator as generator_module
+from dalle_pytorch.generation import results as results_module
 from dalle_pytorch.generation.config import GenerateConfig
 from dalle_pytorch.generation.draw import to_complete
+from dalle_pytorch.generation.generator import Candidates, ranked
 from dalle_pytorch.generation.grid import save_animation
-from dalle_pytorch.generation.results import file_stem
+from dalle_pytorch.generation.results import PreviewAnimation, Results, file_stem
+from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.text import BPETokenizer
 
 PROMPTS = ["a red apple", "a blue car"]
+FLOATS = [f"sampling.{item.name}" for item in fields(SamplingConfig) if item.type is float]
 
 
 @pytest.fixture
@@ -272,6 +281,13 @@ def test_two_processes_draw_what_one_draws(models, monkeypatch):
         (["indices=[1,1]"], "indices must be different"),
         (["precision=fp64"], "fp32, bf16, fp16, int8"),
         (["memory_gb=0"], "memory_gb"),
+        *(
+            ([f"{name}={value}"], f"{name.rpartition('.')[2]} must be a finite number, got {value}")
+            for name in (*FLOATS, "memory_gb", "min_distance")
+            for value in ("nan", "inf", "-inf")
+        ),
+        (["sampling.cfg_scale=1", "sampling.cfg_schedule=[1,nan]"], "cfg_schedule must be a finite number"),
+        (["sampling.temperature=1e-38"], "temperature"),
         (["min_distance=2"], "min_distance"),
         (["sampling.cfg_schedule=[1,2]"], "cfg_schedule"),
         (['prompt="a red apple a red apple a red apple a red apple"'], "a red apple a red"),
@@ -292,6 +308,181 @@ def test_results_are_not_overwritten(models, monkeypatch, capsys):
         run(monkeypatch, *arguments(models, "out"), "seed=9")
     assert "holds files; nothing is overwritten" in capsys.readouterr().err
     assert (models / "out" / "ranking.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be"])
+def test_the_encoding_of_a_file_does_not_change_its_prompts(tmp_path, encoding):
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "prompts.txt").write_bytes(mark + "a café\r\n\n a\u2028b\n".encode(encoding))
+    assert GenerateConfig(prompts_file=str(tmp_path / "prompts.txt")).prompts() == ["a café", "a\u2028b"]
+
+
+def test_prompts_are_read_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["a red apple\n"])
+    writer.start()
+    assert GenerateConfig(prompts_file=str(tmp_path / "pipe")).prompts() == ["a red apple"]
+    writer.join()
+
+
+@pytest.mark.parametrize("content", ["café".encode("latin-1"), "cat".encode("utf-16-le"), b"\x89PNG", b"\xff\xfea"])
+def test_a_file_that_is_no_text_is_named(models, monkeypatch, capsys, content):
+    (models / "prompts.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, f"prompts_file={models}/prompts.txt", f"out={models}/out")
+    assert stop.value.code == 1
+    assert re.fullmatch(rf"error: prompts_file={models}/prompts\.txt .*save it as UTF-8\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("wanted", ["null", "-1"])
+def test_a_random_seed_is_told_and_draws_the_same_again(models, monkeypatch, capsys, wanted):
+    found = []
+    for name in ("a", "b"):
+        run(monkeypatch, *arguments(models, name), f"seed={wanted}")
+        settings = json.loads((models / name / "ranking.json").read_text())["settings"]
+        assert capsys.readouterr().out.startswith(f"seed={settings['seed']}\n")
+        found.append(settings["seed"])
+    assert found[0] != found[1]
+    run(monkeypatch, *arguments(models, "again"), f"seed={found[0]}")
+    first, again = (json.loads((models / name / "ranking.json").read_text())["prompts"] for name in ("a", "again"))
+    assert first == again
+
+
+def test_runs_that_begin_together_have_a_folder_each(models, monkeypatch):
+    monkeypatch.chdir(models)
+
+    class Frozen(files.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(files, "datetime", Frozen)
+    given = [argument for argument in arguments(models, "out") if not argument.startswith("out=")]
+    for _ in range(3):
+        run(monkeypatch, *given)
+    found = sorted(path.parent for path in Path("runs/generate").glob("*/ranking.json"))
+    assert [path.name for path in found] == [f"2026-01-02_03-04-05{suffix}" for suffix in ("", "_2", "_3")]
+    assert [json.loads((path / "ranking.json").read_text())["settings"]["out"] for path in found] == list(
+        map(str, found)
+    )
+
+
+def test_a_folder_that_another_run_has_taken_is_refused_before_drawing(models, monkeypatch, capsys):
+    """Both found it empty."""
+    drawn = []
+    monkeypatch.setattr(generate_command, "draw", lambda *given: drawn.append(given))
+    monkeypatch.setattr(files, "ensure_empty", lambda *_, **__: None)
+    monkeypatch.setattr(generate_command, "ensure_empty", lambda *_, **__: None)
+    (models / "out").mkdir()
+    (models / "out" / "ranking.json").write_text("theirs")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments(models, "out"))
+    assert stop.value.code == 1
+    assert "ranking.json" in capsys.readouterr().err
+    assert (models / "out" / "ranking.json").read_text() == "theirs"
+    assert not drawn
+
+
+def test_a_folder_with_files_is_refused_before_weights_are_read(models, monkeypatch, capsys):
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments(models, "."))
+    assert "holds files; nothing is overwritten" in capsys.readouterr().err
+
+
+def interrupted_by(monkeypatch, number):
+    """A signal comes while the second prompt is drawn."""
+    original = generate_command.draw
+
+    def draw(generator, prompts, numbers, config, *given):
+        if 1 in numbers:
+            sample = generator.sample_each
+
+            def stopping(*args, **kwargs):
+                index = json.loads((Path(config.out) / "ranking.json").read_text())
+                assert [row["prompt"] for row in index["prompts"]] == PROMPTS[:1]  # it is there before the end
+                signal.raise_signal(number)
+                yield from sample(*args, **kwargs)
+
+            monkeypatch.setattr(generator, "sample_each", stopping)
+        return original(generator, prompts, numbers, config, *given)
+
+    monkeypatch.setattr(generate_command, "draw", draw)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_keep_finished_prompts(models, monkeypatch, capsys, number):
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    interrupted_by(monkeypatch, number)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments(models, "out"), "batch_size=5")
+    assert stop.value.code == 128 + number
+    assert "this is what was finished until then" in capsys.readouterr().err
+    assert {each: signal.getsignal(each) for each in before} == before
+    (row,) = json.loads((models / "out" / "ranking.json").read_text())["prompts"]
+    assert row["prompt"] == PROMPTS[0]
+    names = {kept["file"] for kept in row["kept"]} | {"grid.png", "ranking.json"}
+    assert {path.name for path in (models / "out").iterdir()} == names
+
+
+@pytest.mark.parametrize("fails", ["01_a-blue-car_01.png", "00_a-red-apple_00.png", "grid.png"])
+def test_a_full_disk_keeps_finished_prompts_and_no_half_file(models, monkeypatch, capsys, fails):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = Path.open
+
+    def opened(path, *given, **named):
+        file = original(path, *given, **named)
+        return Full(file) if path.name == fails else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments(models, "out"))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: No space left on device: {models}/out/{fails}"
+    if fails.startswith("00"):
+        assert not (models / "out").exists()
+        return
+    report = json.loads((models / "out" / "ranking.json").read_text())["prompts"]
+    assert [row["prompt"] for row in report] == (PROMPTS if fails == "grid.png" else PROMPTS[:1])
+    for row in report:
+        for kept in row["kept"]:
+            with Image.open(models / "out" / kept["file"]) as image:
+                image.load()
+    assert not (models / "out" / fails).exists()
+
+
+@pytest.mark.parametrize("count", [1, 64, 1000])
+def test_ranking_json_lacks_few_prompts_at_any_time_and_none_at_the_end(models, monkeypatch, count):
+    """However many there are: it is not written anew for each of thousands."""
+    monkeypatch.setattr(results_module, "save_png", lambda *_: None)
+    monkeypatch.setattr(results_module, "picture_grid", lambda *_: None)
+    images = torch.zeros(1, 3, 1, 1)
+    candidates = Candidates(torch.zeros(1, 4, dtype=torch.long), images, [0])
+    result, written = ranked(candidates, torch.zeros(0, 1), 1, 0.0), []
+    film = PreviewAnimation(Generator(load(models / "dalle.safetensors")), "a")
+    with Results(GenerateConfig(out=str(models / "out"), num_candidates=1, num_keep=1)) as results:
+        write = results._write_index
+        monkeypatch.setattr(results, "_write_index", lambda: written.append(len(results.report)) or write())
+        for number in range(count):
+            results.add(str(number), "a", result, film)
+            assert results.indexed >= len(results.report) * 63 / 64 - 1
+    assert written[: min(count, 64)] == list(range(1, min(count, 64) + 1))
+    assert len(json.loads((models / "out" / "ranking.json").read_text())["prompts"]) == count
+    assert len(written) <= 64 + 64 * 3
 
 
 def test_file_names_are_safe():

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from dalle_pytorch.errors import UserError, first_line
 from dalle_pytorch.files import atomic, sha256_file
+from dalle_pytorch.text.bart import PACKAGES, require
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Release(NamedTuple):
     """What the importer is told beyond the path; a Path is one in the folder."""
     path: str = ""
     """The file of the folder that the importer takes; the folder itself where empty."""
+    packages: tuple[str, ...] = ()
+    """Optional packages that the model needs."""
     bundled: bool = False
     """Whether it comes with the package, in one of PLACES: a file for each kind, and their SHA256SUMS."""
 
@@ -82,12 +85,14 @@ RELEASES: dict[str, Release] = {
         MIN_DALLE,
         ("encoder_mini.pt", "decoder_mini.pt", "vocab_mini.json", "merges_mini.txt", "detoker.pt"),
         options={"mega": False},  # both lie in one folder of the cache
+        packages=PACKAGES["min_dalle"],
     ),
     "dalle_mega": Release(
         "min_dalle",
         MIN_DALLE,
         ("encoder.pt", "decoder.pt", "vocab.json", "merges.txt", "detoker.pt"),
         options={"mega": True},
+        packages=PACKAGES["min_dalle"],
     ),
     "clip_vit_b32": Release(
         "openai_clip",
@@ -130,10 +135,12 @@ def fetch(name: str, kind: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: bundled weights that are not there; names them.
-        UserError: no such name, repository or kind, a file whose checksum is wrong, or no network; says which and the
-            mend.
+        UserError: no such name, repository or kind, a missing package, a file whose checksum is wrong, or no network;
+            says which and the mend.
     """
     release = RELEASES.get(name)
+    if release is not None:
+        require(release.packages)
     if release is not None and release.bundled:
         return _bundled(name, f"{kind or 'dalle'}.safetensors")
     if release is not None and release.urls:

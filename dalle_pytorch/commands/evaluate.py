@@ -7,9 +7,9 @@ A/metrics.json B/metrics.json`` sets two beside each other, and refuses numbers 
 import sys
 from pathlib import Path
 
-from dalle_pytorch.config import entry, report
+from dalle_pytorch.config import entry
 from dalle_pytorch.distributed import Processes
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, one_line_errors, report
 from dalle_pytorch.evaluation.compare import side_by_side, with_interval
 from dalle_pytorch.evaluation.config import EvaluateConfig
 from dalle_pytorch.evaluation.evaluate import evaluate
@@ -35,13 +35,11 @@ def run() -> None:
         return main()
     if len(sys.argv) != 4:
         sys.exit("usage: evaluate.py compare A/metrics.json B/metrics.json")
-    try:
+    with one_line_errors():
         table, refused = side_by_side(*sys.argv[2:])
-    except (UserError, FileNotFoundError) as error:
-        sys.exit(report(error))
-    print(table)
-    if refused is not None:
-        sys.exit(report(UserError(refused)))
+        print(table)
+        if refused is not None:
+            sys.exit(report(UserError(refused)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Weights of other programs as a checkpoint of ours: ``dalle-import-weights SOURCE PATH --out FILE``."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.loading import load_with_header
 from dalle_pytorch.checkpoints.sources import SOURCES, parse_options
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import one_line_errors
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,17 +28,15 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Import and save; errors in one line."""
     arguments = parser().parse_intermixed_args()
-    try:
+    with one_line_errors():
         if arguments.out.exists():
             raise FileExistsError(f"{arguments.out} exists; choose another --out")
         source = None if arguments.source == "auto" else arguments.source
         options = parse_options(arguments.options)
         model, head = load_with_header(arguments.path, source=source, dtype=None, **options)
         checkpoint.save(model, arguments.out, training=head["training"])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {head['kind']}, {count:,} parameters")
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{arguments.out}: {head['kind']}, {count:,} parameters")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
 from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.compat.flags import TRAIN_DALLE
 from dalle_pytorch.config import entry, explicit_overrides
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import ConfigError
@@ -13,7 +14,7 @@ from dalle_pytorch.training.text import make_tokenizer
 from dalle_pytorch.training.wrong_captions import check_held
 
 
-@entry("train_dalle", TrainDALLEConfig)
+@entry("train_dalle", TrainDALLEConfig, flags=TRAIN_DALLE)
 def main(config: TrainDALLEConfig) -> float | None:
     """Train; the result is <out>/dalle.safetensors, which carries VAE and text tokenizer, the score its loss."""
     if config.init is not None:

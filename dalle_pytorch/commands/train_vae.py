@@ -1,12 +1,13 @@
 """Train an image tokenizer on image shards: ``train_vae.py data=emoji model=base out=runs/vae/mine``."""
 
+from dalle_pytorch.compat.flags import TRAIN_VAE
 from dalle_pytorch.config import entry, explicit_overrides
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig, check_schedules, make_vae
 
 
-@entry("train_vae", TrainVAEConfig)
+@entry("train_vae", TrainVAEConfig, flags=TRAIN_VAE)
 def main(config: TrainVAEConfig) -> float | None:
     """Train; the result is <out>/vae.safetensors, the score its PSNR on the validation split."""
     check_schedules(config, explicit_overrides())

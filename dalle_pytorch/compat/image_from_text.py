@@ -1,6 +1,7 @@
 """What min-dalle's command ``image_from_text`` takes and does."""
 
 import argparse
+import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from dalle_pytorch.compat.min_dalle import MinDalle
+from dalle_pytorch.compat.min_dalle_request import Request
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.backend import PRECISIONS
 
@@ -51,9 +53,8 @@ def target(path: Path | None, *, overwrite: bool) -> Path:
     """The file to write: the one that is named, with .png where it has no suffix, or the first free name in a folder.
 
     Raises:
-        UserError: no suffix of a picture.
+        UserError: no suffix of a picture, or it lies in a file.
         FileExistsError: it is there already.
-        NotADirectoryError: it lies in a file.
     """
     if path is None or path.is_dir():
         names = (f"generated_{number}.png" if number else "generated.png" for number in itertools.count())
@@ -65,7 +66,7 @@ def target(path: Path | None, *, overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another --image-path, or --overwrite it")
     if parents := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
-        raise NotADirectoryError(f"--image-path {path} lies in {parents[0]}, which is a file")
+        raise UserError(f"--image-path {path} lies in {parents[0]}, which is a file")
     return path
 
 
@@ -79,18 +80,27 @@ def draw(flags: argparse.Namespace) -> Image.Image:
         raise UserError(f"--exact draws as min-dalle does, in fp32: leave --precision {flags.precision} out")
     dtype = torch.float16 if flags.fp16 else torch.bfloat16 if flags.bf16 else torch.float32
     options: dict[str, Any] = EXACT if flags.exact else {}
+    call = {
+        "text": flags.text,
+        "seed": flags.seed,
+        "grid_size": flags.grid_size,
+        "is_seamless": flags.seamless,
+        "temperature": flags.temperature,
+        "top_k": flags.top_k,
+        "top_p": flags.top_p,
+        "supercondition_factor": flags.supercondition_factor,
+        "negative_prompt": flags.negative_text,
+    }
+    Request.of(**call)  # refuses what cannot be drawn before the weights are read
     model = MinDalle(flags.models_root, dtype, flags.device, flags.mega, precision=flags.precision, **options)
-    return model.generate_image(
-        flags.text,
-        flags.seed,
-        flags.grid_size,
-        is_seamless=flags.seamless,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
-        supercondition_factor=flags.supercondition_factor,
-        negative_prompt=flags.negative_text,
-    )
+    return model.generate_image(**call)
+
+
+def encoded(image: Image.Image, suffix: str) -> bytes:
+    """An image in the format that a suffix names."""
+    file = io.BytesIO()
+    image.save(file, format=Image.registered_extensions()[suffix.lower()])
+    return file.getvalue()
 
 
 def in_letters(image: Image.Image, columns: int = 72) -> str:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, finite
 from dalle_pytorch.generation.rerank import Scorer, as_scorers, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, keep_top_p
 
@@ -87,6 +87,7 @@ class Request:
         Raises:
             ValueError: settings that do not fit; names them.
         """
+        finite(self)
         if self.grid_size is not None and self.grid_size < 1:
             raise UserError(f"grid_size must be at least 1, got {self.grid_size}")
         counts = {

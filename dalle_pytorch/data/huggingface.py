@@ -52,7 +52,7 @@ def _package() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise UserError("source=huggingface needs the package datasets: pip install '.[datasets]'") from error
+        raise UserError("source=huggingface needs the package datasets: pip install datasets") from error
     return datasets
 
 

@@ -166,7 +166,7 @@ def check_size(folder: str | Path, stored: int | None, image_size: int, config: 
     if stored is not None and stored != image_size and not config.resize:
         raise UserError(
             f"the pictures of {folder} are {stored} x {stored} pixels, the model's {image_size} x {image_size}; use a "
-            "model of that image_size, or scale them with resize=true (in a training data.resize=true)"
+            "model of that image_size, or scale them with data.resize=true (of prepare_data.py: resize=true)"
         )
 
 

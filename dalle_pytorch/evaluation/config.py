@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dalle_pytorch.data.config import DataConfig
-from dalle_pytorch.errors import UserError, at_least_one, not_negative
+from dalle_pytorch.errors import UserError, at_least_one, finite, not_negative
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.sweep import SweepConfig
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -79,12 +79,15 @@ class EvaluateConfig:
         Raises:
             UserError: a field is out of range; names it.
         """
+        finite(self)
         not_negative(self, "max_samples", "max_train", "caption", "num_prompts", "halves")
         if any(radius < 0 for radius in self.blurs):
             raise UserError(f"blurs must not be negative, got {self.blurs}")
         at_least_one(self, "num_candidates", "threads")
         if self.max_samples == 1:
             raise UserError("max_samples must be at least 2 (0 = all), got 1")
+        if self.num_prompts == 1:
+            raise UserError("num_prompts must be at least 2 (0 = draw nothing), got 1")
         check_phrases(self.phrases, "phrases")
         if self.rounds < 2 or self.halves == 1:
             raise UserError(f"rounds ({self.rounds}) and halves ({self.halves}) must be at least 2 (halves=0 = none)")

@@ -21,7 +21,7 @@ from dalle_pytorch.evaluation.page import Gallery, Line, Plot, Section, Table
 from dalle_pytorch.evaluation.report import Metric, Metrics, Protocol, shown
 from dalle_pytorch.evaluation.retrieval import DISTRACTORS, best_of_n, clip_score, r_precision
 from dalle_pytorch.evaluation.shares import in_parts
-from dalle_pytorch.generation.generator import Generator
+from dalle_pytorch.generation.generator import Candidates, Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.rerank import Scorer, score
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -121,15 +121,23 @@ def draw(
     progress: Callable[[int], object] = lambda drawn: None,
 ) -> Draw:
     """So many candidates of each prompt; each is a function of (prompt, seed, index)."""
-    generator = Generator(dalle)
+    generator, indices = Generator(dalle), range(num_candidates)
 
-    def of_prompt(prompt: str) -> tuple[Tensor, Tensor | None]:
-        drawn = generator.candidates(
-            prompt, range(num_candidates), seed=seed, sampling=sampling, truncate=True, progress=progress
-        )
-        return drawn.images, None if ranker is None else score(drawn.images, prompt, [ranker])[0]
+    def of_prompts(some: Sequence[str]) -> list[tuple[Tensor, Tensor | None]]:
+        found: dict[int, list[Tensor]] = {}
+        for number, event in generator.sample_each(
+            some, indices, seed=seed, sampling=sampling, truncate=True, progress=progress
+        ):
+            assert isinstance(event, Candidates)  # no previews were asked for
+            found.setdefault(number, []).append(event.images)
+        images = [torch.cat(found[number]) for number in range(len(some))]
+        if ranker is None:
+            return [(own, None) for own in images]
+        return [(own, score(own, prompt, [ranker])[0]) for own, prompt in zip(images, some, strict=True)]
 
-    parts = in_parts(of_prompt, list(prompts))
+    size = max(generator.micro_batch(sampling) // num_candidates, 1)
+    together = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    parts = [part for found in in_parts(of_prompts, together) for part in found]
     ranks = [rank for _, rank in parts if rank is not None]
     return Draw(list(prompts), torch.stack([images for images, _ in parts]), torch.stack(ranks) if ranks else None)
 

@@ -14,7 +14,7 @@ from dalle_pytorch.data.splits import open_splits
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.evaluation.completion import CompletionConfig
 from dalle_pytorch.evaluation.samples import Samples, read_samples
-from dalle_pytorch.generation.config import read_lines
+from dalle_pytorch.generation.config import read_prompts
 from dalle_pytorch.generation.generator import Candidates, Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.results import file_stem
@@ -163,7 +163,7 @@ class Artist:
             UserError: a prompt or caption is longer than the model's context, or guidance of a model without.
         """
         config, size = self.config, self.generator.dalle.vae.image_size
-        prompts = [line.strip() for line in read_lines(config.prompts_file) if line.strip()]
+        prompts = read_prompts(config.prompts_file)
         seen, held_out = (
             read_samples(shards, config.data, size, most=config.rows, seed=config.seed, caption=config.caption)
             for shards in open_splits(config.data)

@@ -93,13 +93,14 @@ def write(record: Record, path: str | Path) -> None:
 
 
 def read(path: str | Path) -> Record:
-    """A ``metrics.json``.
+    """A ``metrics.json``, or that of a folder.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is none, or of another version; names it.
     """
     path = Path(path)
+    path = path / "metrics.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; evaluate.py writes it, out=FOLDER has metrics.json")
     try:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dalle_pytorch.errors import UserError, at_least_one
-from dalle_pytorch.files import split_lines
+from dalle_pytorch.errors import UserError, at_least_one, finite
+from dalle_pytorch.files import read_text, split_lines
 from dalle_pytorch.generation.sampling import SamplingConfig
 
 
@@ -15,7 +15,7 @@ class GenerateConfig:
     prompt: str | None = None
     """One prompt, or several with | between them."""
     prompts_file: str | None = None
-    """Text file with a prompt a line, in place of ``prompt``."""
+    """Text file with a prompt a line, in place of ``prompt``; /dev/stdin and other pipes are read too."""
     weights: str = "emoji"
     """What draws: a checkpoint of a DALLE, which carries its image and text tokenizers, or another program's weights: a
     file, a folder, the name of a release or an id of the Hugging Face hub (docs/weights.md). The default are the
@@ -34,8 +34,8 @@ class GenerateConfig:
     indices: list[int] | None = None
     """Draw these candidates only, in place of the first num_candidates: an index of ranking.json draws that picture
     again."""
-    seed: int = 0
-    """The same seed gives the same pictures."""
+    seed: int | None = 0
+    """The same seed gives the same images; null or -1 = a random one, which is printed and noted in ranking.json."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Temperature, truncation and guidance."""
     negative_prompt: str = ""
@@ -52,18 +52,20 @@ class GenerateConfig:
     """Token rows between two frames of the animation."""
     batch_size: int | None = None
     """Candidates sampled together: memory and speed, not the result; null = what memory_gb holds."""
-    memory_gb: float = 4.0
-    """Memory for the keys and values of candidates, in 10^9 bytes, for each process."""
-    precision: str = "fp32"
-    """Arithmetic of the DALLE: fp32, bf16, fp16 or int8 (CPU). Faster, and other pictures."""
+    memory_gb: float | None = None
+    """Memory for the keys and values of candidates, in 10^9 bytes, for each process; null = 4 on a CPU, most of what is
+    free on a GPU."""
+    precision: str | None = None
+    """Arithmetic of the DALLE: fp32, bf16, fp16 or int8 (CPU). Faster, and other images; null = bf16 on a GPU that has
+    it, else fp32."""
     compile: bool = False
     """Translate a step with torch.compile: half a minute the first time; pays with precision=int8."""
     truncate: bool = False
     """Cut prompts longer than the model's context instead of refusing them."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
-    out: str = "???"
-    """Folder to make; it must not hold files yet."""
+    out: str | None = None
+    """Folder to make; it must not hold files yet. Null = a new one, runs/generate/<time>."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -71,6 +73,7 @@ class GenerateConfig:
         Raises:
             UserError: counts that do not fit; names them.
         """
+        finite(self)
         if self.dalle not in (None, self.weights):
             raise UserError(f"weights={self.weights} and dalle={self.dalle} mean the same: give one")
         if not 1 <= self.num_keep <= self.num_candidates:
@@ -89,6 +92,10 @@ class GenerateConfig:
         """Names of what ranks."""
         return [path.strip() for path in (self.clip or "").split("|") if path.strip()]
 
+    def wants_random_seed(self) -> bool:
+        """Whether the seed is still to be drawn."""
+        return self.seed is None or self.seed == -1
+
     def drawn(self) -> list[int]:
         """Numbers of the candidates of each prompt."""
         return list(range(self.num_candidates)) if self.indices is None else list(self.indices)
@@ -99,23 +106,29 @@ class GenerateConfig:
         Raises:
             UserError: none given, or both ways at once.
             FileNotFoundError: no such file.
+            UserError: the file is no text.
         """
         if (self.prompt is None) == (self.prompts_file is None):
             raise UserError('give the prompts one way: prompt="a red apple|a blue car" or prompts_file=FILE')
-        lines = self.prompt.split("|") if self.prompt is not None else read_lines(str(self.prompts_file))
-        prompts = [line.strip() for line in lines if line.strip()]
+        if self.prompts_file is not None:
+            prompts = read_prompts(self.prompts_file)
+        else:
+            prompts = without_blanks(str(self.prompt).split("|"))
         if not prompts:
             raise UserError("there is no prompt in what was given: every line is empty")
         return prompts
 
 
-def read_lines(prompts_file: str) -> list[str]:
-    """The lines of a file of prompts.
+def read_prompts(prompts_file: str) -> list[str]:
+    """The prompts of a file or a pipe, one a line.
 
     Raises:
         FileNotFoundError: no such file.
+        UserError: the file is no text.
     """
-    path = Path(prompts_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts_file={path} does not exist")
-    return split_lines(path.read_text(encoding="utf-8"))
+    return without_blanks(split_lines(read_text(Path(prompts_file), f"prompts_file={prompts_file}")))
+
+
+def without_blanks(lines: list[str]) -> list[str]:
+    """Lines without space around them, but for the empty ones."""
+    return [line.strip() for line in lines if line.strip()]

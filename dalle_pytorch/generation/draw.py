@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -59,20 +60,49 @@ def to_complete(config: GenerateConfig, generator: Generator) -> KnownTokens | N
     return generator.given(picture, keep)
 
 
-def draw(
-    generator: Generator, prompt: str, config: GenerateConfig, given: KnownTokens | None, processes: Processes
-) -> tuple[Ranked | None, PreviewAnimation, bool]:
-    """Sample and rank this process's share of one prompt under a progress bar.
+class Drawn(NamedTuple):
+    """What a process has of some prompts drawn together, by their number."""
 
-    Returns:
-        What was finished, None if nothing; the frames; whether Ctrl-C ended it early.
+    finished: dict[int, Ranked]
+    films: dict[int, PreviewAnimation]
+    """Frames of each."""
+    stopped: KeyboardInterrupt | None
+    """Ctrl-C or another signal, where one ended it early."""
+
+
+def groups(generator: Generator, config: GenerateConfig, processes: Processes, prompts: int) -> list[range]:
+    """Numbers of the prompts that are drawn together: as many as fill a micro-batch of every process."""
+    each = len(config.drawn())
+    size = max(generator.micro_batch(config.sampling) * processes.count // max(each, 1), 1)
+    return [range(first, min(first + size, prompts)) for first in range(0, prompts, size)]
+
+
+def draw(
+    generator: Generator,
+    prompts: Sequence[str],
+    numbers: range,
+    config: GenerateConfig,
+    given: KnownTokens | None,
+    processes: Processes,
+) -> Drawn:
+    """Sample and rank this process's share of some prompts under a progress bar.
+
+    A process draws some candidates of each prompt, or where there are fewer candidates than processes some prompts.
     """
-    share, film, finished = processes.share(config.drawn()), PreviewAnimation(generator, prompt), None
-    total = len(share) * generator.dalle.num_image_tokens
-    with tqdm(total=total, desc=prompt[:40], unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
+    assert config.seed is not None  # a random one is drawn before, once for all processes
+    some, share = list(numbers), config.drawn()
+    if len(share) < processes.count:
+        some = list(processes.share(some))
+    else:
+        share = list(processes.share(share))
+    films = {number: PreviewAnimation(generator, prompts[number]) for number in numbers}
+    finished: dict[int, Ranked] = {}
+    title = prompts[numbers[0]][:40] if len(numbers) == 1 else f"prompts {numbers[0] + 1} to {numbers[-1] + 1}"
+    total = len(some) * len(share) * generator.dalle.num_image_tokens
+    with tqdm(total=total, desc=title, unit="token", unit_scale=True, disable=processes.rank > 0) as bar:
         try:
-            for event in generator.stream(
-                prompt,
+            for place, event in generator.stream_each(
+                [prompts[number] for number in some],
                 share,
                 num_keep=config.num_keep,
                 min_distance=config.min_distance,
@@ -85,14 +115,14 @@ def draw(
                 progress=bar.update,
             ):
                 if isinstance(event, Preview):
-                    film.show(event)
+                    films[some[place]].show(event)
                 else:
-                    finished = event
-        except KeyboardInterrupt:
+                    finished[some[place]] = event
+        except KeyboardInterrupt as signal:
             if processes.count > 1:
                 raise
-            return finished, film, True
-    return finished, film, False
+            return Drawn(finished, films, signal)
+    return Drawn(finished, films, None)
 
 
 def merge(shares: Sequence[Ranked | None], config: GenerateConfig) -> Ranked | None:

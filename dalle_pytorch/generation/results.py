@@ -1,4 +1,4 @@
-"""What generate.py writes: pictures, their grid, an animation of how they appeared, and ``ranking.json``.
+"""What generate.py writes: images, their grid, an animation of how they appeared, and ``ranking.json``.
 
 Axes: c channels, H W pixels.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dalle_pytorch.files import ensure_empty
+from dalle_pytorch.files import atomic, make_folder, write_new
 from dalle_pytorch.generation.config import GenerateConfig
 from dalle_pytorch.generation.generator import Generator, Preview, Ranked
 from dalle_pytorch.generation.grid import GridRow, partial_picture, picture_grid, save_animation, save_png
@@ -23,6 +23,8 @@ from dalle_pytorch.models.image_tokenizer import margin_of
 
 SHOWN = 8
 """Pictures in the animated preview."""
+INDEX_EVERY = 1 / 64
+"""Share of the prompts that ``ranking.json`` may lack until it is written anew: it grows with them."""
 
 
 def file_stem(number: int, prompt: str) -> str:
@@ -78,22 +80,40 @@ class PreviewAnimation:
 
 
 class Results:
-    """The folder that generate.py writes.
+    """The folder that generate.py writes, to be used with ``with``.
+
+    The images of a prompt and ``ranking.json`` are written as the prompt is finished, ``grid.png`` at the end, which an
+    error or a signal may bring; a folder without a finished prompt is removed.
 
     Raises:
         FileExistsError: it holds files already.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
-        self.config, self.settings = config, asdict(config)
-        self.folder = Path(config.out)
-        ensure_empty(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        is_new = config.out is None or not Path(config.out).exists()
+        self.folder = make_folder(config.out, "runs/generate")
+        self.config, self.settings, self.is_new = config, {**asdict(config), "out": str(self.folder)}, is_new
+        self.ranking = self.folder / "ranking.json"
         self.rows: list[GridRow] = []
         self.report: list[dict[str, Any]] = []
+        self.indexed = 0
+        """Prompts in ``ranking.json``."""
+        write_new(self.ranking, self._index())  # of two runs with one folder, one ends here
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.report:
+            self._write_index()
+            save_png(picture_grid(self.rows[: len(self.report)]), self.folder / "grid.png", self.settings)
+            return
+        self.ranking.unlink()
+        if self.is_new and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def add(self, stem: str, prompt: str, result: Ranked, film: PreviewAnimation) -> None:
-        """Write a prompt's pictures, whose names begin with ``stem``."""
+        """Write a prompt's images, whose names begin with ``stem``, and note them in ``ranking.json``."""
         images = [result.candidates.images[at] for at in result.ranking.indices.tolist()]
         kept = describe(result, stem)
         labels = [label(row) for row in kept]
@@ -107,20 +127,22 @@ class Results:
         self.report.append(
             {"prompt": prompt, "kept": kept, "indices": result.candidates.indices, "all_scores": all_scores}
         )
+        if len(self.report) - self.indexed > INDEX_EVERY * self.indexed:
+            self._write_index()
 
-    def finish(self) -> str:
-        """Write the grid and ``ranking.json``; without a finished prompt remove the folder.
-
-        Returns:
-            What was drawn and where it is; "" if nothing.
-        """
-        if not self.rows:
-            self.folder.rmdir()
-            return ""
-        grid, ranking = self.folder / "grid.png", self.folder / "ranking.json"
-        save_png(picture_grid(self.rows), grid, self.settings)
-        ranking.write_text(json.dumps({"settings": self.settings, "prompts": self.report}, indent=1), encoding="utf-8")
+    def summary(self) -> str:
+        """What was drawn and where it is."""
         counts = [len(row["indices"]) for row in self.report]
         drawn = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         kept = max(len(row["kept"]) for row in self.report)
-        return f"best {kept} of {drawn} a prompt: {grid}, {ranking}"
+        return f"best {kept} of {drawn} a prompt: {self.folder / 'grid.png'}, {self.ranking}"
+
+    def _index(self) -> bytes:
+        return json.dumps({"settings": self.settings, "prompts": self.report}, indent=1).encode()
+
+    def _write_index(self) -> None:
+        """Write ``ranking.json`` anew, in one step."""
+        if self.indexed < len(self.report):
+            with atomic(self.ranking) as temporary:
+                temporary.write_bytes(self._index())
+            self.indexed = len(self.report)

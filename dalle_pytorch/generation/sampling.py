@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, finite
 
 
 @dataclass(kw_only=True)
@@ -50,10 +50,13 @@ class SamplingConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
+        finite(self)
         if self.temperature < 0:
             raise UserError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if 0 < self.temperature < 1e-6:
+            raise UserError(f"temperature={self.temperature} would overflow the logits; 0 = greedy")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise UserError(f"top_k is a number of tokens, 0 (off) or positive, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1] (1 = off), got {self.top_p}")
         if not 0 <= self.min_p <= 1:

@@ -231,13 +231,26 @@ def read_words(path: str | Path) -> list[str]:
     return words
 
 
-def _function(package: str, name: str) -> Callable[..., str]:
-    """A function of a small package that only this tokenizer needs."""
+PACKAGES = {"dalle_mini": ("emoji", "unidecode"), "min_dalle": ("emoji",)}
+"""Small packages that only this tokenizer needs, to tidy a caption."""
+
+
+def require(packages: Sequence[str]) -> None:
+    """Refuse to go on without packages of PACKAGES, before weights are fetched or read in vain.
+
+    Raises:
+        UserError: one is not installed; names it.
+    """
+    for package in packages:
+        _function(package)
+
+
+def _function(package: str, name: str = "__name__") -> Any:
     try:
         return getattr(import_module(package), name)
     except ImportError as error:
         raise UserError(
-            f"tidying captions for DALL·E mini needs {package}: pip install 'dalle-pytorch-lab[mini]'"
+            f"DALL·E mini tidies captions with {package}, which is missing: pip install {package}"
         ) from error
 
 

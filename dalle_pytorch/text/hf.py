@@ -122,7 +122,7 @@ def _convert(path: Path) -> str:
         from transformers import AutoTokenizer, BertTokenizer
     except ImportError as error:
         raise UserError(
-            f"{path} has no tokenizer.json; converting it needs transformers: pip install 'dalle-pytorch-lab[hf]'"
+            f"{path} has no tokenizer.json; converting it needs transformers: pip install transformers"
         ) from error
     try:
         loader = BertTokenizer if _is_bert_vocabulary(path) else AutoTokenizer

@@ -192,7 +192,7 @@ def _embeddings(net: nn.Module) -> set[int]:
 def _adamw8bit() -> Callable[..., Optimizer]:
     """AdamW8bit's class (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861)."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("kind=adamw8bit needs the package bitsandbytes: pip install '.[bnb]'")
+        raise UserError("optim=adamw8bit needs the package bitsandbytes: pip install bitsandbytes")
     from bitsandbytes.optim import AdamW8bit  # it takes a second to import and is optional
 
     return AdamW8bit

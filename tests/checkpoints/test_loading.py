@@ -127,8 +127,9 @@ def test_the_command_writes_a_checkpoint_once(foreign, tmp_path, monkeypatch, ca
     command.main()
     assert "vqgan" in capsys.readouterr().out
     assert dalle_pytorch.load(out).image_size == 16
-    with pytest.raises(SystemExit, match=r"out\.safetensors exists"):
+    with pytest.raises(SystemExit):
         command.main()
+    assert "out.safetensors exists" in capsys.readouterr().err
 
 
 class Hostile:
@@ -142,7 +143,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("fault", ["hostile", "truncated", "source", "swapped", "surplus"])
-def test_every_fault_of_a_file_is_one_line_and_nothing_is_written(foreign, tmp_path, monkeypatch, fault):
+def test_every_fault_of_a_file_is_one_line_and_nothing_is_written(foreign, tmp_path, monkeypatch, capsys, fault):
     """As the command says it; in `tests/checkpoints/importers` each source has its own."""
     mark, path, source = tmp_path / "mark", foreign(), "taming"
     if fault == "hostile":
@@ -163,9 +164,10 @@ def test_every_fault_of_a_file_is_one_line_and_nothing_is_written(foreign, tmp_p
         path, named = foreign(**{"encoder.surplus": torch.zeros(1)}), r"encoder\.surplus"
     before, out = {*tmp_path.rglob("*")}, tmp_path / "out" / "out.safetensors"
     monkeypatch.setattr(sys, "argv", ["importers", source, str(path), "--out", str(out)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         command.main()
-    assert re.fullmatch(rf"error: .*{named}.*", str(stop.value.code))  # one line: a dot stands for no line's end
+    # one line: a dot stands for no line's end
+    assert re.fullmatch(rf"error: .*{named}.*\n", capsys.readouterr().err)
     assert {*tmp_path.rglob("*")} == before
     assert not mark.exists()
 
@@ -196,11 +198,12 @@ def test_the_command_reads_words_of_python_too():
     }
 
 
-def test_the_command_refuses_what_is_no_option_of_a_source(foreign, tmp_path, monkeypatch):
+def test_the_command_refuses_what_is_no_option_of_a_source(foreign, tmp_path, monkeypatch, capsys):
     arguments = ["importers", "taming", str(foreign()), "dtype=float16", "--out", str(tmp_path / "out.safetensors")]
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit, match=r"^error: dtype is no option of a source$"):
+    with pytest.raises(SystemExit):
         command.main()
+    assert capsys.readouterr().err == "error: dtype is no option of a source\n"
 
 
 def test_options_are_checked(foreign):

@@ -348,12 +348,14 @@ def test_the_command_loses_no_picture(command, quick, tmp_path, monkeypatch):
     assert command("--image-path=cat.JPG")[-1] == "cat.JPG"
     Image.new("RGB", (3, 3)).save("cat.png")
     drawn = len(quick)
-    code, _ = command("--image-path=cat")
-    assert code == "error: cat.png exists; choose another --image-path, or --overwrite it"
-    assert command("--image-path=cat.xyz")[0].startswith("error: --image-path cat.xyz is no picture; end it in one of")
-    assert (
-        command("--image-path=cat.png/dog")[0] == "error: --image-path cat.png/dog.png lies in cat.png, which is a file"
-    )
+    for path, message in (
+        ("cat", "error: cat.png exists; choose another --image-path, or --overwrite it\n"),
+        ("cat.xyz", "error: --image-path cat.xyz is no picture; end it in one of"),
+        ("cat.png/dog", "error: --image-path cat.png/dog.png lies in cat.png, which is a file\n"),
+    ):
+        code, error = command(f"--image-path={path}")
+        assert code == 1
+        assert error.startswith(message)
     assert len(quick) == drawn
     assert command("--image-path=cat", "--overwrite")[-1] == "cat.png"
     with Image.open("cat.png") as image:
@@ -381,8 +383,15 @@ def test_flags_of_the_command_reach_the_model(command, monkeypatch, tmp_path):
     ]
     assert command("--fp16", "--bf16")[0] == 2
     assert command("--fp16", "--exact")[0] == 2
-    assert (
-        command("--exact", "--precision=bf16")[0]
-        == "error: --exact draws as min-dalle does, in fp32: leave --precision bf16 out"
+    assert command("--exact", "--precision=bf16") == (
+        1,
+        "error: --exact draws as min-dalle does, in fp32: leave --precision bf16 out\n",
     )
-    assert command("--device=cud")[0].startswith("error: device=cud cannot be used here")
+    assert "error: device=cud cannot be used here" in command("--device=cud")[1]
+    drawn = len(made)
+    for flag in ("temperature", "top-p", "supercondition-factor"):
+        for value in ("nan", "inf"):
+            code, error = command(f"--{flag}={value}")
+            assert (code, error.count("\n")) == (1, 1)
+            assert error.startswith(f"error: {flag.replace('-', '_')} must be a finite number, got {value}")
+    assert len(made) == drawn  # before weights are read

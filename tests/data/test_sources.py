@@ -583,7 +583,7 @@ def test_huggingface_without_its_package_or_data_says_so(tmp_path: Path, monkeyp
     with pytest.raises(FileNotFoundError, match="nowhere"):
         pack_huggingface(str(tmp_path / "nowhere"), tmp_path / "out", SMALL)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install '\.\[datasets\]'"):
+    with pytest.raises(UserError, match="pip install datasets"):
         pack_huggingface(str(tmp_path), tmp_path / "out", SMALL)
 
 

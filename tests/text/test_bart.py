@@ -155,7 +155,7 @@ def test_a_missing_package_is_named_when_it_is_needed(
     monkeypatch.setitem(sys.modules, package, None)
     tokenizer = tokenizer_of(min_dalle, normalize=normalize)
     assert tokenizer.decode([5, 6]) == "ab"
-    with pytest.raises(UserError, match=rf"{package}.*pip install 'dalle-pytorch-lab\[mini\]'"):
+    with pytest.raises(UserError, match=f"pip install {package}"):
         tokenizer.encode("a cat")
 
 

@@ -26,7 +26,7 @@ from dalle_pytorch.checkpoints.importers.torch_min_dalle import (
 from dalle_pytorch.errors import refuse
 from dalle_pytorch.files import read_json
 from dalle_pytorch.text import BartTokenizer
-from dalle_pytorch.text.bart import read_words
+from dalle_pytorch.text.bart import PACKAGES, read_words, require
 from dalle_pytorch.text.bpe import read_merge
 
 FILES = (("config.json", "flax_model.msgpack"),)
@@ -101,6 +101,7 @@ def convert(
     """
     if path.suffix == ".msgpack":
         refuse(path, "of Flax's weights give the folder, with config.json and the vocabulary")
+    require(PACKAGES["dalle_mini"])
     settings = read_json(path / "config.json")
     heads = check_settings(path / "config.json", settings)
     source = path / "flax_model.msgpack"

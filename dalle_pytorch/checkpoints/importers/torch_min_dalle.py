@@ -26,6 +26,7 @@ from dalle_pytorch.errors import UserError, refuse, some
 from dalle_pytorch.files import read_json
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.text import BartTokenizer
+from dalle_pytorch.text.bart import PACKAGES, require
 from dalle_pytorch.text.bpe import Merge, read_merge
 
 FILES = (
@@ -111,7 +112,9 @@ def convert(
 
     Raises:
         ValueError: files are missing, swapped or of another kind, or weights do not fit; names file and culprit.
+        UserError: a package is missing that tidies prompts.
     """
+    require(PACKAGES.get(normalize, ()))
     files = find_files(Path(path), mega, None if vqgan is None else Path(vqgan))
     encoder, decoder = state_dict(read(files.encoder)), state_dict(read(files.decoder))
     if "lm_head.weight" in encoder and "lm_head.weight" not in decoder:
