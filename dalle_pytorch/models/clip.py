@@ -131,9 +131,23 @@ class CLIP(nn.Module):
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
-        """What cosines are multiplied by in the loss, at most 100; the clamp lets the gradient through."""
+        """What cosines are multiplied by in the loss, at most 100; the clamp lets the gradient through.
+
+        A training calls ``clamp_logit_scale`` after each step; the clamp here is for files of trainings that did not.
+        """
         excess = (self.log_logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
         return (self.log_logit_scale - excess).exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Hold the scale itself at 100 at most; call it after each optimiser step.
+
+        A parameter that went on growing while its effect is clamped would need as many steps to come back.
+
+        Source:
+            Radford et al. 2021, section 2.5; open_clip, open_clip_train/train.py.
+        """
+        self.log_logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def encode_text(
         self, text_tokens: Int[Tensor, "b t"], text_mask: Shaped[Tensor, "..."] | None = None
