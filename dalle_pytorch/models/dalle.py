@@ -13,7 +13,7 @@ p = t predicted text tokens, t - 1 without <bos>.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.attention import StreamView, rotary_turns
-from dalle_pytorch.models.block_sparse import layout
+from dalle_pytorch.models.block_sparse import Layout, layout
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
@@ -201,6 +201,7 @@ class DALLE(nn.Module):
         self.register_buffer("masks", torch.stack(masks), persistent=False)
         turns = rotary_turns(text_length, self.grid_size, config.head_dim, config.foreign.rotary)
         self.register_buffer("rotary", turns, persistent=False)
+        self._layouts: tuple[torch.device, dict[str, Layout]] | None = None
 
     def init_weights(self) -> None:
         """N(0, 0.02) for embeddings and linear layers, residual outputs scaled by 1 / sqrt(2 depth) (GPT-2)."""
@@ -228,18 +229,29 @@ class DALLE(nn.Module):
         config, text_length = self.config, self.config.text_length
         turns = self.rotary if config.rotated else None
         shifts = (text_length, self.grid_size) if config.shift_tokens else None
-        length = text_length + self.num_image_tokens - 1  # the last image token predicts nothing
-        device = self.masks.device if self.masks.device.type != "meta" else torch.device("cpu")  # a plan's skeleton
-        layouts = {
-            pattern: layout(
-                pattern, text_length, self.grid_size, length,
-                semantics=config.foreign.attn_semantics, kernel=config.conv_kernel, device=device,
-            )
-            for pattern in self.patterns
-        }  # fmt: skip
+        layouts = self.layouts()
         return [
             StreamView(self.mask(layer), layouts[self.pattern(layer)], turns, shifts) for layer in range(config.depth)
         ]
+
+    def layouts(self) -> dict[str, Layout]:
+        """What each pattern computes of the whole stream; the tables are the model's, and follow it to a device."""
+        config = self.config
+        device = self.masks.device if self.masks.device.type != "meta" else torch.device("cpu")  # a plan's skeleton
+        if self._layouts is None or self._layouts[0] != device:
+            length = config.text_length + self.num_image_tokens - 1  # the last image token predicts nothing
+            semantics, kernel = config.foreign.attn_semantics, config.conv_kernel
+            self._layouts = device, {
+                pattern: layout(
+                    pattern, config.text_length, self.grid_size, length, semantics=semantics, kernel=kernel
+                ).on(device)
+                for pattern in self.patterns
+            }
+        return self._layouts[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the layouts: a copy makes its own, and FlexAttention's masks cannot be pickled."""
+        return {**super().__getstate__(), "_layouts": None}
 
     def pattern(self, layer: int) -> str:
         """Attention pattern of a layer."""
