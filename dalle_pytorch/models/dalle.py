@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.attention import StreamView, rotary_turns
 from dalle_pytorch.models.block_sparse import Layout, layout
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
+from dalle_pytorch.models.checks import check_ids
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 from dalle_pytorch.models.patterns import pattern_mask
@@ -241,12 +242,15 @@ class DALLE(nn.Module):
         if self._layouts is None or self._layouts[0] != device:
             length = config.text_length + self.num_image_tokens - 1  # the last image token predicts nothing
             semantics, kernel = config.foreign.attn_semantics, config.conv_kernel
-            self._layouts = device, {
-                pattern: layout(
-                    pattern, config.text_length, self.grid_size, length, semantics=semantics, kernel=kernel
-                ).on(device)
-                for pattern in self.patterns
-            }
+            self._layouts = (
+                device,
+                {
+                    pattern: layout(
+                        pattern, config.text_length, self.grid_size, length, semantics=semantics, kernel=kernel
+                    ).on(device)
+                    for pattern in self.patterns
+                },
+            )
         return self._layouts[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -262,8 +266,12 @@ class DALLE(nn.Module):
         pattern = self.pattern(layer)
         return None if pattern == "full" else self.masks[self.patterns.index(pattern)]
 
-    def pad_text(self, text_tokens: Int[Tensor, "b given"]) -> Int[Tensor, "b t"]:
+    def pad_text(self, text_tokens: Int[Tensor, "b given"], *, wait: bool = True) -> Int[Tensor, "b t"]:
         """Ids with every 0 replaced by the pad id of its position; shorter captions are filled up. Makes a copy.
+
+        Args:
+            text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
+            wait: for the check of the ids on a GPU, see ``checks.require``.
 
         Raises:
             ValueError: more tokens than ``text_len``, or an id outside the vocabulary; names the numbers.
@@ -271,11 +279,7 @@ class DALLE(nn.Module):
         config, given = self.config, text_tokens.shape[1]
         if given > config.text_len:
             raise ValueError(f"{given} text tokens given, the model reads text_len = {config.text_len}")
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
-            )
+        check_ids(text_tokens, config.text_vocab_size, "text", wait=wait)
         text = F.pad(text_tokens, (0, config.text_len - given))
         pads = config.text_vocab_size + torch.arange(config.text_len, device=text.device) % config.num_pads
         return torch.where(text == 0, pads, text)
@@ -303,20 +307,24 @@ class DALLE(nn.Module):
             x = x + self.row_pos(position // self.grid_size) + self.col_pos(position % self.grid_size)
         return x
 
-    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
-        """Refuse ids outside the codebook or more of them than the grid holds.
+    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"], *, wait: bool = True) -> None:
+        """Refuse ids outside the codebook or more of them than the grid holds; ``wait`` as in ``checks.require``.
 
         Raises:
             ValueError: names the numbers.
         """
-        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
+        if image_tokens.shape[1] > self.num_image_tokens:
+            raise ValueError(
+                f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
+            )
+        check_ids(image_tokens, self.codebook_size, "image", wait=wait)
 
     def hidden(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
     ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b q d"]]:
         """Padded text and the transformer's outputs; the last image token, which predicts nothing, is not read."""
-        self.check_image_tokens(image_tokens)
-        padded = self.pad_text(text_tokens)
+        self.check_image_tokens(image_tokens, wait=False)
+        padded = self.pad_text(text_tokens, wait=False)
         inputs = self.embed(padded, image_tokens[:, : self.num_image_tokens - 1])
         return padded, self.transformer(inputs, self.views())
 
@@ -396,7 +404,10 @@ class DALLE(nn.Module):
         counted = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
         # Chowdhery et al. 2022 (PaLM), section 5; validation reports the plain cross entropy
         z_loss = self.config.z_loss if self.training else 0.0
-        text = linear_cross_entropy(h[:, :last][counted], self.text_head, targets[counted], z_loss=z_loss)
+        # weighted and not indexed by the mask, for which a GPU would have to be waited for
+        text = linear_cross_entropy(
+            h[:, :last].flatten(0, 1), self.text_head, targets.flatten(), z_loss=z_loss, counted=counted.flatten()
+        )
         if mean is not None:
             count = counted.sum().float()
             text = text * (count / mean(count))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.bart import EPS, BartConfig, Decoder, Encoder, drop
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
+from dalle_pytorch.models.checks import check_ids, require
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy
 from dalle_pytorch.text import TextTokenizer
@@ -141,11 +142,12 @@ class DALLEBart(nn.Module):
         """What each decoder layer sees when all positions are there: those before it."""
         return [StreamView(None, None, None, None) for _ in self.decoder.blocks]
 
-    def pad_text(self, text_tokens: Int[Tensor, "b given"]) -> Int[Tensor, "b t"]:
+    def pad_text(self, text_tokens: Int[Tensor, "b given"], *, wait: bool = True) -> Int[Tensor, "b t"]:
         """Captions as the encoder reads them: <s>, the ids, </s>, and <pad> up to the end. Makes a copy.
 
         Args:
             text_tokens: ids of a TextTokenizer, 0 = padding; at most text_len of them.
+            wait: for the checks of the ids on a GPU, see ``checks.require``.
 
         Raises:
             ValueError: too many tokens, an id outside the vocabulary, or one that means <pad>, <s> or </s> here.
@@ -153,18 +155,18 @@ class DALLEBart(nn.Module):
         config, given = self.config, text_tokens.shape[1]
         if given > config.text_len:
             raise ValueError(f"{given} text tokens given, the model reads text_len = {config.text_len}")
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
-            )
+        check_ids(text_tokens, config.text_vocab_size, "text", wait=wait)
         text = F.pad(text_tokens, (0, config.text_len - given))
-        special = torch.tensor([config.text_bos, config.text_pad, config.text_eos], device=text.device)
-        if torch.any(torch.isin(text, special[special > 0])):
-            raise ValueError(
-                f"text tokens hold {special.tolist()}, which mean <s>, <pad> and </s> to this model: they come "
-                "from another text tokenizer"
-            )
+        special = [config.text_bos, config.text_pad, config.text_eos]
+        held = torch.stack([text == token for token in special if token > 0])
+        require(
+            ~held.any(),
+            lambda: (
+                f"text tokens hold {special}, which mean <s>, <pad> and </s> to this model: they come from another "
+                "text tokenizer"
+            ),
+            wait=wait,
+        )
         ends = ((text > 0) * torch.arange(1, config.text_len + 1, device=text.device)).amax(dim=1, keepdim=True)
         padded = F.pad(torch.where(text == 0, config.text_pad, text), (1, 1), value=config.text_pad)
         padded[:, 0] = config.text_bos
@@ -189,20 +191,24 @@ class DALLEBart(nn.Module):
         positions = self.image_pos.weight.narrow(0, 1 + start, image_tokens.shape[1])
         return self.image_norm(self.image_emb(image_tokens) + positions)
 
-    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
-        """Refuse ids outside the codebook or more of them than the grid holds.
+    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"], *, wait: bool = True) -> None:
+        """Refuse ids outside the codebook or more of them than the grid holds; ``wait`` as in ``checks.require``.
 
         Raises:
             ValueError: names the numbers.
         """
-        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
+        if image_tokens.shape[1] > self.num_image_tokens:
+            raise ValueError(
+                f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
+            )
+        check_ids(image_tokens, self.codebook_size, "image", wait=wait)
 
     def hidden(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q d"]:
         """The decoder's outputs; the last image token, which predicts nothing, is not read."""
-        self.check_image_tokens(image_tokens)
+        self.check_image_tokens(image_tokens, wait=False)
         if len(text_tokens) != len(image_tokens):
             raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
-        padded = self.pad_text(text_tokens)
+        padded = self.pad_text(text_tokens, wait=False)
         x = self.embed_bos(len(padded))
         if read := min(image_tokens.shape[1], self.num_image_tokens - 1):
             x = torch.cat([x, self.embed_image(image_tokens[:, :read], 0)], dim=1)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one
+from dalle_pytorch.models.checks import check_ids
 from dalle_pytorch.models.clip_resnet import ModifiedResNet
 from dalle_pytorch.models.clip_towers import ACTIVATIONS, TextTower, VisionTransformer
 from dalle_pytorch.text import TextTokenizer
@@ -187,12 +188,7 @@ class PretrainedCLIP(nn.Module):
         config = self.config
         if text_tokens.shape[1] > config.text_len:
             raise ValueError(f"{text_tokens.shape[1]} text tokens given, the model reads text_len = {config.text_len}")
-        known = config.text_vocab_size + config.token_shift
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < known:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {known - 1}"
-            )
+        check_ids(text_tokens, config.text_vocab_size + config.token_shift, "text")
         mask = text_tokens != 0 if text_mask is None else text_mask.bool()
         if mask.shape != text_tokens.shape:
             raise ValueError(f"text_mask of shape {tuple(mask.shape)} given for text of {tuple(text_tokens.shape)}")

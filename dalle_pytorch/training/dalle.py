@@ -171,9 +171,9 @@ class LitDALLE(LitBase[AnyDALLE]):
             return tile(net.vae.decode(tokens), columns=SHOWN_EACH)
 
 
-def caption_tokens(text_tokens: Int[Tensor, "b t"]) -> int:
+def caption_tokens(text_tokens: Int[Tensor, "b t"]) -> Int[Tensor, ""]:
     """Tokens that the text loss of a batch is a mean over: those of captions, and the pad that ends each."""
-    return int((text_tokens != 0).sum() + (text_tokens == 0).any(dim=1).sum())
+    return (text_tokens != 0).sum() + (text_tokens == 0).any(dim=1).sum()
 
 
 def sampled_codes(
