@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import EncoderView
-from dalle_pytorch.models.checks import check_ids
+from dalle_pytorch.models.checks import check_ids, check_pixels
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
 
@@ -181,9 +181,10 @@ class CLIP(nn.Module):
         """Unit features of pictures in [0, 1], resized to ``image_size`` where they differ.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: another number of channels, or pixels that are no floats in [0, 1].
         """
         config = self.config
+        check_pixels(images)
         if images.shape[1] != config.channels:
             raise ValueError(f"pictures of {images.shape[1]} channels given, the model reads {config.channels}")
         if tuple(images.shape[2:]) != (config.image_size, config.image_size):

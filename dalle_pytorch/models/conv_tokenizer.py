@@ -192,8 +192,9 @@ class ConvTokenizer(ImageTokenizer):
                 parameter.mul_(0.5)
 
     def encoded(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
-        """The encoder's output, from pictures in [0, 1]."""
+        """The encoder's output, from images in [0, 1] of any float type."""
         self.check_images(images)
+        images = images.to(self.mean.dtype)
         return self.encoder(F.pad((images - self.mean) / self.std, (*self.margin, *self.margin), mode="replicate"))
 
     def decoded(self, vectors: Float[Tensor, "b d h w"]) -> Float[Tensor, "b maps H W"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.models.checks import check_ids
+from dalle_pytorch.models.checks import check_ids, check_pixels
 
 CONTRACT = ("image_size", "grid_size", "codebook_size", "channels", "encode", "decode")
 
@@ -55,13 +55,12 @@ class ImageTokenizer(nn.Module, ABC):
         """Pictures in [0, 1] of tokens in raster order."""
 
     def check_images(self, images: Shaped[Tensor, "..."]) -> None:
-        """Refuse pictures of another shape.
+        """Refuse images of another shape, type or range; to be called before they are converted.
 
         Raises:
-            ValueError: channels or sides differ from the network's; names both.
+            ValueError: channels or sides differ from the network's, or ``check_pixels`` refuses; names both.
         """
-        if not images.is_floating_point():
-            raise ValueError(f"pictures of type {images.dtype} given; they must be floats in [0, 1]: divide by 255")
+        check_pixels(images)
         expected = (self.channels, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(

@@ -43,7 +43,8 @@ def linear_cross_entropy(
     dtype = _product_type(x.device.type, head.weight)
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
     parts = zip(x.to(dtype).split(ROWS), targets.split(ROWS), weights.split(ROWS), strict=True)
-    return torch.stack([_sum(part, weight, bias, *rows, z_loss) for part, *rows in parts]).sum() / weights.sum()
+    sums = [_sum(part, weight, bias, target, weights_of, z_loss) for part, target, weights_of in parts]
+    return torch.stack(sums).sum() / weights.sum()
 
 
 def linear_nats(x: Float[Tensor, "n d"], head: Linear, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

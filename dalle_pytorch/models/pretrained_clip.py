@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one
-from dalle_pytorch.models.checks import check_ids
+from dalle_pytorch.models.checks import check_ids, check_pixels
 from dalle_pytorch.models.clip_resnet import ModifiedResNet
 from dalle_pytorch.models.clip_towers import ACTIVATIONS, TextTower, VisionTransformer
 from dalle_pytorch.text import TextTokenizer
@@ -209,8 +209,9 @@ class PretrainedCLIP(nn.Module):
         """Unit features, fp32, of pictures in [0, 1] of any size.
 
         Raises:
-            ValueError: another number of channels than three.
+            ValueError: another number of channels than three, or pixels that are no floats in [0, 1].
         """
+        check_pixels(images)
         if images.shape[1] != 3:
             raise ValueError(f"pictures of {images.shape[1]} channels given, the model reads 3")
         parts = [self.image(self.prepare(part)) for part in images.split(TOGETHER)]

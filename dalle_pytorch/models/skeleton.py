@@ -9,8 +9,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 EMPTY = frozenset({torch.empty, torch.randn})
-"""What makes large parameters. Buffers, which need their numbers, are made by other functions, as are the few parameters
-that begin with a constant: those take their (little) memory."""
+"""What makes large parameters. Buffers, which need their numbers, are made by other functions, as are the few
+parameters that begin with a constant: those take their (little) memory."""
 INITIAL = frozenset({"fill_", "mul_", *(name for name in dir(nn.init) if name.endswith("_") and name[0] != "_")})
 """What gives parameters their first numbers."""
 

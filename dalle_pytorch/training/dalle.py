@@ -187,7 +187,7 @@ def sampled_codes(
         generator: of the CPU, so that every device draws the same.
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        logits = vae.encode_logits(images.float()).flatten(2).mT
+        logits = vae.encode_logits(images).flatten(2).mT
     uniforms = torch.rand(logits.shape[:2], generator=generator).to(logits.device)
     tokens = draw(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
     return tokens, logits.softmax(dim=-1)

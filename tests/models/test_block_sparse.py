@@ -95,7 +95,8 @@ def test_tables_of_a_device_go_with_the_model(make_dalle, monkeypatch):
     assert len(copied) == 2  # once for each pattern
     assert all(table() is not None for table in copied)
     again = pickle.loads(pickle.dumps(dalle))
-    assert again.views() and len(copied) == 4
+    again.views()
+    assert len(copied) == 4
     del dalle, again
     gc.collect()
     assert not any(table() is not None for table in copied)

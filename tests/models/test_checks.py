@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models import checks
 from dalle_pytorch.models.checks import check_ids, require
+from dalle_pytorch.models.clip import CLIP, CLIPConfig
+from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
+from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
+from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
+from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
 IMAGE = torch.arange(32).reshape(2, 16) * 5 % 12
@@ -59,6 +65,39 @@ def test_to_wait_is_seen():
         check_ids(TEXT, 6, "text")
         TEXT[TEXT > 0]
     assert waits.found == ["_local_scalar_dense", "index"]
+
+
+VQGAN_CONFIG = VQGANConfig(
+    image_size=16, ch=32, ch_mult=[1, 1], num_res_blocks=1, attention_levels=[], z_channels=8, embed_dim=4,
+    codebook_size=12,
+)  # fmt: skip
+NARROW = {"image_size": 16, "num_layers": 2, "codebook_size": 12, "codebook_dim": 8, "hidden_dim": 16}
+READERS = {
+    "dvae": lambda: DiscreteVAE(DiscreteVAEConfig(**NARROW)).encode,
+    "vq_vae": lambda: VQVAE(VQVAEConfig(**NARROW)).encode,
+    "openai_dvae": lambda: (
+        OpenAIDVAE(OpenAIDVAEConfig(image_size=16, hidden_dim=16, init_dim=8, codebook_size=32)).encode
+    ),
+    "vqgan": lambda: VQGAN(VQGAN_CONFIG).encode,
+    "clip": lambda: CLIP(CLIPConfig(image_size=16, patch_size=8, visual_enc_depth=1, text_enc_depth=1)).encode_image,
+}
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("reader", READERS)
+def test_images_that_are_no_floats_in_0_to_1_are_refused(reader):
+    read, images = READERS[reader](), torch.rand(2, 3, 16, 16)
+    with pytest.raises(UserError, match=r"torch\.uint8 given.*divide by 255"):
+        read((images * 255).byte())
+    with pytest.raises(UserError, match=r"pixels from 0\.\d+ to 25\d\.\d+ given.*divide 0 to 255 by 255"):
+        read(images * 255)
+    images[1, 2, 3, 4] = float("nan")
+    with pytest.raises(UserError, match="nan"):
+        read(images)
+    if reader != "clip":
+        expected = read(torch.zeros(2, 3, 16, 16))
+        torch.testing.assert_close(read(torch.zeros(2, 3, 16, 16, dtype=torch.float64)), expected)
+    assert len(read(torch.randn(2, 3, 16, 16))) == 2  # as in the README of DALLE-pytorch
 
 
 @pytest.mark.parametrize("wait", [True, False])
