@@ -4,6 +4,7 @@ from dalle_pytorch.checkpoints.checkpoint import save
 from dalle_pytorch.compat.dalle_pytorch import CLIP, DALLE, DiscreteVAE
 from dalle_pytorch.compat.loading import load
 from dalle_pytorch.compat.min_dalle import MinDalle
+from dalle_pytorch.compat.names import package_attribute
 from dalle_pytorch.compat.pretrained_vaes import OpenAIDiscreteVAE, VQGanVAE
 from dalle_pytorch.generation.captions import caption_picture, image_log_likelihood
 from dalle_pytorch.generation.generator import Generator
@@ -14,6 +15,8 @@ from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
+
+__getattr__ = package_attribute
 
 __all__ = [
     "CLIP",

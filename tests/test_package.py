@@ -49,8 +49,13 @@ print(tuple(dalle.generate_images(torch.ones(2, 3, dtype=torch.long)).shape))
 def test_importing_changes_no_global_state():
     code = """
 import torch
+from torch.nn.modules import module
 state, threads, grad = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
+hooks = lambda: {name: list(value.values()) for name, value in vars(module).items() if name.endswith("_hooks")}
+before = hooks()
+assert "_global_parameter_registration_hooks" in before
 import dalle_pytorch, dalle_pytorch.commands.train_dalle, dalle_pytorch.commands.generate
+assert hooks() == before
 assert torch.equal(state, torch.get_rng_state())
 assert (threads, grad) == (torch.get_num_threads(), torch.is_grad_enabled())
 """

@@ -238,7 +238,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint of ours, truncated, of another kind or version, or keys missing or left over.
+        ValueError: no checkpoint of ours, truncated, of another kind or version, keys missing or left over, or weights
+            that are not finite.
     """
     with mmap_scope():
         head, state = read_all(Path(path))
@@ -268,7 +269,8 @@ def assemble(
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             if wanted != tensor.dtype or not tensor.is_contiguous():  # some formats store transposed matrices
                 state[name] = tensor.to(wanted, memory_format=torch.contiguous_format, copy=True)
-                release()
+            check_finite(name, state[name], tensor)
+            release()
         load_state(model, state)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
@@ -303,6 +305,34 @@ def read_header(path: str | Path, *, kind: str | None = None) -> Header:
         head = _read_safetensors_header(path) if _is_safetensors(path) else _read_torch(path, mmap=True)[0]
     check_kind(head, kind, path)
     return head
+
+
+def check_finite(name: str, tensor: Tensor, stored: Tensor) -> None:
+    """Refuse a weight with NaN or infinite numbers: what is computed with it looks like a result and is none.
+
+    One pass over the numbers, and no memory: a sum is finite only if all of them are.
+
+    Args:
+        name: of the weight.
+        tensor: in the type that it is used in.
+        stored: in that of its file.
+
+    Raises:
+        UserError: names the weight, and whether only the type is too narrow.
+    """
+    if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+        return
+    if tensor.element_size() > 1 and tensor.isfinite().all():
+        return  # only the sum is too large
+    finite = (stored.float() if stored.element_size() == 1 else stored).isfinite()  # not there for 8 bits
+    if stored.dtype != tensor.dtype and finite.all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"weight {name} is too large for {kind}: choose bf16 or fp32, whose range is wider")
+    count = int((~finite).sum())
+    raise UserError(
+        f"weight {name} is not finite ({count} of {stored.numel()} numbers are NaN or infinite): the training diverged "
+        "or the file is damaged; take an earlier checkpoint"
+    )
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

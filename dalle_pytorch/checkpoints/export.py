@@ -92,7 +92,6 @@ def export(config: ExportConfig) -> str:
     out = Path(config.out)
     ensure_empty(out)
     model, head = load_with_header(config.weights, dtype=PRECISIONS[config.precision])
-    check_finite(model, config)
     head = checkpoint.header(model, head["training"])
     checkpoint.save(model, out if config.is_file else out / checkpoint.HUB_FILE, training=head["training"])
     if config.is_file:
@@ -101,20 +100,6 @@ def export(config: ExportConfig) -> str:
     (out / "README.md").write_text(card(model, head, config), encoding="utf-8")
     pushed = "" if config.push is None else f", {push(out, config.push, private=config.private)}"
     return f"{head['kind']}: {out}{pushed}"
-
-
-def check_finite(model: nn.Module, config: ExportConfig) -> None:
-    """Refuse weights that a precision cannot hold.
-
-    Raises:
-        UserError: names the first of them.
-    """
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{config.weights}: {name} is not finite with precision={config.precision}: choose bf16 or fp32, whose "
-                "range is wider, unless it is not finite there either"
-            )
 
 
 def without_tokenizer(head: Header) -> dict[str, Any]:

@@ -157,6 +157,10 @@ def locate(
         UserError: it cannot be downloaded, or what came along is damaged.
     """
     path, name = Path(weights), str(weights)
+    if not name:
+        raise UserError(
+            f"weights= is empty: give a file, a folder, an id of the hub or a name ({', '.join(hub.RELEASES)})"
+        )
     options: Mapping[str, Any] = {}
     row = hub.RELEASES.get(name)
     bundled = row is not None and row.bundled  # a folder of that name is likely theirs

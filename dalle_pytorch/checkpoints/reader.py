@@ -27,6 +27,7 @@ from dalle_pytorch.errors import UserError, first_line
 __all__ = [
     "Stub",
     "mmap_scope",
+    "plain",
     "read",
     "read_safetensors",
     "release",
@@ -39,6 +40,8 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 PARTS = ("state_dict", "model", "weights", "ema", "module")
 """Where a checkpoint that holds more keeps its weights. ``model`` before ``ema``: LlamaGen's GPTs were trained on its
 codes (extract_codes_c2i.py)."""
+WRAPPERS = ("module.", "_orig_mod.", "first_stage_model.")
+"""What DataParallel, ``torch.compile`` and latent-diffusion put in front of the names of a network."""
 SAFE_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -117,9 +120,45 @@ def read(path: str | Path) -> Any:
         raise UserError(f"{path} {error}; nothing was loaded") from None
     except Exception as error:  # foreign bytes can break an unpickler in any way
         raise UserError(f"{path} cannot be read: truncated or damaged ({first_line(error)})") from error
-    hint = ": it looks like a web page, download it again" if start.lstrip()[:1] == b"<" else ""
-    hint = ": of Flax's weights give the folder" if path.suffix == ".msgpack" else hint
-    raise UserError(f"{path} is neither a torch nor a safetensors file{hint}")
+    raise UserError(f"{path} {_no_weights(path)}")
+
+
+def _no_weights(path: Path) -> str:
+    """What a file is that is neither torch's nor safetensors, and what to do."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        return "is empty: download or copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS in place of the file: run git lfs pull in its repository, or download it again"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return "is neither a torch nor a safetensors file: it looks like a web page, download it again"
+    if path.suffix == ".msgpack":
+        return "is neither a torch nor a safetensors file: of Flax's weights give the folder"
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
+        return f"is a text and no file of weights; it begins with {start[:40].decode()!r}"
+    return "is neither a torch nor a safetensors file"
+
+
+def plain(value: Any) -> Any:
+    """Settings as Python's own containers: of ``argparse.Namespace`` and OmegaConf what they hold.
+
+    Raises:
+        UserError: nested too deep.
+    """
+    try:
+        return _plain(value)
+    except RecursionError as error:
+        raise UserError("the settings lie too deep in one another") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Stub) and isinstance(value.state, dict):
+        state = value.state
+        return _plain(next((state[part] for part in ("_content", "_val") if part in state), state))  # OmegaConf's nodes
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def weights_of(content: Any) -> dict[str, Tensor]:
@@ -132,15 +171,19 @@ def weights_of(content: Any) -> dict[str, Tensor]:
 def state_dict(content: Any) -> dict[str, Tensor]:
     """The tensors of a content under dotted names: of a pickled module, a TorchScript archive, or nested dicts.
 
-    Buffers that a module does not save are left out, as ``Module.state_dict`` does.
+    Buffers that a module does not save are left out, as ``Module.state_dict`` does. A name of WRAPPERS in front of all
+    of them is left out too.
 
     Raises:
         ValueError: nested too deep.
     """
     try:
-        return dict(_walk(content, "", ()))
+        state = dict(_walk(content, "", ()))
     except RecursionError as error:
         raise UserError("the weights lie too deep in one another") from error
+    while prefix := next((name for name in WRAPPERS if state and all(key.startswith(name) for key in state)), None):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
 
 
 def _walk(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:

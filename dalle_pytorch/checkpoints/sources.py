@@ -54,8 +54,9 @@ SOURCES: dict[str, Source] = {
         model_types=("dallebart",),
     ),
     "dalle_pytorch": Source(
-        "DALLE-pytorch 1.6.6: vae.pt, dalle.pt",
+        "DALLE-pytorch 1.6.6: vae.pt, dalle.pt, folder of DeepSpeed",
         dalle_pytorch.convert,
+        files=(dalle_pytorch.DEEPSPEED,),
         signatures=(dalle_pytorch.VAE_SIGNATURE, dalle_pytorch.SIGNATURE, dalle_pytorch.REVERSIBLE_SIGNATURE),
     ),
     "mindalle": Source("minDALL-E of Kakao Brain: folder", mindalle.convert, files=(mindalle.FILES,)),
@@ -79,6 +80,8 @@ SOURCES: dict[str, Source] = {
 }
 
 
+OWN_NAMES = frozenset({"image_emb.weight", "image_head.weight"})
+"""Weights of a DALLE of ours, whose settings are in no weights."""
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 """Values of options, and how JSON spells them."""
 
@@ -96,13 +99,21 @@ def find(path: Path) -> str:
         said = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
         rows = {name: row for name, row in SOURCES.items() if said is None or said in (row.model_types or (said,))}
         names = [name for name, row in rows.items() if any(_all_there(path, files) for files in row.files)][:1]
+        keys = frozenset()
     else:
-        keys = weights_of(read(path)).keys()
+        content = read(path)
+        if dalle_pytorch.is_deepspeed(content):
+            return "dalle_pytorch"
+        keys = weights_of(content).keys()
         found = {name: max((len(part) for part in row.signatures if part <= keys), default=0)
                  for name, row in SOURCES.items()}  # fmt: skip
         names = [name for name, count in found.items() if count and count == max(found.values())]
     if len(names) != 1:
         guess = f"could be {' or '.join(names)}" if names else "is of no known format"
+        if keys >= OWN_NAMES:
+            raise UserError(
+                f"{path} holds weights of ours without their settings: save the model with dalle_pytorch.save"
+            )
         raise UserError(f"{path} {guess}; say which with source=, one of {', '.join(SOURCES)}")
     return names[0]
 

@@ -197,6 +197,11 @@ class Unpickler(pickle._Unpickler):
         known = module.split(".")[0] in HARMLESS and (last.lstrip("_")[:1].isupper() or last in LOWER_CASE)
         if known or module in INERT or (module, name) in STUBS:
             return self.stubs.setdefault(full, type(last, (Stub,), {"name": full}))
+        if module.split(".")[0] == "dalle_pytorch":
+            raise Refused(
+                f"holds a whole module ({full}) and not its weights: load it where it was saved, and write it again, "
+                "one of ours with dalle_pytorch.save(model, FILE), one of DALLE-pytorch as its train_dalle.py does"
+            )
         raise Refused(f"calls {full}, which has no place in a file of weights")
 
     def persistent_load(self, pid: Any) -> Any:

@@ -44,7 +44,13 @@ def main(config: TrainDALLEConfig) -> float | None:
         tokenizer = initial.tokenizer_of(source, config, data, run.header)
         net = initial.network_from(source, config.model)
         del source  # its weights are in net now
-    data.set_text(tokenizer, net.config.text_len, truncate=config.text.truncate, dropout=config.text.bpe_dropout)
+    data.set_text(
+        tokenizer,
+        net.config.text_len,
+        truncate=config.text.truncate,
+        dropout=config.text.bpe_dropout,
+        codebook_size=vae.codebook_size,
+    )
     net.text_tokenizer = tokenizer
     run.check(net)
     run.check_vae(vae)

@@ -19,7 +19,8 @@ What differs by design:
 ``OpenAIDiscreteVAE`` and ``VQGanVAE`` are in pretrained_vaes.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,20 @@ from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models import clip as _clip
 from dalle_pytorch.models import dalle as _dalle
 from dalle_pytorch.models import discrete_vae as _discrete_vae
+from dalle_pytorch.models.checks import check_ids
 from dalle_pytorch.models.clip import CLIPConfig
 from dalle_pytorch.models.dalle import DALLEConfig, DALLELogits
 from dalle_pytorch.models.discrete_vae import DiscreteVAEConfig
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.patterns import PATTERNS
 from dalle_pytorch.models.transformer import ForeignConfig
 from dalle_pytorch.text import TextTokenizer
+
+NOT_HERE = {
+    "sparse": "DeepSpeed's block-sparse attention, which DALLE-pytorch 1.6.6 itself cannot run",
+    "mlp": "a gMLP in place of attention",
+}
+"""Its attn_types that are not computed here."""
 
 
 class DiscreteVAE(_discrete_vae.DiscreteVAE):
@@ -119,6 +128,15 @@ class DiscreteVAE(_discrete_vae.DiscreteVAE):
     def kl_div_loss_weight(self) -> float:
         """The paper's beta."""
         return self.config.kl_weight
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of every module; weights under DALLE-pytorch's names are refused with the way to read them.
+
+        Raises:
+            UserError: they are DALLE-pytorch's.
+        """
+        refuse_foreign(state_dict, "encoder.0.0.weight")
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def norm(self, images: Tensor) -> Tensor:
         """Pictures as the encoder reads them, [b, c, H, W]."""
@@ -298,6 +316,8 @@ class DALLE(_dalle.DALLE):
     ) -> None:
         if config is None:
             patterns = [attn_types] if isinstance(attn_types, str) else list(attn_types or ["full"])
+            if left := [pattern for pattern in patterns if pattern in NOT_HERE]:
+                raise UserError(f"attn_types has {left[0]}, {NOT_HERE[left[0]]}; there are {', '.join(PATTERNS)}")
             config = DALLEConfig(
                 dim=dim,
                 depth=depth,
@@ -322,6 +342,40 @@ class DALLE(_dalle.DALLE):
             )
         super().__init__(config, vae)
 
+    @property
+    def text_seq_len(self) -> int:
+        """Text positions."""
+        return self.config.text_len
+
+    @property
+    def image_seq_len(self) -> int:
+        """Image tokens of an image; here ``num_image_tokens`` says it, the codebook's size in DALLE-pytorch."""
+        return self.num_image_tokens
+
+    @property
+    def total_seq_len(self) -> int:
+        """Text positions and image tokens."""
+        return self.text_seq_len + self.image_seq_len
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Text ids, those that fill short captions included."""
+        return self.text_emb.num_embeddings
+
+    @property
+    def total_tokens(self) -> int:
+        """Text ids and image ids."""
+        return self.num_text_tokens + self.codebook_size
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of every module; weights under DALLE-pytorch's names are refused with the way to read them.
+
+        Raises:
+            UserError: they are DALLE-pytorch's.
+        """
+        refuse_foreign(state_dict, "to_logits.1.weight")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def forward(
         self,
         text: Tensor,
@@ -345,7 +399,7 @@ class DALLE(_dalle.DALLE):
         """
         if isinstance(mask, bool):
             return_loss, mask = mask, None
-        text = apply_mask(text, mask)
+        text = apply_mask(check_text(text), mask)
         if null_cond_prob:
             dropped = torch.rand(len(text), 1, device=text.device) < null_cond_prob
             text = torch.where(dropped, 0, text)
@@ -362,7 +416,7 @@ class DALLE(_dalle.DALLE):
     @torch.no_grad()
     def generate_images(
         self,
-        text: Tensor,
+        text: Tensor | str | Sequence[str],
         *,
         mask: Tensor | None = None,
         clip: _clip.CLIP | None = None,
@@ -377,7 +431,7 @@ class DALLE(_dalle.DALLE):
         """One picture a caption, with its score where a CLIP is given.
 
         Args:
-            text: text tokens [b, t], at most text_seq_len of them.
+            text: text tokens [b, t], at most text_seq_len of them; or prompts, which the model's tokenizer reads.
             mask: True = text to read [b, t].
             clip: scores the pictures.
             filter_thres: share of the image vocabulary that is never drawn.
@@ -392,9 +446,14 @@ class DALLE(_dalle.DALLE):
             Pictures [b, c, H, W] in [0, 1], or (pictures, scores [b]).
 
         Raises:
-            ValueError: settings out of range or shapes that do not fit.
+            ValueError: settings out of range, ids or shapes that do not fit, or prompts without a tokenizer.
         """
-        text = apply_mask(text, mask)
+        text = apply_mask(check_text(self.tokenized(text)), mask)
+        if not len(text):
+            raise UserError("text holds no captions")
+        check_ids(text, self.config.text_vocab_size, "text")
+        if img is not None and len(img) != len(text):
+            raise UserError(f"{len(img)} images given as img for {len(text)} captions: give one for each")
         given = None
         if img is not None:
             keep = int(0.4375 * self.num_image_tokens) if num_init_img_tokens is None else num_init_img_tokens
@@ -415,6 +474,18 @@ class DALLE(_dalle.DALLE):
         with eval_mode(clip):
             features = clip.encode_text(text, mask), clip.encode_image(images)
         return images, clip.logit_scale * F.cosine_similarity(*features)
+
+    def tokenized(self, text: Tensor | str | Sequence[str]) -> Tensor:
+        """Text tokens of prompts; tokens as they are.
+
+        Raises:
+            UserError: prompts, and the model carries no tokenizer.
+        """
+        if isinstance(text, Tensor):
+            return text
+        if self.text_tokenizer is None:
+            raise UserError("this dalle carries no tokenizer, so it reads no prompts: give text tokens [b, t]")
+        return self.text_tokenizer.tokenize(text, self.config.text_len).to(self.image_emb.weight.device)
 
     @torch.no_grad()
     def forward_with_cond_scale(
@@ -469,6 +540,30 @@ class DALLE(_dalle.DALLE):
         )
         tokens = draw_texts(self, start, uniforms, sampling)
         return tokens, [tokenizer.decode([token for token in tokens[0].tolist() if token])]
+
+
+def check_text(text: Tensor) -> Tensor:
+    """The text tokens, once they are seen to be whole numbers in rows.
+
+    Raises:
+        UserError: of another type or shape; names it.
+    """
+    if text.is_floating_point() or text.is_complex() or text.ndim != 2:
+        raise UserError(f"text tokens must be whole numbers [b, t], got {text.dtype} of shape {tuple(text.shape)}")
+    return text
+
+
+def refuse_foreign(state: Mapping[str, Any], name: str) -> None:
+    """Refuse the weights of DALLE-pytorch, which other layers hold than ours.
+
+    Raises:
+        UserError: ``name``, which only they have, is among them.
+    """
+    if name in state:
+        raise UserError(
+            'these are weights of DALLE-pytorch, whose layers have other names: dalle_pytorch.load("dalle.pt") reads '
+            "the file that its scripts write, a vae.pt too"
+        )
 
 
 def apply_mask(text: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.backend import DTYPES, check_precision, keep_stored, prepare
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens
-from dalle_pytorch.images import fit, flatten, to_pil, to_tensor
+from dalle_pytorch.images import fit, flatten, to_tensor
 from dalle_pytorch.models.dalle_bart import DALLEBart
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,8 @@ class MinDalle:
         ):
             finished = done == dalle.num_image_tokens
             if finished or (request.progressive_outputs and done % PREVIEW == 0):
-                images = self._decode(dalle, drawn, request.grid_size if request.is_seamless else None)
+                shown = drawn if finished else undrawn_as_last(drawn, done, dalle.codebook_size)
+                images = self._decode(dalle, shown, request.grid_size if request.is_seamless else None)
                 yield request.ranked(images) if finished else images
 
     def _tokens(self, dalle: DALLEBart, text: str, is_verbose: bool) -> Int[Tensor, "1 t"]:
@@ -255,6 +256,12 @@ def lay_out(dalle: DALLEBart, *, precision: str, **options: Any) -> Decoder:
     return Decoder(dalle, precision=precision, consume=True, **options)
 
 
+def undrawn_as_last(drawn: Int[Tensor, "m n"], done: int, codebook_size: int) -> Int[Tensor, "m n"]:
+    """Image tokens of a preview: those that are not drawn yet are the last of the codebook, 16383, as in min-dalle."""
+    later = torch.arange(drawn.shape[1], device=drawn.device) >= done
+    return torch.where(later, codebook_size - 1, drawn)
+
+
 def as_pil(grid: Float[Tensor, "rows columns c"]) -> Image.Image:
-    """A picture of values in 0 to 255."""
-    return to_pil(grid.permute(2, 0, 1) / 255)
+    """An image of values in 0 to 255, whose fractions are cut off, as in min-dalle."""
+    return Image.fromarray(grid.clamp(0, 255).byte().cpu().numpy())

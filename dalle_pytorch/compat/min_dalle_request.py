@@ -5,7 +5,7 @@ Axes: m pictures, n image tokens, k codebook_size, c channels, H W pixels, g row
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from inspect import signature
 from typing import Any
@@ -73,12 +73,14 @@ class Request:
             ValueError: settings that do not fit; names them.
         """
         given: dict[str, Any] = signature(cls).bind(*args, **kwargs).arguments
-        for names, convert in ((INTEGERS, operator.index), (FLOATS, float)):
-            given |= {name: convert(given[name]) for name in names if given.get(name) is not None}
-        try:
-            given["seed"] = operator.index(given["seed"])
-        except TypeError:
-            given["seed"] = [operator.index(each) for each in given["seed"]]
+        for names, convert in ((INTEGERS, whole), (FLOATS, number)):
+            given |= {name: convert(name, given[name]) for name in names if given.get(name) is not None}
+        seed = given["seed"]
+        many = isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "ndim", 1)  # tensors of one
+        given["seed"] = [whole("seed", each) for each in seed] if many else whole("seed", seed)
+        for name in ("text", "negative_prompt"):
+            if not isinstance(given.get(name, ""), str):
+                raise UserError(f"{name} must be a text, got {type(given[name]).__name__}: one prompt a call")
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class Request:
             ValueError: settings that do not fit; names them.
         """
         finite(self)
+        if max([self.seed] if isinstance(self.seed, int) else self.seed, default=0) >= 2**64:
+            raise UserError(f"seed must be less than 2 ** 64, got {self.seed}")
         if self.grid_size is not None and self.grid_size < 1:
             raise UserError(f"grid_size must be at least 1, got {self.grid_size}")
         counts = {
@@ -158,6 +162,36 @@ class Request:
         return rearrange(
             images, "1 c (row h) (column w) -> (column row) c h w", row=self.grid_size, column=self.grid_size
         )
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number of any type, a float without a fraction too.
+
+    Raises:
+        UserError: something else; names the argument.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        more = ": 0 or less draws other images each time" if name == "seed" else ""
+        raise UserError(f"{name} must be a whole number, got {value!r}{more}") from None
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number of any type.
+
+    Raises:
+        UserError: something else; names the argument.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+    return found
 
 
 def tile(images: Float[Tensor, "m c H W"]) -> Float[Tensor, "rows columns c"]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dalle_pytorch.checkpoints import hub
-from dalle_pytorch.checkpoints.checkpoint import config_of, load_state
+from dalle_pytorch.checkpoints.checkpoint import check_finite, config_of, load_state
 from dalle_pytorch.checkpoints.importers import openai_dvae, taming
 from dalle_pytorch.checkpoints.reader import mmap_scope, release
+from dalle_pytorch.errors import UserError, refuse
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE
 from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.models.vqgan import VQGAN
@@ -35,7 +36,7 @@ class OpenAIDiscreteVAE(OpenAIDVAE):
             head, state = openai_dvae.convert(folder, image_size=image_size)
             with skeleton():
                 super().__init__(config_of(head))
-            _fill(self, state)
+            _fill(self, state, folder)
         self.num_layers, self.num_tokens = 3, self.codebook_size
 
     def get_codebook_indices(self, img: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class VQGanVAE(VQGAN):
             head, state = taming.convert(Path(vqgan_model_path), config=config, image_size=image_size)
             with skeleton():
                 super().__init__(config_of(head))
-            _fill(self, state)
+            _fill(self, state, vqgan_model_path)
         self.num_layers = len(self.config.ch_mult) - 1
         self.num_tokens = self.codebook_size
 
@@ -88,10 +89,14 @@ class VQGanVAE(VQGAN):
         return self.decode(self.encode(img))
 
 
-def _fill(vae: torch.nn.Module, state: dict[str, Tensor]) -> None:
+def _fill(vae: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Weights in fp32, frozen."""
-    for name in state:
-        state[name] = state[name].float()
-        release()
-    load_state(vae, state)
+    try:
+        for name, stored in state.items():
+            state[name] = stored.float()
+            check_finite(name, state[name], stored)
+            release()
+        load_state(vae, state)
+    except UserError as error:
+        refuse(path, str(error))
     vae.requires_grad_(False).eval()

@@ -82,15 +82,24 @@ class TextImageDataModule(pl.LightningDataModule):
         self.train_collate = Collate(None, 0, truncate=False, dropout=0.0)
         self.val_collate = self.train_collate
 
-    def set_text(self, tokenizer: TextTokenizer, text_len: int, *, truncate: bool, dropout: float) -> None:
-        """Add ``text_tokens`` to the batches; BPE dropout in training only.
+    def set_text(
+        self,
+        tokenizer: TextTokenizer,
+        text_len: int,
+        *,
+        truncate: bool,
+        dropout: float,
+        codebook_size: int | None = None,
+    ) -> None:
+        """Add ``text_tokens`` to the batches; BPE dropout in training only. Refuse image tokens of a larger codebook.
 
         Raises:
             ValueError: a caption of either split is longer than ``text_len`` and may not be cut; shows it. In a stream
                 it counts as a sample that cannot be read.
         """
-        self.train_collate = Collate(tokenizer, text_len, truncate=truncate, dropout=dropout)
-        self.val_collate = Collate(tokenizer, text_len, truncate=truncate, dropout=0.0)
+        settings: dict[str, Any] = {"truncate": truncate, "codebook_size": codebook_size}
+        self.train_collate = Collate(tokenizer, text_len, dropout=dropout, **settings)
+        self.val_collate = Collate(tokenizer, text_len, dropout=0.0, **settings)
         if not truncate:  # better now than in the middle of an epoch
             for caption in sorted({caption for data in self._local() for caption in data.some_captions()}):
                 tokenizer.tokenize(caption, text_len)

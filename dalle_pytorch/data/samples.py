@@ -265,14 +265,27 @@ class Collate:
         text_len: columns of the text tokens.
         truncate: cut captions that are longer; otherwise they are an error.
         dropout: share of BPE merges left out, in [0, 1).
+        codebook_size: of the model's image tokenizer; None = image tokens are taken as they are.
     """
 
-    def __init__(self, tokenizer: TextTokenizer | None, text_len: int, *, truncate: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer | None,
+        text_len: int,
+        *,
+        truncate: bool,
+        dropout: float,
+        codebook_size: int | None = None,
+    ) -> None:
         self.tokenizer, self.text_len = tokenizer, text_len
-        self.truncate, self.dropout = truncate, dropout
+        self.truncate, self.dropout, self.codebook_size = truncate, dropout, codebook_size
 
     def __call__(self, samples: Sequence[Batch]) -> Batch:
-        """A batch, with ``captions`` and whichever of the other parts there are; a stream has no ``indices``."""
+        """A batch, with ``captions`` and whichever of the other parts there are; a stream has no ``indices``.
+
+        Raises:
+            UserError: image tokens outside the codebook. (A training step does not look: it would wait for its GPU.)
+        """
         batch: Batch = {"captions": [sample["caption"] for sample in samples]}
         if "index" in samples[0]:
             batch["indices"] = torch.tensor([sample["index"] for sample in samples])
@@ -281,6 +294,11 @@ class Collate:
                 batch[name] = torch.stack([sample[source] for sample in samples])
         if "image_tokens" in batch:
             batch["image_tokens"] = batch["image_tokens"].long()
+            if self.codebook_size is not None and (most := int(batch["image_tokens"].max())) >= self.codebook_size:
+                raise UserError(
+                    f"it has image tokens up to {most}, the codebook of vae= has {self.codebook_size}: train with the "
+                    "image tokenizer that made them"
+                )
         if self.tokenizer is not None:
             how = {"truncate": self.truncate, "dropout": self.dropout}
             rows = [caption_ids(self.tokenizer, s["caption"], self.text_len, rng=s["rng"], **how) for s in samples]

@@ -191,6 +191,8 @@ def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:
 
 def _fill(net: Any, state: dict[str, Tensor], weights: str | Path, hint: str) -> Any:
     try:
+        for name, tensor in state.items():
+            checkpoint.check_finite(name, tensor, tensor)
         checkpoint.load_state(net, state)
     except UserError as error:
         raise UserError(f"{weights}: {error}; {hint}") from error

@@ -8,6 +8,7 @@ Axes: b batch, h heads, s stream positions, e head_dim, n = b * h.
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from dalle_pytorch.models.patterns import pattern_mask
 
-CPU = torch.device("cpu")
 BLOCK = 64
 """Queries of a block. Of 64, 128 and 256 the fastest for all patterns at 320 and 1,280 positions on 2 CPU cores: larger
 ones compute more that is masked, and what 64 need stays in the cache."""
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     """The mask as FlexAttention reads it, on a GPU."""
 
     def on(self, device: torch.device) -> "Layout":
-        """The same with its tables on a device."""
+        """This layout with its tables on a device; they live as long as what keeps the result."""
         if device.type == "cpu":
             return self
         place = lambda table: None if table is None else table.to(device)  # noqa: E731
@@ -72,9 +72,8 @@ def layout(
     *,
     semantics: str = "paper",
     kernel: int = 11,
-    device: torch.device = CPU,
 ) -> Layout:
-    """The cheapest layout of a pattern: positions as they are, or the picture by columns.
+    """The cheapest layout of a pattern, on the CPU: positions as they are, or the image by columns.
 
     Args:
         pattern: its name; this and the rest as in ``pattern_mask``.
@@ -83,7 +82,6 @@ def layout(
         length: positions to compute, from the front of the stream.
         semantics: whose definition.
         kernel: side of the convolution's kernel.
-        device: where it will be used.
     """
     # on the CPU whatever the default device: a model may be under construction on the meta device
     with torch.device("cpu"):
@@ -95,11 +93,9 @@ def layout(
         blocks_by_column = _blocks(turned)
         pairs, pairs_by_column = _pairs(blocks), _pairs(blocks_by_column)
         if pairs <= pairs_by_column:
-            found = Layout(length, blocks, None, None, mask, pairs / length**2)
-        else:
-            share = pairs_by_column / length**2
-            found = Layout(length, blocks_by_column, by_column, by_column.argsort(), turned, share)
-    return found.on(device)
+            return Layout(length, blocks, None, None, mask, pairs / length**2)
+        share = pairs_by_column / length**2
+        return Layout(length, blocks_by_column, by_column, by_column.argsort(), turned, share)
 
 
 def block_attention(
@@ -111,7 +107,7 @@ def block_attention(
     if layout.flex is None:
         out = _BlockAttention.apply(q, k, v, layout.blocks)
     else:
-        out = _compiled_flex()(q, k, v, block_mask=layout.flex)
+        out = _compiled_flex(q.shape, q.dtype)(q, k, v, block_mask=layout.flex)
     return out if layout.inverse is None else out.index_select(2, layout.inverse)
 
 
@@ -205,9 +201,19 @@ def _runs(chosen: Tensor) -> list[slice]:
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled anew for each mask that it meets."""
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled_flex(shape: torch.Size, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """FlexAttention, compiled for one shape and type of queries.
+
+    torch._dynamo keeps the programs of a function with its code object, 8 at most (config.recompile_limit, torch 2.13);
+    beyond that it runs FlexAttention uncompiled, which holds all scores. Masks of one size share a program, since
+    ``flex_mask`` gives them as tensors; each batch size, type and gradient mode has its own (both counted on a CPU).
+    So a copy of the code for each shape and type: only the gradient modes then count towards the limit.
+    """
+    own = types.FunctionType(
+        flex_attention.__code__.replace(), flex_attention.__globals__, argdefs=flex_attention.__defaults__
+    )
+    own.__kwdefaults__ = flex_attention.__kwdefaults__
+    return torch.compile(own, dynamic=False)
 
 
 def flex_mask(mask: Bool[Tensor, "s s"], device: torch.device) -> BlockMask:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import EncoderView
+from dalle_pytorch.models.checks import check_ids, check_pixels
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
@@ -132,9 +133,23 @@ class CLIP(TwoTowers):
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
-        """What cosines are multiplied by in the loss, at most 100; the clamp lets the gradient through."""
+        """What cosines are multiplied by in the loss, at most 100; the clamp lets the gradient through.
+
+        A training calls ``clamp_logit_scale`` after each step; the clamp here is for files of trainings that did not.
+        """
         excess = (self.log_logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
         return (self.log_logit_scale - excess).exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Hold the scale itself at 100 at most; call it after each optimiser step.
+
+        A parameter that went on growing while its effect is clamped would need as many steps to come back.
+
+        Source:
+            Radford et al. 2021, section 2.5; open_clip, open_clip_train/train.py.
+        """
+        self.log_logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def encode_text(
         self, text_tokens: Int[Tensor, "b t"], text_mask: Shaped[Tensor, "..."] | None = None
@@ -151,11 +166,7 @@ class CLIP(TwoTowers):
         config = self.config
         if text_tokens.shape[1] > config.text_len:
             raise ValueError(f"{text_tokens.shape[1]} text tokens given, the model reads text_len = {config.text_len}")
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < config.text_vocab_size:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {config.text_vocab_size - 1}"
-            )
+        check_ids(text_tokens, config.text_vocab_size, "text", wait=False)
         mask = text_tokens != 0 if text_mask is None else text_mask.bool()
         if mask.shape != text_tokens.shape:
             raise ValueError(f"text_mask of shape {tuple(mask.shape)} given for text of {tuple(text_tokens.shape)}")
@@ -171,9 +182,10 @@ class CLIP(TwoTowers):
         """Unit features of pictures in [0, 1], resized to ``image_size`` where they differ.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: another number of channels, or pixels that are no floats in [0, 1].
         """
         config = self.config
+        check_pixels(images)
         if images.shape[1] != config.channels:
             raise ValueError(f"pictures of {images.shape[1]} channels given, the model reads {config.channels}")
         if tuple(images.shape[2:]) != (config.image_size, config.image_size):

@@ -8,6 +8,7 @@ Axes: b batch, c channels, H W pixels, h w token grid, d channels of a layer.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 
 LIKELIHOODS = ("mse", "smooth_l1", "logit_laplace")
+MAX_LOG_B = 5.0
+"""Bound of the logit-Laplace's ln b."""
 LOGIT_LAPLACE_EPS = 0.1  # section A.3: keeps pixels away from 0 and 1, where the density diverges
 
 
@@ -189,8 +192,9 @@ class ConvTokenizer(ImageTokenizer):
                 parameter.mul_(0.5)
 
     def encoded(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
-        """The encoder's output, from pictures in [0, 1]."""
+        """The encoder's output, from images in [0, 1] of any float type."""
         self.check_images(images)
+        images = images.to(self.mean.dtype)
         return self.encoder(F.pad((images - self.mean) / self.std, (*self.margin, *self.margin), mode="replicate"))
 
     def decoded(self, vectors: Float[Tensor, "b d h w"]) -> Float[Tensor, "b maps H W"]:
@@ -219,6 +223,24 @@ class ConvTokenizer(ImageTokenizer):
         return F.mse_loss(output, target)
 
 
+class _Bounded(torch.autograd.Function):
+    """Clamped to [-limit, limit]; a gradient that leads back into that range is kept, where a clamp's would be 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        """The clamp."""
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Nothing where a step would go on outwards."""
+        (x,) = ctx.saved_tensors
+        outwards = (x.abs() > ctx.limit) & (x * gradient < 0)
+        return gradient.masked_fill(outwards, 0), None
+
+
 def logit_laplace_nll(output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"]) -> Float[Tensor, ""]:
     """Mean negative log-density of pictures under the logit-Laplace, nats per subpixel.
 
@@ -231,7 +253,7 @@ def logit_laplace_nll(output: Float[Tensor, "b maps H W"], images: Float[Tensor,
     """
     mu, log_b = output.chunk(2, dim=1)
     # ln b is bounded: exact black or white (most of an icon) would drive b to 0 and the density to infinity
-    log_b = log_b.clamp(-5, 5)
+    log_b = _Bounded.apply(log_b, MAX_LOG_B)
     x = images * (1 - 2 * LOGIT_LAPLACE_EPS) + LOGIT_LAPLACE_EPS
     nll = math.log(2) + log_b + (x * (1 - x)).log() + (x.logit() - mu).abs() * (-log_b).exp()
     return nll.mean()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
 from dalle_pytorch.models.attention import StreamView, rotary_turns
-from dalle_pytorch.models.block_sparse import layout
+from dalle_pytorch.models.block_sparse import Layout, layout
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 from dalle_pytorch.models.patterns import pattern_mask
@@ -192,6 +192,7 @@ class DALLE(TextToImage):
         self.register_buffer("masks", torch.stack(masks), persistent=False)
         turns = rotary_turns(text_length, self.grid_size, config.head_dim, config.foreign.rotary)
         self.register_buffer("rotary", turns, persistent=False)
+        self._layouts: tuple[torch.device, dict[str, Layout]] | None = None
 
     def init_weights(self) -> None:
         """N(0, 0.02) for embeddings and linear layers, residual outputs scaled by 1 / sqrt(2 depth) (GPT-2)."""
@@ -213,18 +214,32 @@ class DALLE(TextToImage):
         config, text_length = self.config, self.config.text_length
         turns = self.rotary if config.rotated else None
         shifts = (text_length, self.grid_size) if config.shift_tokens else None
-        length = text_length + self.num_image_tokens - 1  # the last image token predicts nothing
-        device = self.masks.device if self.masks.device.type != "meta" else torch.device("cpu")  # a plan's skeleton
-        layouts = {
-            pattern: layout(
-                pattern, text_length, self.grid_size, length,
-                semantics=config.foreign.attn_semantics, kernel=config.conv_kernel, device=device,
-            )
-            for pattern in self.patterns
-        }  # fmt: skip
+        layouts = self.layouts()
         return [
             StreamView(self.mask(layer), layouts[self.pattern(layer)], turns, shifts) for layer in range(config.depth)
         ]
+
+    def layouts(self) -> dict[str, Layout]:
+        """What each pattern computes of the whole stream; the tables are the model's, and follow it to a device."""
+        config = self.config
+        device = self.masks.device if self.masks.device.type != "meta" else torch.device("cpu")  # a plan's skeleton
+        if self._layouts is None or self._layouts[0] != device:
+            length = config.text_length + self.num_image_tokens - 1  # the last image token predicts nothing
+            semantics, kernel = config.foreign.attn_semantics, config.conv_kernel
+            self._layouts = (
+                device,
+                {
+                    pattern: layout(
+                        pattern, config.text_length, self.grid_size, length, semantics=semantics, kernel=kernel
+                    ).on(device)
+                    for pattern in self.patterns
+                },
+            )
+        return self._layouts[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the layouts: a copy makes its own, and FlexAttention's masks cannot be pickled."""
+        return {**super().__getstate__(), "_layouts": None}
 
     def pattern(self, layer: int) -> str:
         """Attention pattern of a layer."""
@@ -235,13 +250,17 @@ class DALLE(TextToImage):
         pattern = self.pattern(layer)
         return None if pattern == "full" else self.masks[self.patterns.index(pattern)]
 
-    def pad_text(self, text_tokens: Int[Tensor, "b given"]) -> Int[Tensor, "b t"]:
+    def pad_text(self, text_tokens: Int[Tensor, "b given"], *, wait: bool = True) -> Int[Tensor, "b t"]:
         """Ids with every 0 replaced by the pad id of its position; shorter captions are filled up. Makes a copy.
+
+        Args:
+            text_tokens: ids in [0, text_vocab_size), 0 = padding; at most text_len of them.
+            wait: for the check of the ids on a GPU, see ``checks.require``.
 
         Raises:
             ValueError: more tokens than ``text_len``, or an id outside the vocabulary; names the numbers.
         """
-        self.check_text_tokens(text_tokens)
+        self.check_text_tokens(text_tokens, wait=wait)
         config = self.config
         text = F.pad(text_tokens, (0, config.text_len - text_tokens.shape[1]))
         pads = config.text_vocab_size + torch.arange(config.text_len, device=text.device) % config.num_pads
@@ -295,8 +314,8 @@ class DALLE(TextToImage):
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
     ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b q d"]]:
         """Padded text and the transformer's outputs; the last image token, which predicts nothing, is not read."""
-        self.check_image_tokens(image_tokens)
-        padded = self.pad_text(text_tokens)
+        self.check_image_tokens(image_tokens, wait=False)
+        padded = self.pad_text(text_tokens, wait=False)
         inputs = self.embed(padded, image_tokens[:, : self.num_image_tokens - 1])
         return padded, self.transformer(inputs, self.views())
 
@@ -418,7 +437,10 @@ class DALLE(TextToImage):
         targets, counted = self.text_targets(padded)
         # Chowdhery et al. 2022 (PaLM), section 5; validation reports the plain cross entropy
         z_loss = self.config.z_loss if self.training else 0.0
-        text = linear_cross_entropy(h[:, :last][counted], self.text_head, targets[counted], z_loss=z_loss)
+        # weighted and not indexed by the mask, for which a GPU would have to be waited for
+        text = linear_cross_entropy(
+            h[:, :last].flatten(0, 1), self.text_head, targets.flatten(), z_loss=z_loss, counted=counted.flatten()
+        )
         if mean is not None:
             count = counted.sum().float()
             text = text * (count / mean(count))

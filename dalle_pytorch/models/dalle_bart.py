@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, at_least_one
 from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.bart import EPS, BartConfig, Decoder, Encoder, drop
+from dalle_pytorch.models.checks import require
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
@@ -146,24 +147,29 @@ class DALLEBart(TextToImage):
         """What each decoder layer sees when all positions are there: those before it."""
         return [StreamView(None, None, None, None) for _ in self.decoder.blocks]
 
-    def pad_text(self, text_tokens: Int[Tensor, "b given"]) -> Int[Tensor, "b t"]:
+    def pad_text(self, text_tokens: Int[Tensor, "b given"], *, wait: bool = True) -> Int[Tensor, "b t"]:
         """Captions as the encoder reads them: <s>, the ids, </s>, and <pad> up to the end. Makes a copy.
 
         Args:
             text_tokens: ids of a TextTokenizer, 0 = padding; at most text_len of them.
+            wait: for the checks of the ids on a GPU, see ``checks.require``.
 
         Raises:
             ValueError: too many tokens, an id outside the vocabulary, or one that means <pad>, <s> or </s> here.
         """
-        self.check_text_tokens(text_tokens)
+        self.check_text_tokens(text_tokens, wait=wait)
         config = self.config
         text = F.pad(text_tokens, (0, config.text_len - text_tokens.shape[1]))
-        special = torch.tensor([config.text_bos, config.text_pad, config.text_eos], device=text.device)
-        if torch.any(torch.isin(text, special[special > 0])):
-            raise ValueError(
-                f"text tokens hold {special.tolist()}, which mean <s>, <pad> and </s> to this model: they come "
-                "from another text tokenizer"
-            )
+        special = [config.text_bos, config.text_pad, config.text_eos]
+        held = torch.stack([text == token for token in special if token > 0])
+        require(
+            ~held.any(),
+            lambda: (
+                f"text tokens hold {special}, which mean <s>, <pad> and </s> to this model: they come from another "
+                "text tokenizer"
+            ),
+            wait=wait,
+        )
         ends = ((text > 0) * torch.arange(1, config.text_len + 1, device=text.device)).amax(dim=1, keepdim=True)
         padded = F.pad(torch.where(text == 0, config.text_pad, text), (1, 1), value=config.text_pad)
         padded[:, 0] = config.text_bos
@@ -220,10 +226,10 @@ class DALLEBart(TextToImage):
 
     def hidden(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q d"]:
         """The decoder's outputs; the last image token, which predicts nothing, is not read."""
-        self.check_image_tokens(image_tokens)
+        self.check_image_tokens(image_tokens, wait=False)
         if len(text_tokens) != len(image_tokens):
             raise ValueError(f"{len(text_tokens)} captions given for {len(image_tokens)} pictures")
-        padded = self.pad_text(text_tokens)
+        padded = self.pad_text(text_tokens, wait=False)
         x = self.embed_bos(len(padded))
         if read := min(image_tokens.shape[1], self.num_image_tokens - 1):
             positions = torch.arange(read, device=x.device)

@@ -86,7 +86,7 @@ class DiscreteVAE(ConvTokenizer):
     def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
         """Most likely code of every position; no Gumbel noise (section 2.2)."""
         with torch.autocast(images.device.type, enabled=False):  # the same codes in training as when cached or sampled
-            return self.encode_logits(images.float()).argmax(dim=1).flatten(1)
+            return self.encode_logits(images).argmax(dim=1).flatten(1)
 
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
         """Pictures in [0, 1]."""

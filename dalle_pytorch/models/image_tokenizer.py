@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
+from dalle_pytorch.models.checks import check_ids, check_pixels
 
 CONTRACT = ("image_size", "grid_size", "codebook_size", "channels", "encode", "decode")
 
@@ -54,13 +55,12 @@ class ImageTokenizer(nn.Module, ABC):
         """Pictures in [0, 1] of tokens in raster order."""
 
     def check_images(self, images: Shaped[Tensor, "..."]) -> None:
-        """Refuse pictures of another shape.
+        """Refuse images of another shape, type or range; to be called before they are converted.
 
         Raises:
-            ValueError: channels or sides differ from the network's; names both.
+            ValueError: channels or sides differ from the network's, or ``check_pixels`` refuses; names both.
         """
-        if not images.is_floating_point():
-            raise ValueError(f"pictures of type {images.dtype} given; they must be floats in [0, 1]: divide by 255")
+        check_pixels(images)
         expected = (self.channels, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
@@ -79,7 +79,7 @@ class ImageTokenizer(nn.Module, ABC):
                 f"{image_tokens.shape[1]} image tokens given, the tokenizer's grid is "
                 f"{self.grid_size} x {self.grid_size} = {self.num_image_tokens}"
             )
-        check_ids(image_tokens, self.codebook_size)
+        check_ids(image_tokens, self.codebook_size, "image")
 
 
 @runtime_checkable
@@ -109,21 +109,6 @@ def token_edges(image_size: int, grid_size: int, margin: tuple[int, int] = (0, 0
     """
     side = (image_size + sum(margin)) // grid_size
     return [min(max(row * side - margin[0], 0), image_size) for row in range(grid_size + 1)]
-
-
-def check_ids(image_tokens: Int[Tensor, "..."], codebook_size: int, *, most: int | None = None) -> None:
-    """Refuse ids outside a codebook, or more of them a row than a grid holds.
-
-    Raises:
-        ValueError: names the numbers.
-    """
-    if most is not None and image_tokens.shape[1] > most:
-        raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {most}")
-    if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < codebook_size:
-        raise ValueError(
-            f"image tokens span [{int(image_tokens.min())}, {int(image_tokens.max())}], "
-            f"the codebook has ids 0 to {codebook_size - 1}"
-        )
 
 
 def as_image_tokenizer(vae: nn.Module) -> ImageTokenizer:

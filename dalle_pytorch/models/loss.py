@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +20,7 @@ def linear_cross_entropy(
     targets: Int[Tensor, " n"] | Float[Tensor, "n k"],
     *,
     z_loss: float = 0.0,
+    counted: Bool[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross entropy of ``head(x)`` in fp32, nats.
 
@@ -31,16 +32,19 @@ def linear_cross_entropy(
         head: the last layer.
         targets: the right class of each position, or the probability of every class (sums of 1).
         z_loss: weight of the mean of log(Z) ** 2, which keeps logits from drifting; 0 = none.
+        counted: which positions the means are over; None = all.
 
     Source:
         z-loss: Chowdhery et al. 2022 (PaLM), section 5, there 1e-4.
     """
+    weights = x.new_ones(len(x), dtype=torch.float32) if counted is None else counted.float()
     if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(x, head.weight, head.bias, targets, z_loss)
+        return _ChunkedLoss.apply(x, head.weight, head.bias, targets, weights, z_loss)
     dtype = _product_type(x.device.type, head.weight)
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    parts = zip(x.to(dtype).split(ROWS), targets.split(ROWS), strict=True)
-    return torch.stack([_sum(part, weight, bias, target, z_loss) for part, target in parts]).sum() / len(x)
+    parts = zip(x.to(dtype).split(ROWS), targets.split(ROWS), weights.split(ROWS), strict=True)
+    sums = [_sum(part, weight, bias, target, weights_of, z_loss) for part, target, weights_of in parts]
+    return torch.stack(sums).sum() / weights.sum()
 
 
 def linear_nats(
@@ -72,30 +76,34 @@ class _ChunkedLoss(torch.autograd.Function):
     """Gradients are taken in the forward pass, chunk by chunk, and scaled in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, z_loss: float
+    ) -> Tensor:
         """The loss; keeps the gradients of the first three."""
         dtype = _product_type(x.device.type, weight)
         leaves = [value.detach().to(dtype).requires_grad_() for value in (weight, bias) if value is not None]
         sums = [torch.zeros_like(value, dtype=torch.float32) for value in leaves]  # over chunks
-        dx, total = torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
+        dx, total, count = torch.empty_like(x), x.new_zeros((), dtype=torch.float32), weights.sum()
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
             with torch.enable_grad():
                 part = x[rows].detach().to(dtype).requires_grad_()
-                loss = _sum(part, leaves[0], leaves[1] if bias is not None else None, targets[rows], z_loss)
-                first, *rest = torch.autograd.grad(loss / len(x), [part, *leaves])
+                loss = _sum(
+                    part, leaves[0], leaves[1] if bias is not None else None, targets[rows], weights[rows], z_loss
+                )
+                first, *rest = torch.autograd.grad(loss / count, [part, *leaves])
             dx[rows] = first
             for value, gradient in zip(sums, rest, strict=True):
                 value += gradient
             total += loss.detach()
         ctx.save_for_backward(dx, *(value.to(weight.dtype) for value in sums))
-        return total / len(x)
+        return total / count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The kept gradients times the one that comes in."""
         dx, dweight, *dbias = (value * gradient for value in ctx.saved_tensors)
-        return dx, dweight, dbias[0] if dbias else None, None, None
+        return dx, dweight, dbias[0] if dbias else None, None, None, None
 
 
 def _product_type(device: str, weight: Tensor) -> torch.dtype:
@@ -105,11 +113,11 @@ def _product_type(device: str, weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
-def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float) -> Tensor:
-    """Summed loss of a few positions; the product is of the type that its inputs have."""
+def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, z_loss: float) -> Tensor:
+    """Summed loss of a few positions, each times its weight; the product is of the type that its inputs have."""
     nats, logits = _nats(x, weight, bias, targets)
-    loss = nats.sum()
-    return loss + z_loss * logits.logsumexp(dim=-1).square().sum() if z_loss else loss
+    loss = (nats * weights).sum()
+    return loss + z_loss * (logits.logsumexp(dim=-1).square() * weights).sum() if z_loss else loss
 
 
 def _nats(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:

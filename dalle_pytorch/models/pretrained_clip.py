@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one
+from dalle_pytorch.models.checks import check_ids, check_pixels
 from dalle_pytorch.models.clip_resnet import ModifiedResNet
 from dalle_pytorch.models.clip_towers import ACTIVATIONS, TextTower, VisionTransformer
 from dalle_pytorch.models.two_towers import TwoTowers
@@ -188,12 +189,7 @@ class PretrainedCLIP(TwoTowers):
         config = self.config
         if text_tokens.shape[1] > config.text_len:
             raise ValueError(f"{text_tokens.shape[1]} text tokens given, the model reads text_len = {config.text_len}")
-        known = config.text_vocab_size + config.token_shift
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < known:
-            raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {known - 1}"
-            )
+        check_ids(text_tokens, config.text_vocab_size + config.token_shift, "text")
         mask = text_tokens != 0 if text_mask is None else text_mask.bool()
         if mask.shape != text_tokens.shape:
             raise ValueError(f"text_mask of shape {tuple(mask.shape)} given for text of {tuple(text_tokens.shape)}")
@@ -214,8 +210,9 @@ class PretrainedCLIP(TwoTowers):
         """Unit features, fp32, of pictures in [0, 1] of any size.
 
         Raises:
-            ValueError: another number of channels than three.
+            ValueError: another number of channels than three, or pixels that are no floats in [0, 1].
         """
+        check_pixels(images)
         if images.shape[1] != 3:
             raise ValueError(f"pictures of {images.shape[1]} channels given, the model reads 3")
         parts = [self.image(self.prepare(part)) for part in images.split(TOGETHER)]

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
+from dalle_pytorch.models.checks import check_pixels
 
 GROUPS = 8
 """Of GroupNorm."""
@@ -132,8 +133,9 @@ class Probe(nn.Module):
         """Features of pictures in [0, 1], resized to ``image_size`` where they differ.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: another number of channels, or pixels that are no floats in [0, 1].
         """
+        check_pixels(images)
         if images.shape[1] != 3:
             raise ValueError(f"pictures of {images.shape[1]} channels given, a probe reads RGB")
         size = (self.config.image_size, self.config.image_size)

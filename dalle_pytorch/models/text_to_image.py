@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.attention import StreamView
-from dalle_pytorch.models.image_tokenizer import as_image_tokenizer, check_ids
+from dalle_pytorch.models.checks import check_ids
+from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
 from dalle_pytorch.text import TextTokenizer
 
 Net = TypeVar("Net", bound="TextToImage")
@@ -102,28 +103,29 @@ class TextToImage(nn.Module, ABC):
         self.vae.eval()
         return self
 
-    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"]) -> None:
-        """Refuse ids outside the codebook or more of them than the grid holds.
+    def check_image_tokens(self, image_tokens: Int[Tensor, "b m"], *, wait: bool = True) -> None:
+        """Refuse ids outside the codebook or more of them than the grid holds; ``wait`` as in ``checks.require``.
 
         Raises:
             ValueError: names the numbers.
         """
-        check_ids(image_tokens, self.codebook_size, most=self.num_image_tokens)
-
-    def check_text_tokens(self, text_tokens: Int[Tensor, "b t"]) -> None:
-        """Refuse ids outside the vocabulary or more of them than the model reads.
-
-        Raises:
-            ValueError: names the numbers.
-        """
-        given, vocab_size = text_tokens.shape[1], self.config.text_vocab_size
-        if given > self.config.text_len:
-            raise ValueError(f"{given} text tokens given, the model reads text_len = {self.config.text_len}")
-        if text_tokens.numel() and not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < vocab_size:
+        if image_tokens.shape[1] > self.num_image_tokens:
             raise ValueError(
-                f"text tokens span [{int(text_tokens.min())}, {int(text_tokens.max())}], "
-                f"the vocabulary has ids 0 to {vocab_size - 1}"
+                f"{image_tokens.shape[1]} image tokens given, the vae's grid holds {self.num_image_tokens}"
             )
+        check_ids(image_tokens, self.codebook_size, "image", wait=wait)
+
+    def check_text_tokens(self, text_tokens: Int[Tensor, "b t"], *, wait: bool = True) -> None:
+        """Refuse ids outside the vocabulary or more than the model reads; ``wait`` as in ``checks.require``.
+
+        Raises:
+            ValueError: names the numbers.
+        """
+        if text_tokens.shape[1] > self.config.text_len:
+            raise ValueError(
+                f"{text_tokens.shape[1]} text tokens given, the model reads text_len = {self.config.text_len}"
+            )
+        check_ids(text_tokens, self.config.text_vocab_size, "text", wait=wait)
 
     def check_pairs(self, text_tokens: Int[Tensor, "_ t"], image_tokens: Int[Tensor, "b m"]) -> None:
         """Refuse other than one caption and all tokens of each image.

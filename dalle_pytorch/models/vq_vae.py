@@ -165,7 +165,7 @@ class VQVAE(ConvTokenizer):
     def encode(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b n"]:
         """Codes of pictures; the codebook learns nothing from them."""
         with torch.autocast(images.device.type, enabled=False), eval_mode(self.quantizer):
-            return self.quantizer(to_sequence(self.encoded(images.float()))).image_tokens
+            return self.quantizer(to_sequence(self.encoded(images))).image_tokens
 
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
         """Pictures in [0, 1]."""

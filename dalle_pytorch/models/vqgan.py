@@ -16,7 +16,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.models.image_tokenizer import ImageTokenizer, check_ids
+from dalle_pytorch.models.checks import check_ids
+from dalle_pytorch.models.image_tokenizer import ImageTokenizer
 from dalle_pytorch.models.vqgan_layers import Decoder, Encoder, VQGANConfig, in_fast_layout
 
 MAX_SCORES = 2**25  # of codes at a time: 128 MB, or 2048 tokens with the common 16384 codes
@@ -88,7 +89,7 @@ class VQGAN(ImageTokenizer):
         Raises:
             ValueError: an id outside the codebook; names the numbers.
         """
-        check_ids(image_tokens, self.codebook_size)
+        check_ids(image_tokens, self.codebook_size, "image")
         return self._decode(image_tokens)
 
     def together(self, pixels: int) -> int:

@@ -1,6 +1,7 @@
 """Training of the CLIP that ranks candidates."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +57,11 @@ class LitCLIP(LitBase[CLIP]):
         values = {"loss": result.loss, "logit_scale": self.net.logit_scale}
         self.log_losses("train", values, len(batch["captions"]))
         return result.loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, and the bound of the logit scale."""
+        super().optimizer_step(*args, **kwargs)
+        self.net.clamp_logit_scale()
 
     def wrong_text(self, batch: Batch, batch_idx: int) -> Int[Tensor, "b w t"]:
         """Tokens of every caption with each other phrase; all 0 where it holds none, or is cut before it."""

@@ -172,9 +172,9 @@ class LitDALLE(LitBase[TextToImage]):
             return tile(net.vae.decode(tokens), columns=SHOWN_EACH)
 
 
-def caption_tokens(text_tokens: Int[Tensor, "b t"]) -> int:
+def caption_tokens(text_tokens: Int[Tensor, "b t"]) -> Int[Tensor, ""]:
     """Tokens that the text loss of a batch is a mean over: those of captions, and the pad that ends each."""
-    return int((text_tokens != 0).sum() + (text_tokens == 0).any(dim=1).sum())
+    return (text_tokens != 0).sum() + (text_tokens == 0).any(dim=1).sum()
 
 
 def sampled_codes(
@@ -188,7 +188,7 @@ def sampled_codes(
         generator: of the CPU, so that every device draws the same.
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        logits = vae.encode_logits(images.float()).flatten(2).mT
+        logits = vae.encode_logits(images).flatten(2).mT
     uniforms = torch.rand(logits.shape[:2], generator=generator).to(logits.device)
     tokens = draw(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
     return tokens, logits.softmax(dim=-1)

@@ -161,6 +161,16 @@ def test_skeletons_of_two_threads_do_not_meet():
     assert devices == {"first": "meta", "outside": "cpu", "second": "meta", "after": "cpu"}
 
 
+def test_a_skeleton_has_real_buffers_and_no_large_parameter(make_dalle):
+    config = make_dalle(attn_types=["axial_row"]).config
+    with skeleton():
+        net = DALLE(config, make_dalle().vae)
+    real = {name for name, parameter in net.named_parameters() if not parameter.is_meta and not name.startswith("vae.")}
+    assert all(net.get_parameter(name).ndim == 1 for name in real)
+    assert not any(buffer.is_meta for buffer in net.buffers())
+    assert torch.equal(net.rotary, make_dalle().rotary)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_file_of_before_the_group_foreign_loads(make_dalle, tmp_path, suffix):
     """Its config has the options of the group among the others: the same model, the same tokens."""

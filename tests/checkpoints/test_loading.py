@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 import dalle_pytorch
+from dalle_pytorch import VQGanVAE
 from dalle_pytorch.checkpoints import checkpoint, hub, sources
 from dalle_pytorch.checkpoints.export import ExportConfig, card
 from dalle_pytorch.checkpoints.loading import load_scorer, load_vae
@@ -55,6 +56,30 @@ def test_weights_are_fp32_unless_asked_otherwise(foreign):
     assert dalle_pytorch.load(path).codebook.weight.dtype == torch.float32
     assert dalle_pytorch.load(path, dtype=None).codebook.weight.dtype == torch.float16
     assert dalle_pytorch.load(path, dtype=torch.bfloat16).codebook.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(foreign, vqgan, tmp_path, value):
+    """One number of one tensor, in any file and any way to load it."""
+    with torch.no_grad():
+        vqgan.decoder.conv_in.weight.view(-1)[3] = value
+    checkpoint.save(vqgan, tmp_path / "ours.safetensors")
+    message = r"weight decoder\.conv_in\.weight is not finite \(1 of \d+ numbers"
+    for load in (dalle_pytorch.load, load_vae, lambda path: dalle_pytorch.load(path, dtype=None), VQGanVAE):
+        with pytest.raises(UserError, match=r"last\.ckpt: " + message):
+            load(foreign())
+        if load is not VQGanVAE:
+            with pytest.raises(UserError, match=r"ours\.safetensors: " + message):
+                load(tmp_path / "ours.safetensors")
+
+
+def test_large_numbers_are_finite_unless_their_type_is_too_narrow(vqgan, tmp_path):
+    with torch.no_grad():
+        vqgan.decoder.conv_in.weight.fill_(3e38)  # their sum is infinite in fp32
+    checkpoint.save(vqgan, tmp_path / "ours.safetensors")
+    assert dalle_pytorch.load(tmp_path / "ours.safetensors").decoder.conv_in.weight.max() > 2e38
+    with pytest.raises(UserError, match=r"decoder\.conv_in\.weight is too large for float16: choose bf16"):
+        dalle_pytorch.load(tmp_path / "ours.safetensors", dtype=torch.float16)
 
 
 def test_an_imported_model_is_saved_and_loaded_as_ours(vqgan, foreign, tmp_path):
@@ -452,7 +477,7 @@ def test_an_export_may_be_half_as_large(make_dalle, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", [*arguments, f"out={tmp_path / 'large'}"])
     with pytest.raises(SystemExit):
         export.main()
-    assert "image_head.bias is not finite with precision=fp16: choose bf16" in capsys.readouterr().err
+    assert "image_head.bias is too large for float16: choose bf16" in capsys.readouterr().err
     assert not (tmp_path / "large").exists()
 
 

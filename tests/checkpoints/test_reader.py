@@ -155,9 +155,19 @@ def test_a_truncated_file_is_named(net, tmp_path, zipped):
 def test_what_is_no_weight_file_is_named(tmp_path):
     (tmp_path / "page.pt").write_text("<!DOCTYPE html><title>404</title>")
     (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    (tmp_path / "settings.pt").write_text("model:\n  target: taming\n")
+    (tmp_path / "noise.pt").write_bytes(b"\xff" * 99)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("a.txt", "hello")
-    for name, message in (("page.pt", "web page"), ("empty.pt", "neither"), ("other.zip", "none of torch's")):
+    for name, message in (
+        ("pointer.safetensors", "git lfs pull"),
+        ("settings.pt", "begins with 'model:"),
+        ("page.pt", "web page"),
+        ("empty.pt", "is empty"),
+        ("noise.pt", "neither"),
+        ("other.zip", "none of torch's"),
+    ):
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             read(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="nothing"):

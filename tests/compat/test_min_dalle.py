@@ -12,6 +12,9 @@ from dalle_pytorch import MinDalle
 from dalle_pytorch.checkpoints import hub
 from dalle_pytorch.commands import image_from_text as cli
 from dalle_pytorch.compat import image_from_text, min_dalle
+from dalle_pytorch.compat.min_dalle import as_pil
+from dalle_pytorch.compat.min_dalle_request import Request
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.strategies import KnownTokens
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
@@ -130,6 +133,42 @@ def test_progressive_outputs_come_every_32_tokens(model, drawn):
     assert all(isinstance(frame, Image.Image) for frame in frames)
     for done, tokens in zip(range(32, 257, 32), drawn, strict=True):
         assert torch.equal(tokens[:, :done], drawn[-1][:, :done])
+        assert (tokens[:, done:] == 16383).all()  # what min-dalle's previews have there
+
+
+def test_fractions_of_pixels_are_cut_off():
+    """min-dalle's ``image.to(torch.uint8)``; rounding would give 1 and 255."""
+    grid = torch.tensor([0.0, 0.99, 254.6, 255.0]).view(1, 4, 1).expand(1, 4, 3)
+    assert np.asarray(as_pil(grid))[0, :, 0].tolist() == [0, 0, 254, 255]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": ["a cat"]}, "text must be a text, got list"),
+        ({"text": None}, "text must be a text, got NoneType"),
+        ({"seed": None}, "seed must be a whole number, got None: 0 or less"),
+        ({"seed": 7.5}, "seed must be a whole number, got 7.5"),
+        ({"seed": "7"}, "seed must be a whole number, got '7'"),
+        ({"seed": [1, None], "grid_size": None}, "seed must be a whole number, got None"),
+        ({"seed": 2**64}, "less than 2"),
+        ({"top_k": 0.9}, "top_k must be a whole number, got 0.9"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
+        ({"temperature": "warm"}, "temperature must be a finite number, got 'warm'"),
+        ({"supercondition_factor": float("inf")}, "supercondition_factor must be a finite number"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_drawn(change, message):
+    with pytest.raises(UserError, match=message):
+        Request.of(**{"text": "a cat", "seed": 7, "grid_size": 1, **change})
+
+
+def test_whole_numbers_may_be_floats():
+    request = Request.of("a cat", 7.0, 2.0, top_k=256.0)
+    assert (request.seed, request.grid_size, request.top_k) == (7, 2, 256)
+    assert isinstance(request.top_k, int)
+    assert Request.of("a cat", torch.tensor([3, 4])).seed == [3, 4]
+    assert Request.of("a cat", torch.tensor(3), 1).seed == 3
 
 
 def test_options_change_what_they_should(model, drawn, brief):

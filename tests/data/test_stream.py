@@ -326,6 +326,16 @@ def test_bad_image_tokens_are_named(tmp_path, caplog):
         assert any(f"'{key}'" in line and reason in line for line in caplog.messages)
 
 
+def test_image_tokens_of_a_larger_codebook_are_named(tmp_path, caplog):
+    """A stream does not say of which image tokenizer it is, and a training step does not look."""
+    samples = [sample(i, npy=tokens(i), txt=b"grey") for i in range(SHARDS * EACH)]
+    data = module(write(tmp_path / "tokens", samples), epoch_size=40, max_bad_fraction=0.9)
+    data.set_text(BPETokenizer.train(["grey"], 262), 8, truncate=False, dropout=0.0, codebook_size=105)
+    kept = torch.cat([batch["image_tokens"] for batch in data.train_dataloader()])
+    assert kept.max() < 105
+    assert "the codebook of vae= has 105" in caplog.text
+
+
 def test_a_resumed_stream_draws_anew_and_says_so(pattern, caplog):
     stopped = module(pattern).train_dataloader()
     whole = list(stopped)

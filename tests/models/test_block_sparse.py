@@ -1,8 +1,13 @@
 """Computing only what a pattern shows equals computing all of it under a mask."""
 
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from dalle_pytorch.models import block_sparse
 from dalle_pytorch.models.attention import StreamView
@@ -73,6 +78,49 @@ def test_other_lengths_than_the_layouts_are_computed_under_the_mask(length):
     q, k, v = tensors(length=length)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:length, :length])
     torch.testing.assert_close(view.attend(q, k, v, False), expected)
+
+
+def test_tables_of_a_device_go_with_the_model(make_dalle, monkeypatch):
+    """Only those of the CPU are kept for the next model; another device than the CPU: that of copies here."""
+    copied = []
+
+    def on(self, device):
+        copied.append(weakref.ref(table := self.mask.clone()))
+        return self._replace(mask=table)
+
+    monkeypatch.setattr(block_sparse.Layout, "on", on)
+    dalle = make_dalle(attn_types=["axial_row", "axial_col"])
+    for _ in range(2):
+        dalle.views()
+    assert len(copied) == 2  # once for each pattern
+    assert all(table() is not None for table in copied)
+    again = pickle.loads(pickle.dumps(dalle))
+    again.views()
+    assert len(copied) == 4
+    del dalle, again
+    gc.collect()
+    assert not any(table() is not None for table in copied)
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_batch_sizes_do_not_exhaust_the_compiler(monkeypatch):
+    """Each size is compiled once, whatever the mask; torch would stop at 8 programs of one function."""
+    counter = CompileCounter()
+    block_sparse._compiled_flex.cache_clear()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=counter, **options))
+    plans = [
+        plan._replace(flex=flex_mask(plan.mask, torch.device("cpu")))
+        for plan in (layout(pattern, TEXT, GRID, LENGTH) for pattern in ("axial_row", "conv_like"))
+    ]
+    sizes = range(1, 11)
+    for size in sizes:
+        q, k, v = (torch.randn(size, 2, LENGTH, 8) for _ in range(3))
+        for plan in plans:
+            torch.testing.assert_close(
+                block_attention(q, k, v, plan), block_attention(q, k, v, plan._replace(flex=None))
+            )
+    assert counter.frame_count == len(sizes)
 
 
 def test_the_layout_is_the_one_that_the_model_runs(make_dalle, monkeypatch):

@@ -47,6 +47,22 @@ def test_scale_starts_as_the_papers_and_is_clamped(tiny_clip):
     assert tiny_clip.log_logit_scale.grad > 0  # a plain clamp would hold it there for ever
 
 
+def test_a_scale_that_was_pushed_for_long_comes_back_at_once(tiny_clip):
+    optimizer = torch.optim.AdamW([tiny_clip.log_logit_scale], lr=1e-2, betas=(0.0, 0.95), weight_decay=0.0)
+
+    def step(direction):
+        optimizer.zero_grad()
+        (-direction * tiny_clip.logit_scale).backward()
+        optimizer.step()
+        tiny_clip.clamp_logit_scale()
+
+    for _ in range(400):
+        step(1)
+    assert tiny_clip.log_logit_scale.item() == pytest.approx(math.log(100))
+    step(-1)
+    assert tiny_clip.logit_scale < 99.9
+
+
 def test_scores_are_not_rounded_under_autocast():
     features = torch.nn.functional.normalize(torch.randn(64, 16), dim=-1)
     noisy = torch.nn.functional.normalize(features + 0.01 * torch.randn(64, 16), dim=-1)

@@ -68,6 +68,22 @@ def test_logit_laplace_integrates_to_one():
     torch.testing.assert_close(inside, distribution.cdf(high) - distribution.cdf(low), atol=1e-4, rtol=1e-4)
 
 
+def test_a_logit_laplace_scale_beyond_its_bound_can_come_back():
+    """At ln b = -6 a location that is off wants a wider scale; one that is exact may not go further out."""
+    image = torch.full((1, 1, 1, 1), 0.5)  # its logit is 0
+    for mu, leads_back in ((1.0, True), (0.0, False)):
+        output = torch.tensor([mu, -6.0]).view(1, 2, 1, 1).requires_grad_()
+        nll = logit_laplace_nll(output, image)
+        clamped = logit_laplace_nll(torch.tensor([mu, -5.0]).view(1, 2, 1, 1), image)
+        torch.testing.assert_close(nll, clamped)
+        nll.backward()
+        assert (output.grad[0, 1].item() < -100) == leads_back
+        assert (output.grad[0, 1].item() == 0) != leads_back
+    inside = torch.tensor([0.7, -2.0]).view(1, 2, 1, 1).requires_grad_()
+    logit_laplace_nll(inside, image).backward()
+    assert inside.grad[0, 1].item() == pytest.approx(1 - 0.7 * math.exp(2), rel=1e-5)
+
+
 def test_straight_through_codes_are_one_hot_with_gradient():
     for settings in ({"straight_through": True}, {"straight_through": True, "reinmax": True}):
         vae = make(**settings)

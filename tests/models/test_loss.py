@@ -49,6 +49,20 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, z
         torch.testing.assert_close(linear_cross_entropy(x, head, targets, z_loss=z_loss), plain)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_positions_that_do_not_count_have_no_part_in_loss_or_gradients(monkeypatch, z_loss):
+    monkeypatch.setattr(loss_module, "ROWS", 4)
+    head, x, targets = Linear(6, 9), torch.randn(10, 6).requires_grad_(), torch.randint(0, 9, (10,))
+    inputs, counted = [x, *head.parameters()], torch.arange(10) % 3 == 0  # none in some places of a chunk
+    ours = linear_cross_entropy(x, head, targets, z_loss=z_loss, counted=counted)
+    plain = linear_cross_entropy(x[counted], head, targets[counted], z_loss=z_loss)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        assert_summed_alike(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, head, targets, z_loss=z_loss, counted=counted), plain)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_each_rows_nats_and_gradients_are_those_of_all_logits_at_once(monkeypatch, bias):
     monkeypatch.setattr(loss_module, "ROWS", 4)

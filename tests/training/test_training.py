@@ -13,6 +13,7 @@ from dalle_pytorch import DALLEConfig
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.commands import train_clip, train_dalle, train_vae
 from dalle_pytorch.errors import ConfigError
+from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.training.base import tile
 from dalle_pytorch.training.dalle import TrainDALLEConfig, check_codes, sampled_codes
 from dalle_pytorch.training.plan import Sizes
@@ -164,6 +165,21 @@ def test_train_clip_with_a_dalles_text_tokenizer(shards, make_dalle, tmp_path, r
     clip = dalle_pytorch.load(run_command(train_clip.main, *arguments, "model.text_len=32"))
     assert clip.text_tokenizer.state() == dalle.text_tokenizer.state()
     assert list((tmp_path / "run/pictures").iterdir())
+
+
+def test_train_clip_holds_the_logit_scale_at_its_bound(shards, tmp_path, run_command, monkeypatch):
+    """However far up it is, one step later it is at 100: that of a file of before the bound, for example."""
+    init = CLIP.__init__
+
+    def far_up(self, config):
+        init(self, config)
+        with torch.no_grad():
+            self.log_logit_scale.fill_(13.6)
+
+    monkeypatch.setattr(CLIP, "__init__", far_up)
+    arguments = small(shards, tmp_path / "run", 1, "callbacks.ema_decay=0", "model.text_len=32")
+    clip = dalle_pytorch.load(run_command(train_clip.main, *arguments))
+    assert clip.log_logit_scale.item() == pytest.approx(math.log(100))
 
 
 def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, tmp_path, run_command):

@@ -19,17 +19,22 @@ SIGNATURE = frozenset({"encoder.conv_blocks.0.res.0.norm1.weight", "quantize.emb
 GPT_SIGNATURE = frozenset({"tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight"})
 
 
-def convert(path: Path, *, image_size: int = 256) -> tuple[Header, State]:
+def convert(path: Path, *, image_size: int = 256, ema: bool = False) -> tuple[Header, State]:
     """A VQ-16 or VQ-8 of LlamaGen.
 
     Args:
         path: the checkpoint.
         image_size: side of the picture, pixels; LlamaGen uses 256, 384 and 512 with the same weights.
+        ema: take the averages of the weights, where the file has them; its GPTs were trained on codes of the others
+            (extract_codes_c2i.py).
 
     Raises:
         ValueError: not such a file, or a weight is missing or left over; names file and culprit.
     """
-    state = weights_of(read(path))
+    content = read(path)
+    if ema and not (isinstance(content, dict) and isinstance(content.get("ema"), dict)):
+        refuse(path, "has no averages of its weights: leave ema out")
+    state = weights_of({"weights": content["ema"]} if ema else content)
     if state.keys() >= GPT_SIGNATURE:
         refuse(path, "a GPT of LlamaGen, which cannot be imported; its image tokenizers (vq_ds16_*, vq_ds8_*) can")
     if not state.keys() >= SIGNATURE:

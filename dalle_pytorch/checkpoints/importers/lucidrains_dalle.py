@@ -1,8 +1,9 @@
 """Checkpoints of lucidrains/DALLE-pytorch 1.6.6: ``vae.pt`` of its train_vae.py and ``dalle.pt`` of its train_dalle.py.
 
 Formats: torch files, {hparams, weights} and {hparams, vae_params, epoch, version, vae_class_name, weights, opt_state,
-scheduler_state}. A ``dalle.pt`` holds its image tokenizer, one of three: its own DiscreteVAE, OpenAI's or a VQGAN of
-taming-transformers. Names of layers tell of the wrappers around them: token shift adds two, the cache one.
+scheduler_state}; and the folder ``dalle-ds-cp`` of a training with DeepSpeed up to ZeRO 2. A ``dalle.pt`` holds its
+image tokenizer, one of three: its own DiscreteVAE, OpenAI's or a VQGAN of taming-transformers. Names of layers tell of
+the wrappers around them: token shift adds two, the cache one.
 
 All options become options of ours, so that outputs are the same. What is not in the outputs differs in training:
 - ``stable`` there divides the gradient of the embeddings by 10; here they learn like the rest;
@@ -25,7 +26,7 @@ from dalle_pytorch.checkpoints.checkpoint import Header, State, build, make_head
 from dalle_pytorch.checkpoints.importers import openai_dvae, taming
 from dalle_pytorch.checkpoints.importers.lucidrains_vae import VAE_SIGNATURE, filled, vae_from_state
 from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import read, state_dict
+from dalle_pytorch.checkpoints.reader import plain, read, state_dict
 from dalle_pytorch.errors import UserError, refuse, some
 from dalle_pytorch.models.attention import dalle_pytorch_angles
 from dalle_pytorch.models.dalle import DALLEConfig
@@ -34,6 +35,19 @@ from dalle_pytorch.text import CLIPTokenizer, HFDirectoryTokenizer, HFTokenizer,
 
 SIGNATURE = frozenset({"to_logits.1.weight", "transformer.layers.layers.0.0.scale"})
 REVERSIBLE_SIGNATURE = frozenset({"to_logits.1.weight", "transformer.layers.blocks.0.f.net.scale"})
+
+NO_DALLE = (
+    "is no vae.pt or dalle.pt of DALLE-pytorch, which hold hparams and weights: save weights alone again as "
+    "{'hparams': ..., 'vae_params': ..., 'weights': weights}, with the arguments of DALLE(...) and DiscreteVAE(...)"
+)
+DEEPSPEED = ("auxiliary.pt", "latest")
+"""Files of the folder that a training with DeepSpeed leaves."""
+DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
+JOIN_SHARDS = (
+    "give the folder that training left (dalle-ds-cp); where its weights lie in shards (ZeRO 3) join them first: run "
+    "its zero_to_fp32.py, put the result under 'weights' in auxiliary.pt in place of the "
+    "text, and save that as dalle.pt"
+)
 
 CLIP_VOCABULARY = 49_408
 """Ids of its default tokenizer."""
@@ -72,7 +86,7 @@ def convert(
     """A DiscreteVAE of ``vae.pt``, or the DALLE of ``dalle.pt`` with its image tokenizer.
 
     Args:
-        path: the file.
+        path: the file, or the folder of DeepSpeed.
         vqgan_config: yaml of the VQGAN that a ``dalle.pt`` holds; compared with the weights, which tell all sizes.
         tokenizer: tokenizer.json of its HugTokenizer (``--hug --bpe_path``), or a folder with a Hugging Face tokenizer
             (bert-base-chinese for ``--chinese``). The file does not say which it was; None = the default one, CLIP's,
@@ -85,16 +99,12 @@ def convert(
         FileNotFoundError: no such file or tokenizer.
         ValueError: not such a file, options that could not run there, or weights that do not fit; names the culprit.
     """
-    content = read(path)
-    if not isinstance(content, dict) or not {"hparams", "weights"} <= content.keys():
-        refuse(path, "is no vae.pt or dalle.pt of DALLE-pytorch, which hold hparams and weights")
-    if isinstance(content["weights"], str):
-        refuse(
-            path,
-            "holds no weights, it only describes a DeepSpeed checkpoint: join that folder's shards with its "
-            "zero_to_fp32.py, put the result under 'weights' in place of this text, and save that as dalle.pt",
-        )
+    content = read_content(path)
     weights = state_dict(content["weights"])
+    content |= {name: plain(content[name]) for name in ("hparams", "vae_params") if name in content}
+    for name in ("hparams", "vae_params"):
+        if not isinstance(content.get(name, {}), dict | None):
+            refuse(path, f"its {name} are no dict of settings")
     try:
         if "vae_params" not in content:
             if not weights.keys() >= VAE_SIGNATURE:
@@ -109,6 +119,35 @@ def convert(
         refuse(path, f"{error}{version}")
     notes = {"source": "DALLE-pytorch", "version": content.get("version"), "epoch": content.get("epoch")}
     return make_header(config, text_tokenizer=text, vae=make_header(vae), training=notes), state
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What a file says, with the weights under ``weights``; those of DeepSpeed lie in another file of its folder.
+
+    Raises:
+        UserError: not such a file or folder, or a DeepSpeed checkpoint whose weights are in shards; says the mend.
+    """
+    # the folder, or a file in it: auxiliary.pt, or global_step*/mp_rank_00_model_states.pt
+    folder = next((place for place in (path, *path.parents[:2]) if (place / DEEPSPEED[0]).is_file()), path.parent)
+    content = read(folder / DEEPSPEED[0] if path.is_dir() else path)
+    if not isinstance(content, dict):
+        refuse(path, NO_DALLE)
+    if is_deepspeed(content):
+        if not all((folder / name).is_file() for name in DEEPSPEED):
+            refuse(path, f"holds no weights, it only describes a DeepSpeed checkpoint: {JOIN_SHARDS}")
+        states = folder / Path((folder / DEEPSPEED[1]).read_text().strip()).name / DEEPSPEED_STATES
+        if not states.is_file() or any(states.parent.glob("zero_pp_rank_*_model_states.pt")):
+            refuse(path, f"is a DeepSpeed checkpoint without its {DEEPSPEED_STATES}, or in shards: {JOIN_SHARDS}")
+        about, states = read(folder / DEEPSPEED[0]), read(states)
+        content = {**about, "weights": states.get("module") if isinstance(states, dict) else None}
+    if not {"hparams", "weights"} <= content.keys():
+        refuse(path, NO_DALLE)
+    return content
+
+
+def is_deepspeed(content: Any) -> bool:
+    """Whether a file is one of a DeepSpeed checkpoint: DALLE-pytorch puts a text in the place of the weights."""
+    return isinstance(content, dict) and (isinstance(content.get("weights"), str) or "ds_version" in content)
 
 
 def dalle_from_state(

@@ -199,8 +199,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Target and parameters of the VQGAN that a yaml of taming-transformers describes.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: no yaml, or it describes none; names the file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} (config=)")
     import yaml  # comes with Hydra; nothing else here needs it
 
     try:

@@ -79,6 +79,14 @@ def test_weights_are_found_where_they_lie(where, state, write):
     assert torch.equal(weights["codebook.weight"], state["quantize.embedding.weight"])
 
 
+def test_the_average_is_taken_where_asked(state, write):
+    average = {key: tensor + 1 for key, tensor in state.items()}
+    _, weights = llamagen.convert(write(state, ema=average), ema=True)
+    assert torch.equal(weights["codebook.weight"], average["quantize.embedding.weight"])
+    with pytest.raises(ValueError, match="no averages"):
+        llamagen.convert(write(state), ema=True)
+
+
 def test_the_gpts_tokenizer_is_taken_not_its_average(state, write):
     ema = {key: tensor + 1 for key, tensor in state.items()}
     _, weights = llamagen.convert(write(state, ema=ema))

@@ -1,5 +1,7 @@
 """DALLE-pytorch's checkpoints: the same codes, pixels, logits and greedy tokens for every option, nothing left over."""
 
+import argparse
+import copy
 import json
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -15,6 +18,7 @@ from dalle_pytorch.checkpoints import checkpoint, loading
 from dalle_pytorch.checkpoints.checkpoint import assemble, build, make_header
 from dalle_pytorch.checkpoints.importers import lucidrains_dalle as importer
 from dalle_pytorch.commands import import_weights as command
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
@@ -219,8 +223,50 @@ def foreign_name(key):
 
 def test_deepspeeds_header_says_where_the_weights_are(write):
     path = write("dalles", "bare", weights="To get a working standard checkpoint, look into consolidating")
-    with pytest.raises(ValueError, match=r"dalle.pt: holds no weights.*zero_to_fp32.py"):
-        importer.convert(path)
+    for read in (importer.convert, load):
+        with pytest.raises(UserError, match=r"dalle.pt: holds no weights.*give the folder.*zero_to_fp32.py"):
+            read(path)
+
+
+def test_a_deepspeed_folder_is_read(write, make_weights, tmp_path):
+    """By the folder or by a file in it; not where its weights are in shards."""
+    weights, case = make_weights("dalles", "bare")
+    expected = load(write("dalles", "bare")).state_dict()
+    folder = tmp_path / "dalle-ds-cp"
+    (folder / "global_step7").mkdir(parents=True)
+    (folder / "latest").write_text("global_step7\n")
+    about = {"hparams": as_written(case["hparams"]), "vae_params": case["vae_params"], "epoch": 3}
+    torch.save({**about, "weights": "To get a working standard checkpoint, look into ..."}, folder / "auxiliary.pt")
+    states = folder / "global_step7" / "mp_rank_00_model_states.pt"
+    torch.save({"module": weights, "optimizer": None, "ds_config": {}, "ds_version": "0.4.0", **about}, states)
+    for path in (folder, folder / "auxiliary.pt", states):
+        found = load(path).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    (folder / "global_step7" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(UserError, match=r"in shards.*zero_to_fp32.py"):
+        load(folder)
+
+
+def test_names_of_data_parallel_and_settings_as_objects_are_read(write, make_weights):
+    expected = copy.deepcopy(load(write("dalles", "bare")).state_dict())  # not views of the file, which is replaced
+    weights, case = make_weights("dalles", "bare")
+    settings = {"hparams": as_written(case["hparams"]), "vae_params": case["vae_params"]}
+    objects = {name: argparse.Namespace(**value) for name, value in settings.items()}
+    of_omegaconf = {
+        name: OmegaConf.create({key: list(item) if isinstance(item, tuple) else item for key, item in value.items()})
+        for name, value in settings.items()
+    }
+    wrapped = {"weights": {f"module.{name}": tensor for name, tensor in weights.items()}}
+    for changes in (wrapped, objects, of_omegaconf):
+        content = {"weights": weights, **settings, **changes}
+        path = write("dalles", "bare")
+        torch.save(content, path)
+        found = load(path).state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    torch.save({"weights": weights, "hparams": 3, "vae_params": {}}, path)
+    with pytest.raises(UserError, match="hparams are no dict"):
+        load(path)
 
 
 def test_misfits_are_named(write, make_weights, tmp_path):
