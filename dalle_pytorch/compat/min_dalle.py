@@ -32,6 +32,7 @@ from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens
 from dalle_pytorch.images import fit, flatten, to_tensor
 from dalle_pytorch.models.dalle_bart import DALLEBart
+from dalle_pytorch.models.text_to_image import TextToImage
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class MinDalle:
                 images = self._decode(dalle, shown, request.grid_size if request.is_seamless else None)
                 yield request.ranked(images) if finished else images
 
-    def _tokens(self, dalle: DALLEBart, text: str, is_verbose: bool) -> Int[Tensor, "1 t"]:
+    def _tokens(self, dalle: TextToImage, text: str, is_verbose: bool) -> Int[Tensor, "1 t"]:
         """Of a prompt, cut where it is too long."""
         assert dalle.text_tokenizer is not None  # the importer sets it
         length, tokenizer = dalle.config.text_len, dalle.text_tokenizer
@@ -216,7 +217,7 @@ class MinDalle:
         return tokenizer.tokenize(text, length, truncate=True)
 
     @torch.inference_mode()
-    def _given(self, dalle: DALLEBart, image: Tensor | Image.Image, keep_rows: int) -> KnownTokens:
+    def _given(self, dalle: TextToImage, image: Tensor | Image.Image, keep_rows: int) -> KnownTokens:
         """The upper rows of a picture."""
         if not 0 < keep_rows < dalle.grid_size:
             raise UserError(f"image needs keep_rows: keep_rows must lie in 1 to {dalle.grid_size - 1}, got {keep_rows}")
@@ -227,7 +228,7 @@ class MinDalle:
 
     @torch.inference_mode()
     def _decode(
-        self, dalle: DALLEBart, drawn: Int[Tensor, "m n"], grid_size: int | None
+        self, dalle: TextToImage, drawn: Int[Tensor, "m n"], grid_size: int | None
     ) -> Float[Tensor, "pictures c rows columns"]:
         """Pictures of image tokens; with a grid size one picture of all of them."""
         if grid_size is None:

@@ -294,10 +294,10 @@ class Int8Linear(nn.Module):
 
 # What torch.compile cannot read, as a packed weight, it can call: an operator that finds its layer by number.
 _NUMBERS = itertools.count()
-_LAYERS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_LAYERS: weakref.WeakValueDictionary[int, CastLinear | Int8Linear] = weakref.WeakValueDictionary()
 
 
-def enlist(layer: nn.Module) -> int:
+def enlist(layer: CastLinear | Int8Linear) -> int:
     """A number by which ``packed_products`` finds a layer as long as it lives."""
     number = next(_NUMBERS)
     _LAYERS[number] = layer

@@ -71,6 +71,14 @@ class Read(NamedTuple):
     """Added to the scores of slots start to stop: 0 or -inf; None = all of them are visible."""
 
 
+class ShiftRead(NamedTuple):
+    """Slots of token shift that a step writes and reads."""
+
+    write: Int[Tensor, " q"]
+    above: Int[Tensor, " q"]
+    left: Int[Tensor, " q"]
+
+
 class Step(NamedTuple):
     """The positions of one step, as its layers need them."""
 
@@ -78,8 +86,7 @@ class Step(NamedTuple):
     """In raster order."""
     turns: Float[Tensor, "2 q e"] | None
     """Their part of ``rotary_turns``."""
-    shift: tuple[Int[Tensor, " q"], Int[Tensor, " q"], Int[Tensor, " q"]] | None
-    """Slots of token shift: of each position, of the token above it, of the token on its left."""
+    shift: ShiftRead | None
     reads: dict[str, Read]
     """By pattern."""
 
@@ -90,7 +97,7 @@ class Step(NamedTuple):
             pattern: read._replace(write=read.write.clone(), bias=copy(read.bias))
             for pattern, read in self.reads.items()
         }
-        shift = None if self.shift is None else tuple(part.clone() for part in self.shift)
+        shift = None if self.shift is None else ShiftRead(*(part.clone() for part in self.shift))
         return Step(self.positions.clone(), copy(self.turns), shift, reads)
 
     def tensors(self) -> list[Tensor]:
@@ -118,9 +125,9 @@ class ShiftSlots:
         self.above = torch.where(position < grid_size, nothing, above).to(device)
         self.left = torch.where(position % grid_size == 0, nothing, left).to(device)
 
-    def at(self, some: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def at(self, some: slice) -> ShiftRead:
         """Of some positions."""
-        return self.write[some], self.above[some], self.left[some]
+        return ShiftRead(self.write[some], self.above[some], self.left[some])
 
 
 class LayerCache:
@@ -157,7 +164,8 @@ class LayerCache:
         if in_front:
             self.keys[:, :, : self.offset], self.values[:, :, : self.offset] = prompt
         some = slice(max(0, given - slots.count), given)
-        self.write(*image[:, :, :, some], self.offset + slots.write[some])
+        keys, values = image[:, :, :, some]
+        self.write(keys, values, self.offset + slots.write[some])
         self.recent: list[Float[Tensor, "r slots half"]] = []
         """Moving channels of the last tokens, at the entry of attention and of the feed-forward."""
 

@@ -19,6 +19,7 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.attention import StreamView
 from dalle_pytorch.models.checks import check_ids
 from dalle_pytorch.models.image_tokenizer import as_image_tokenizer
+from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.text import TextTokenizer
 
 Net = TypeVar("Net", bound="TextToImage")
@@ -83,7 +84,7 @@ class TextToImage(nn.Module, ABC):
 
     config: Any
     """A TextToImageConfig; each network narrows it to its own."""
-    image_head: nn.Linear
+    image_head: Linear
     """Scores the codebook, in its first ``codebook_size`` rows."""
     has_text_head: ClassVar[bool] = False
     """Whether the network predicts captions, too: ``text_nll`` and ``next_text_scores``."""
