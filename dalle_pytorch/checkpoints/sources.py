@@ -103,7 +103,10 @@ def find(path: Path) -> str:
         names = [name for name, count in found.items() if count and count == max(found.values())]
     if len(names) != 1:
         guess = f"could be {' or '.join(names)}" if names else "is of no known format"
-        raise UserError(f"{path} {guess}; say which with source=, one of {', '.join(SOURCES)}")
+        raise UserError(
+            f"{path} {guess}; say which with source= of load(), or with dalle-import-weights SOURCE {path} --out "
+            f"FILE.safetensors; sources are {', '.join(SOURCES)}"
+        )
     return names[0]
 
 
