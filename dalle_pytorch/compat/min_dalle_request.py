@@ -5,7 +5,7 @@ Axes: m pictures, n image tokens, k codebook_size, c channels, H W pixels, g row
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from inspect import signature
 from typing import Any
@@ -74,11 +74,13 @@ class Request:
         """
         given: dict[str, Any] = signature(cls).bind(*args, **kwargs).arguments
         for names, convert in ((INTEGERS, operator.index), (FLOATS, float)):
-            given |= {name: convert(given[name]) for name in names if given.get(name) is not None}
+            given |= {name: _as(convert, name, given[name]) for name in names if given.get(name) is not None}
+        seed = given["seed"]
         try:
-            given["seed"] = operator.index(given["seed"])
+            given["seed"] = operator.index(seed)
         except TypeError:
-            given["seed"] = [operator.index(each) for each in given["seed"]]
+            seeds = seed if isinstance(seed, Iterable) else [seed]
+            given["seed"] = [_as(operator.index, "seed", each) for each in seeds]
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class Request:
             ValueError: settings that do not fit; names them.
         """
         finite(self)
+        if isinstance(self.seed, int) and self.seed >= 1 << 64:
+            raise UserError(f"seed must be below 2^64, got {self.seed}")
         if self.grid_size is not None and self.grid_size < 1:
             raise UserError(f"grid_size must be at least 1, got {self.grid_size}")
         counts = {
@@ -157,6 +161,19 @@ class Request:
         return rearrange(
             images, "1 c (row h) (column w) -> (column row) c h w", row=self.grid_size, column=self.grid_size
         )
+
+
+def _as(convert: Callable[[Any], Any], name: str, value: Any) -> Any:
+    """A number of a call, as Python's own kind.
+
+    Raises:
+        UserError: it is none of that kind; names the argument.
+    """
+    try:
+        return convert(value)
+    except (TypeError, ValueError) as error:
+        kind = "an integer" if convert is operator.index else "a number"
+        raise UserError(f"{name} must be {kind}, got {value!r}") from error
 
 
 def tile(images: Float[Tensor, "m c H W"]) -> Float[Tensor, "rows columns c"]:
