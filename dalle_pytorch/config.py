@@ -325,10 +325,10 @@ def check_flags(arguments: Sequence[str], foreign: Mapping[str, Flag]) -> None:
     answers = [(name, value, foreign.get(name.lstrip("-").replace("-", "_"))) for name, value in found]
     known = [(name, value, flag) for name, value, flag in answers if flag is not None]
     if known:
-        typed_instead = [item for _, value, flag in known for item in flag.arguments(value)]
-        remarks = [f"{name}: {flag.remark.format(value)}" for name, value, flag in known if flag.remark]
-        instead = [f"in place of {' '.join(name for name, _, _ in known)} give {' '.join(typed_instead)}"]
-        raise ConfigError("; ".join([*(instead if typed_instead else []), *remarks]))
+        flags = " ".join(name for name, _, flag in known if flag.settings)
+        settings = " ".join(item for _, value, flag in known for item in flag.arguments(value))
+        remarks = [f"{name}: {flag.remark.format(value or 'VALUE')}" for name, value, flag in known if flag.remark]
+        raise ConfigError("; ".join([*([f"in place of {flags} give {settings}"] if flags else []), *remarks]))
     if found:
         raise ConfigError(f"{found[0][0]} is no flag: settings are given as name=value, and --help shows them")
 

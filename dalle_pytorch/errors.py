@@ -1,6 +1,7 @@
 """Errors meant for people, the checks and words that many of them share, and how a command ends."""
 
 import contextlib
+import io
 import math
 import os
 import signal
@@ -123,11 +124,13 @@ def one_line_errors(*, full: bool = False) -> Iterator[None]:
     """End the program with one line and an exit code where an error is meant for people.
 
     Settings that cannot be end it with 2, other errors with 1, Ctrl-C with 130. Standard output is written out here, so
-    that a closed pipe or a full disk behind it is such an error, too.
+    that a closed pipe or a full disk behind it is such an error, too; what its encoding lacks is printed as an escape.
 
     Args:
         full: keep every traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

@@ -111,6 +111,11 @@ def read_text(path: Path, name: str) -> str:
     return text
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no surrogates, by which Python shows bytes of a command line that it cannot decode."""
+    return text.encode("utf-8", "ignore").decode() == text
+
+
 def split_lines(text: str) -> list[str]:
     """The lines of a text file: only \\n, \\r\\n and \\r end one, not all that ends one for ``str.splitlines``."""
     lines = re.split(r"\r\n?|\n", text)

@@ -1,6 +1,7 @@
 """How a command ends: one line for what a person can mend, a traceback for a defect, no leftovers in stdout."""
 
 import errno
+import io
 import os
 import sys
 from dataclasses import dataclass, field
@@ -53,10 +54,15 @@ def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys, length, 
         writer = os.open(where, os.O_WRONLY)
     stdout = os.fdopen(writer, "w")
     monkeypatch.setattr(sys, "stdout", stdout)
-    with pytest.raises(SystemExit) as stop, one_line_errors():
+
+    @one_line_errors()
+    def command():
         print("x" * length)
         if end == "exits":
             sys.exit(0)
+
+    with pytest.raises(SystemExit) as stop:
+        command()
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("error: Broken pipe" if where == "pipe" else "error: No space left on device")
@@ -76,3 +82,11 @@ def test_numbers_that_are_not_finite_are_named():
         for value in (float("nan"), float("inf"), -float("inf")):
             with pytest.raises(UserError, match=f"{name} must be a finite number"):
                 finite(Config(**{name: [1.0, value] if name == "points" else value}))
+
+
+def test_what_an_encoding_lacks_is_printed_as_an_escape(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    with one_line_errors():
+        print("größe.png")
+    assert out.getvalue().strip() == rb"gr\xf6\xdfe.png"

@@ -324,6 +324,8 @@ def test_comparisons_of_two_splits_are_refused(place, call):
         (["threads=0"], "threads"),
         (["data.path=pipe:cat x.tar"], "stream"),
         (["max_samples=1"], "max_samples must be at least 2"),
+        (["num_prompts=1"], "num_prompts must be at least 2"),
+        (["blurs=[nan]"], "blurs must be a finite number"),
         (["split=single"], "has 1 of the two images that are needed at least: give split=train+val"),
         (["checkpoint={}/nothing.safetensors"], "no file or folder"),
         (["judge={}/judge.safetensors", "sweep.temperature=[]"], "sweep.temperature is an empty list"),

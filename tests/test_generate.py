@@ -287,7 +287,11 @@ def test_two_processes_draw_what_one_draws(models, monkeypatch):
             for value in ("nan", "inf", "-inf")
         ),
         (["sampling.cfg_scale=1", "sampling.cfg_schedule=[1,nan]"], "cfg_schedule must be a finite number"),
-        (["sampling.temperature=1e-38"], "temperature"),
+        (["sampling.temperature=1e-38"], "temperature=1e-38 would overflow"),
+        (["sampling.cfg_scale=1e38"], r"cfg_scale=1e\+38 would overflow"),
+        (["sampling.cfg_scale=1", "sampling.cfg_schedule=[1,-1e38]"], "cfg_schedule=.* would overflow"),
+        (['prompt="a \udcff"'], r"prompt='a \\udcff' holds bytes that are no UTF-8"),
+        (['negative_prompt="a \udcff"'], r"negative_prompt='a \\udcff' holds bytes that are no UTF-8"),
         (["min_distance=2"], "min_distance"),
         (["sampling.cfg_schedule=[1,2]"], "cfg_schedule"),
         (['prompt="a red apple a red apple a red apple a red apple"'], "a red apple a red"),

@@ -114,7 +114,10 @@ def find(path: Path) -> str:
             raise UserError(
                 f"{path} holds weights of ours without their settings: save the model with dalle_pytorch.save"
             )
-        raise UserError(f"{path} {guess}; say which with source=, one of {', '.join(SOURCES)}")
+        raise UserError(
+            f"{path} {guess}; say which with source= of load(), or with dalle-import-weights SOURCE {path} --out "
+            f"FILE.safetensors; sources are {', '.join(SOURCES)}"
+        )
     return names[0]
 
 

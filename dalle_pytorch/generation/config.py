@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dalle_pytorch.errors import UserError, at_least_one, finite
-from dalle_pytorch.files import read_text, split_lines
+from dalle_pytorch.files import is_unicode, read_text, split_lines
 from dalle_pytorch.generation.sampling import SamplingConfig
 
 
@@ -74,6 +74,9 @@ class GenerateConfig:
             UserError: counts that do not fit; names them.
         """
         finite(self)
+        for name in ("prompt", "negative_prompt"):
+            if not is_unicode(getattr(self, name) or ""):
+                raise UserError(f"{name}={getattr(self, name)!a} holds bytes that are no UTF-8: type it in UTF-8")
         if self.dalle not in (None, self.weights):
             raise UserError(f"weights={self.weights} and dalle={self.dalle} mean the same: give one")
         if not 1 <= self.num_keep <= self.num_candidates:

@@ -55,6 +55,9 @@ class SamplingConfig:
             raise UserError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
         if 0 < self.temperature < 1e-6:
             raise UserError(f"temperature={self.temperature} would overflow the logits; 0 = greedy")
+        if max(map(abs, self.cfg_schedule or [self.cfg_scale])) > 1e6:
+            name = "cfg_scale" if self.cfg_schedule is None else "cfg_schedule"
+            raise UserError(f"{name}={getattr(self, name)} would overflow the logits; scales are around 1 to 10")
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise UserError(f"top_k is a number of tokens, 0 (off) or positive, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -333,6 +333,24 @@ def test_what_cannot_run_is_refused_before_weights_are_read(tmp_path):
             MinDalle(tmp_path, is_verbose=False, **{"device": "cpu", **options})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("seed", None, "an integer"),
+        ("seed", 7.0, "an integer"),
+        ("seed", [1, 2.5], "an integer"),
+        ("seed", 1 << 65, "below 2"),
+        ("grid_size", 2.0, "an integer"),
+        ("top_k", 256.0, "an integer"),
+        ("temperature", "hot", "a number"),
+        ("supercondition_factor", float("nan"), "a finite number"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(name, value, kind):
+    with pytest.raises(UserError, match=f"^{name} must be {kind}"):
+        Request.of(**{"text": "a", "seed": 1, "grid_size": 1, name: value})
+
+
 def test_an_empty_folder_is_none(tmp_path, monkeypatch):
     """min-dalle makes it before it downloads."""
     (tmp_path / "dalle_bart_mini").mkdir()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 
 import pytest
@@ -109,6 +110,11 @@ def test_the_command_prints_a_table_or_one_line(tmp_path, capsys, monkeypatch):
     write(record(psnr=metric(), fid_clip=looked_through()), a)
     write(record(psnr=metric(2.0), fid_clip=looked_through(5.0, interval=(4.0, 6.0)), ssim=metric()), b)
     write(record(psnr=metric(protocol={**PROTOCOL, "split": "test"})), c)
+    for name, file in (("first", a), ("second", b)):
+        (tmp_path / name).mkdir()
+        shutil.copy(file, tmp_path / name / "metrics.json")
+    assert command(tmp_path / "first", tmp_path / "second") == 0  # what out= named will do
+    capsys.readouterr()
     assert command(a, b) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"psnr\s+1\.500\s+2\.000\s+\+0\.5000\s+10\s+second better, no interval", lines[2])

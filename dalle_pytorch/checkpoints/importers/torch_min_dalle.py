@@ -166,7 +166,7 @@ def find_files(path: Path, mega: bool | None, vqgan: Path | None = None) -> File
         next((file for file in detokers if file.exists()), detokers[-2:][0]),
     )
     if missing := [str(file) for file in files if not file.exists()]:
-        refuse(path, f"incomplete, without {', '.join(missing)}")
+        refuse(path, f"incomplete (kuprel/min-dalle on the hub has all files), without {', '.join(missing)}")
     return files
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle_pytorch.checkpoints import hub
 from dalle_pytorch.checkpoints.checkpoint import build, load_state, make_header
 from dalle_pytorch.checkpoints.importers import torch_min_dalle as min_dalle
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.dalle_bart import DALLEBart
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 
@@ -167,7 +170,7 @@ def test_of_two_models_one_is_chosen(write, tmp_path):
         min_dalle.convert(tmp_path)
     (tmp_path / "dalle_bart_mega/vocab.json").unlink()
     assert min_dalle.convert(tmp_path, mega=False)
-    with pytest.raises(ValueError, match=r"incomplete, without .*dalle_bart_mega/vocab\.json$"):
+    with pytest.raises(ValueError, match=r"incomplete .*, without .*dalle_bart_mega/vocab\.json$"):
         min_dalle.convert(tmp_path, mega=True)
 
 
@@ -320,8 +323,20 @@ def test_broken_and_missing_files_are_named(write, tmp_path, monkeypatch):
             min_dalle.convert(tmp_path)
         (folder / name).write_text(before)
     (tmp_path / "vqgan/detoker.pt").unlink()
-    with pytest.raises(ValueError, match=r"incomplete, without .*vqgan/detoker\.pt"):
+    with pytest.raises(ValueError, match=r"incomplete .*, without .*vqgan/detoker\.pt"):
         min_dalle.convert(tmp_path)
+
+
+def test_a_missing_package_is_named_before_weights_are_read_or_fetched(write, monkeypatch):
+    folder = write()
+    monkeypatch.setitem(sys.modules, "emoji", None)
+    monkeypatch.setattr(min_dalle, "read", lambda path: pytest.fail(f"read {path}"))
+    with pytest.raises(UserError, match="pip install emoji"):
+        min_dalle.convert(folder)
+    monkeypatch.setattr(hub, "_snapshot", lambda *_: pytest.fail("fetched"))
+    for name in ("dalle_mini", "dalle_mega"):
+        with pytest.raises(UserError, match="pip install emoji"):
+            hub.fetch(name)
 
 
 @pytest.mark.live
