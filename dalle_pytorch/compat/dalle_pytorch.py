@@ -8,9 +8,12 @@ What differs from DALLE-pytorch, because it is a defect there:
 - ``kl_div_loss_weight`` is the paper's beta and does not depend on the batch size;
 - ``filter_thres`` drops a share of the image vocabulary only;
 - no call changes its inputs; evaluation mode adds no Gumbel noise; the key/value cache is always on;
-- prompts longer than ``text_seq_len`` are refused, not cut.
+- prompts longer than ``text_seq_len`` are refused, not cut;
+- images that are no floats in [0, 1] (bytes, 0 to 255) are refused, not converted.
 
 What differs by design:
+- ``num_image_tokens`` is the number of image tokens, ``codebook_size`` that of codes;
+- ``attn_types`` has no "sparse" (1.6.6 cannot run it) and no "mlp";
 - without ``return_loss`` a DALLE gives (text logits, image logits), not one tensor over both vocabularies;
 - the text loss ends at the first pad, since later pads are certain;
 - patterns default to the paper's definitions (``attn_semantics="dalle_pytorch"`` brings the others back);
