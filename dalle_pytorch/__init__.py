@@ -1,5 +1,8 @@
 """Train, evaluate and sample DALL·E-style models: a picture codebook, a caption-to-picture transformer, a ranker."""
 
+import dalle_pytorch.threads  # noqa: F401  (before torch)
+
+# isort: split
 from dalle_pytorch.checkpoints.checkpoint import save
 from dalle_pytorch.compat.dalle_pytorch import CLIP, DALLE, DiscreteVAE
 from dalle_pytorch.compat.loading import load

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.captions import draw_texts
+from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.sampling import SamplingConfig, guide, top_k_of_filter_thres
 from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models import clip as _clip
@@ -289,6 +290,8 @@ class DALLE(_dalle.DALLE):
         ValueError: no vae, or a pattern that does not exist ("sparse" could not run in DALLE-pytorch either).
     """
 
+    _laid_out: tuple[object, Decoder] | None = None
+
     def __init__(
         self,
         config: DALLEConfig | None = None,
@@ -430,8 +433,13 @@ class DALLE(_dalle.DALLE):
         cond_scale: float = 1.0,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One picture a caption, with its score where a CLIP is given.
+
+        The first call lays the weights out for sampling. In evaluation mode the next ones find them so, until a weight
+        changes.
 
         Args:
             text: text tokens [b, t], at most text_seq_len of them; or prompts, which the model's tokenizer reads.
@@ -444,6 +452,8 @@ class DALLE(_dalle.DALLE):
             cond_scale: guidance.
             use_cache: accepted and without effect: the cache is exact and always on.
             generator: source of randomness; None = torch's global one.
+            precision: arithmetic, see ``Generator``; DALLE-pytorch has fp32 only.
+            compiled: translate a step with ``torch.compile``, see ``Generator``.
 
         Returns:
             Pictures [b, c, H, W] in [0, 1], or (pictures, scores [b]).
@@ -470,13 +480,27 @@ class DALLE(_dalle.DALLE):
         )
         source = "cpu" if generator is None else generator.device
         uniforms = torch.rand(len(text), self.num_image_tokens, generator=generator, device=source)
-        tokens = generate_image_tokens(self, text, uniforms, sampling, given_tokens=given)
+        tokens = generate_image_tokens(self.laid_out(precision, compiled), text, uniforms, sampling, given_tokens=given)
         images = self.vae.decode(tokens)
         if clip is None:
             return images
         with eval_mode(clip):
             features = clip.encode_text(text, mask), clip.encode_image(images)
         return images, clip.logit_scale * F.cosine_similarity(*features)
+
+    def laid_out(self, precision: str, compiled: bool) -> Decoder:
+        """This model for sampling; kept in evaluation mode as long as its weights and arguments are the same."""
+        weights = [*self.transformer.parameters(), *self.image_head.parameters()]
+        state = precision, compiled, [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._laid_out is not None and self._laid_out[0] == state and not self.training:
+            return self._laid_out[1]
+        decoder = Decoder(self, precision=precision, compiled=compiled)
+        self._laid_out = None if self.training else (state, decoder)
+        return decoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are without what is laid out."""
+        return {**self.__dict__, "_laid_out": None}
 
     def tokenized(self, text: Tensor | str | Sequence[str]) -> Tensor:
         """Text tokens of prompts; tokens as they are.

@@ -1,5 +1,6 @@
 """Calls of DALLE-pytorch's users that are done right or refused early, and the names that they import."""
 
+import copy
 import subprocess
 import sys
 
@@ -105,3 +106,26 @@ print([name for name in ("tokenizer", "vae", "loader") if f"dalle_pytorch.{name}
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_model_is_laid_out_once_for_all_calls_until_a_weight_changes(make_dalle):
+    dalle = make_dalle().eval()
+    text = torch.tensor([[3, 1, 4]])
+    draw = lambda model: model.generate_images(text, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    before = draw(dalle)
+    kept = dalle.laid_out("fp32", False)
+    assert dalle.laid_out("fp32", False) is kept
+    assert dalle.laid_out("bf16", False) is not kept
+    copied = copy.deepcopy(dalle)
+    assert copied._laid_out is None
+    torch.testing.assert_close(draw(copied), before)
+    with torch.no_grad():
+        for weight in dalle.transformer.parameters():
+            weight.mul_(3)
+    after = draw(dalle)
+    assert not torch.allclose(after, before)
+    fresh = make_dalle().eval()
+    fresh.load_state_dict(dalle.state_dict())
+    torch.testing.assert_close(draw(fresh), after)
+    dalle.train()
+    assert dalle.laid_out("fp32", False) is not dalle.laid_out("fp32", False)
