@@ -500,7 +500,7 @@ class DALLE(_dalle.DALLE):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are without what is laid out."""
-        return {**self.__dict__, "_laid_out": None}
+        return {**super().__getstate__(), "_laid_out": None}
 
     def tokenized(self, text: Tensor | str | Sequence[str]) -> Tensor:
         """Text tokens of prompts; tokens as they are.

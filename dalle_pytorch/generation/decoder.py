@@ -145,7 +145,7 @@ class Decoder:
         shape = tuple(image_tokens.shape)
         if shape not in state.graphs:
             state.graphs[shape] = GraphedStep(self, state, image_tokens, first)
-        return state.graphs[shape](image_tokens, first)
+        return state.graphs[shape](state, image_tokens, first)
 
     def run(self, state: State, image_tokens: Int[Tensor, "r q"], step: Step) -> Float[Tensor, "r q k"]:
         """One step through the network."""
@@ -166,25 +166,28 @@ class Decoder:
 class GraphedStep:
     """A step of one State as a CUDA graph, replayed with other tokens and positions: one launch in place of hundreds.
 
-    Nothing of it runs on a CPU. The first step is run once outside the graph, as capturing asks for.
+    The first step is run once outside the graph, as capturing asks for. The graph belongs to its State, whose caches it
+    reads and writes, and keeps no reference to it.
     """
 
     def __init__(self, decoder: Decoder, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> None:
-        self.state, self.tokens = state, image_tokens.clone()
+        self.tokens = image_tokens.clone()
         self.step = state.step(first, image_tokens.shape[1], static=True).clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            decoder.run(state, self.tokens, self.step)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.scores = decoder.run(state, self.tokens, self.step)
+        with torch.cuda.device(decoder.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                decoder.run(state, self.tokens, self.step)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # other threads may use the GPU meanwhile: those that load data, or a server's
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.scores = decoder.run(state, self.tokens, self.step)
 
-    def __call__(self, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
+    def __call__(self, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
         """Scores, valid until the next call."""
         self.tokens.copy_(image_tokens)
-        step = self.state.step(first, image_tokens.shape[1], static=True)
+        step = state.step(first, image_tokens.shape[1], static=True)
         for kept, new in zip(self.step.tensors(), step.tensors(), strict=True):
             kept.copy_(new)
         self.graph.replay()

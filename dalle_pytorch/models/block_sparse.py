@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dalle_pytorch.models.patterns import pattern_mask
 
+FLEX_WIDTH = 16
+"""Narrowest head that FlexAttention computes; narrower ones are filled up with zeros."""
 BLOCK = 64
 """Queries of a block. Of 64, 128 and 256 the fastest for all patterns at 320 and 1,280 positions on 2 CPU cores: larger
 ones compute more that is masked, and what 64 need stays in the cache."""
@@ -107,7 +110,11 @@ def block_attention(
     if layout.flex is None:
         out = _BlockAttention.apply(q, k, v, layout.blocks)
     else:
-        out = _compiled_flex(q.shape, q.dtype)(q, k, v, block_mask=layout.flex)
+        # inside a program that is being compiled it is part of that; by itself it is a program of its own
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex(q.shape, q.dtype)
+        width = q.shape[-1]
+        q, k, v = (F.pad(x, (0, max(FLEX_WIDTH - width, 0))) for x in (q, k, v))
+        out = flex(q, k, v, block_mask=layout.flex, scale=width**-0.5)[..., :width]
     return out if layout.inverse is None else out.index_select(2, layout.inverse)
 
 

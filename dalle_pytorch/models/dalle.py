@@ -226,15 +226,14 @@ class DALLE(TextToImage):
         if self._layouts is None or self._layouts[0] != device:
             length = config.text_length + self.num_image_tokens - 1  # the last image token predicts nothing
             semantics, kernel = config.foreign.attn_semantics, config.conv_kernel
-            self._layouts = (
-                device,
-                {
+            with torch.inference_mode(False):  # tables that sampling made serve training, too
+                tables = {
                     pattern: layout(
                         pattern, config.text_length, self.grid_size, length, semantics=semantics, kernel=kernel
                     ).on(device)
                     for pattern in self.patterns
-                },
-            )
+                }
+            self._layouts = device, tables
         return self._layouts[1]
 
     def __getstate__(self) -> dict[str, Any]:

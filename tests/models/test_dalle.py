@@ -372,3 +372,11 @@ def test_reversible_means_what_it_did_in_dalle_pytorch(tiny_vae):
 def test_settings_without_effect_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DALLEConfig(**settings)
+
+
+def test_tables_made_while_sampling_serve_training(make_dalle):
+    dalle = make_dalle(attn_types=["axial_col"])
+    text, image = torch.tensor([[3, 1]]), torch.randint(12, (1, 16))
+    with torch.inference_mode():
+        dalle.image_logits(text, image)
+    dalle.loss(text, image).loss.backward()
