@@ -9,7 +9,6 @@ Axes: g groups (a prompt, or its null twin for guidance), c candidates of a grou
 heads, e head_dim, t prompt positions, n image tokens, s slots of the image cache, q new positions, d width.
 """
 
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -310,49 +309,3 @@ class State:
     def bytes(self) -> int:
         """Memory held."""
         return sum(layer.bytes() for layer in self.layers)
-
-
-ACTIVE: ContextVar[list[CachedView]] = ContextVar("active")
-"""Views of the step that a compiled program is running."""
-
-
-class CompiledView:
-    """A layer's view inside a compiled program: what touches the cache is a call that the compiler does not look into.
-
-    A program that wrote to the caches itself would be compiled into one that copies them, and would be another one for
-    every length that is read.
-    """
-
-    def __init__(self, layer: int, turns: Float[Tensor, "2 q e"] | None, shifts: bool) -> None:
-        self.layer, self.turns, self.shifts = layer, turns, shifts
-
-    def shift(self, x: Float[Tensor, "r q d"], sublayer: int) -> Float[Tensor, "r q d"]:
-        """As in CachedView."""
-        return torch.ops.dalle_pytorch.shift(x, self.layer, sublayer) if self.shifts else x
-
-    def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
-        """As in CachedView."""
-        return x if self.turns is None else rotate(x, self.turns)
-
-    def attend(
-        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
-    ) -> Float[Tensor, "r h q e"]:
-        """As in CachedView."""
-        return torch.ops.dalle_pytorch.attend(q, k, v, self.layer)
-
-
-_OPERATORS = torch.library.Library("dalle_pytorch", "FRAGMENT")
-_OPERATORS.define("attend(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
-_OPERATORS.define("shift(Tensor x, int layer, int sublayer) -> Tensor")
-_OPERATORS.impl(
-    "attend",
-    lambda q, k, v, layer: ACTIVE.get()[layer].attend(q, k, v, False).contiguous(),
-    "CompositeExplicitAutograd",
-)
-_OPERATORS.impl("shift", lambda x, layer, sublayer: ACTIVE.get()[layer].shift(x, sublayer), "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "dalle_pytorch::attend", lambda q, k, v, layer: torch.empty_like(q).contiguous(), lib=_OPERATORS
-)
-torch.library.register_fake(
-    "dalle_pytorch::shift", lambda x, layer, sublayer: torch.empty_like(x).contiguous(), lib=_OPERATORS
-)

@@ -4,7 +4,6 @@ Axes: g groups (a prompt, or its null twin for guidance), c candidates of a grou
 tokens, m given image tokens, n image tokens, q image tokens of a step, k codebook_size.
 """
 
-import types
 from typing import Any
 
 import torch
@@ -12,16 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.generation.backend import keys_dtype, prepare, prepare_head
-from dalle_pytorch.generation.cache import (
-    ACTIVE,
-    CompiledView,
-    LayerCache,
-    RecordingView,
-    ShiftSlots,
-    Slots,
-    State,
-    Step,
-)
+from dalle_pytorch.generation.cache import LayerCache, RecordingView, ShiftSlots, Slots, State, Step
+from dalle_pytorch.generation.programs import CompiledTrunk, GraphedStep
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.text_to_image import TextToImage
 
@@ -59,7 +50,7 @@ class Decoder:
         self.trunk: Any = prepare(dalle.trunk, precision, consume=consume)
         self.head = prepare_head(dalle.image_head, precision, consume=consume)
         self.cache_dtype = cache_dtype or keys_dtype(precision, self.device)
-        self.program = compiled_program(self.trunk) if compiled else None
+        self.program = CompiledTrunk(self.trunk) if compiled else None
         self.graphs = self.device.type == "cuda" and not compiled
         """Whether a step is captured in a CUDA graph."""
         self._slots: dict[int, tuple[dict[str, Slots], ShiftSlots | None]] = {}
@@ -144,67 +135,15 @@ class Decoder:
             return self.run(state, image_tokens, state.step(first, image_tokens.shape[1]))
         shape = tuple(image_tokens.shape)
         if shape not in state.graphs:
-            state.graphs[shape] = GraphedStep(self, state, image_tokens, first)
+            state.graphs[shape] = GraphedStep(self.run, state, image_tokens, first)
         return state.graphs[shape](state, image_tokens, first)
 
     def run(self, state: State, image_tokens: Int[Tensor, "r q"], step: Step) -> Float[Tensor, "r q k"]:
         """One step through the network."""
         x, views = self.dalle.embed_image(image_tokens, step.positions), state.views(step)
-        if self.program is None:
-            return self.scores(self.trunk(x, views=views, **state.context))
-        token = ACTIVE.set(views)
-        try:
-            return self.scores(self.program(x, step.turns, step.shift is not None, len(views), state.context))
-        finally:
-            ACTIVE.reset(token)
+        trunk = self.trunk if self.program is None else self.program
+        return self.scores(trunk(x, views=views, **state.context))
 
     def scores(self, out: Float[Tensor, "*r d"]) -> Float[Tensor, "*r k"]:
         """Of the codebook only: a head may have rows for tokens that no image has."""
         return self.head(out)[..., : self.dalle.codebook_size]
-
-
-class GraphedStep:
-    """A step of one State as a CUDA graph, replayed with other tokens and positions: one launch in place of hundreds.
-
-    The first step is run once outside the graph, as capturing asks for. The graph belongs to its State, whose caches it
-    reads and writes, and keeps no reference to it.
-    """
-
-    def __init__(self, decoder: Decoder, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> None:
-        self.tokens = image_tokens.clone()
-        self.step = state.step(first, image_tokens.shape[1], static=True).clone()
-        with torch.cuda.device(decoder.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                decoder.run(state, self.tokens, self.step)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            # other threads may use the GPU meanwhile: those that load data, or a server's
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.scores = decoder.run(state, self.tokens, self.step)
-
-    def __call__(self, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
-        """Scores, valid until the next call."""
-        self.tokens.copy_(image_tokens)
-        step = state.step(first, image_tokens.shape[1], static=True)
-        for kept, new in zip(self.step.tensors(), step.tensors(), strict=True):
-            kept.copy_(new)
-        self.graph.replay()
-        return self.scores
-
-
-def compiled_program(trunk: torch.nn.Module) -> Any:
-    """The network's blocks as one program of ``torch.compile``.
-
-    torch finds programs by code object: one of its own keeps this model's programs apart from those of others. Nothing
-    replaces the layers of this private copy, so they are not checked anew at every step.
-    """
-
-    def program(x: Tensor, turns: Tensor | None, shifts: bool, depth: int, context: dict[str, Any]) -> Tensor:
-        return trunk(x, views=[CompiledView(layer, turns, shifts) for layer in range(depth)], **context)
-
-    own = types.FunctionType(
-        program.__code__.replace(), program.__globals__, program.__name__, None, program.__closure__
-    )
-    return torch.compile(own, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})

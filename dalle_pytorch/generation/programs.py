@@ -1,0 +1,125 @@
+"""A step with fewer launches: as a program of ``torch.compile``, or as a CUDA graph. Neither changes what it computes.
+
+Axes: as in cache.py; d width.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dalle_pytorch.generation.cache import CachedView, State, Step
+from dalle_pytorch.models.attention import rotate
+
+ACTIVE: ContextVar[Sequence[CachedView]] = ContextVar("active")
+"""Views of the step that a compiled program is running."""
+
+
+class CompiledView:
+    """A layer's view inside a compiled program: what touches the cache is a call that the compiler does not look into.
+
+    A program that wrote to the caches itself would be compiled into one that copies them, and would be another one for
+    every length that is read.
+    """
+
+    def __init__(self, layer: int, turns: Float[Tensor, "2 q e"] | None, shifts: bool) -> None:
+        self.layer, self.turns, self.shifts = layer, turns, shifts
+
+    def shift(self, x: Float[Tensor, "r q d"], sublayer: int) -> Float[Tensor, "r q d"]:
+        """As in CachedView."""
+        return torch.ops.dalle_pytorch.shift(x, self.layer, sublayer) if self.shifts else x
+
+    def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
+        """As in CachedView."""
+        return x if self.turns is None else rotate(x, self.turns)
+
+    def attend(
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
+    ) -> Float[Tensor, "r h q e"]:
+        """As in CachedView."""
+        return torch.ops.dalle_pytorch.attend(q, k, v, self.layer)
+
+
+_OPERATORS = torch.library.Library("dalle_pytorch", "FRAGMENT")
+_OPERATORS.define("attend(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
+_OPERATORS.define("shift(Tensor x, int layer, int sublayer) -> Tensor")
+_OPERATORS.impl(
+    "attend",
+    lambda q, k, v, layer: ACTIVE.get()[layer].attend(q, k, v, False).contiguous(),
+    "CompositeExplicitAutograd",
+)
+_OPERATORS.impl("shift", lambda x, layer, sublayer: ACTIVE.get()[layer].shift(x, sublayer), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dalle_pytorch::attend", lambda q, k, v, layer: torch.empty_like(q).contiguous(), lib=_OPERATORS
+)
+torch.library.register_fake(
+    "dalle_pytorch::shift", lambda x, layer, sublayer: torch.empty_like(x).contiguous(), lib=_OPERATORS
+)
+
+
+class CompiledTrunk:
+    """The blocks of a model as one program; called as they are.
+
+    torch finds programs by code object: one of its own keeps this model's programs apart from those of others. Nothing
+    replaces the layers of this private copy, so they are not checked anew at every step.
+
+    Args:
+        trunk: the blocks, laid out for sampling.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        def program(x: Tensor, turns: Tensor | None, shifts: bool, depth: int, context: dict[str, Any]) -> Tensor:
+            return trunk(x, views=[CompiledView(layer, turns, shifts) for layer in range(depth)], **context)
+
+        own = types.FunctionType(
+            program.__code__.replace(), program.__globals__, program.__name__, None, program.__closure__
+        )
+        unguarded: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self.program = torch.compile(own, options=unguarded)
+
+    def __call__(
+        self, x: Float[Tensor, "r q d"], views: Sequence[CachedView], **context: Any
+    ) -> Float[Tensor, "r q d"]:
+        """Run the blocks over the positions that the views show."""
+        token, step = ACTIVE.set(views), views[0].step
+        try:
+            return self.program(x, step.turns, step.shift is not None, len(views), context)
+        finally:
+            ACTIVE.reset(token)
+
+
+class GraphedStep:
+    """A step of one State as a CUDA graph, replayed with other tokens and positions: one launch in place of hundreds.
+
+    The first step is run once outside the graph, as capturing asks for. The graph belongs to its State, whose caches it
+    reads and writes, and keeps no reference to it.
+    """
+
+    def __init__(
+        self, run: Callable[[State, Tensor, Step], Tensor], state: State, image_tokens: Int[Tensor, "r q"], first: int
+    ) -> None:
+        self.tokens = image_tokens.clone()
+        self.step = state.step(first, image_tokens.shape[1], static=True).clone()
+        with torch.cuda.device(image_tokens.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run(state, self.tokens, self.step)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # other threads may use the GPU meanwhile: those that load data, or a server's
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.scores = run(state, self.tokens, self.step)
+
+    def __call__(self, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
+        """Scores, valid until the next call."""
+        self.tokens.copy_(image_tokens)
+        step = state.step(first, image_tokens.shape[1], static=True)
+        for kept, new in zip(self.step.tensors(), step.tensors(), strict=True):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.scores
