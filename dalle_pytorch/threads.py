@@ -9,4 +9,4 @@ GOMP_SPINCOUNT or OMP_WAIT_POLICY, or imports torch first, decides otherwise.
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # of some 20 to 50 ns each
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of some 20 to 50 ns each

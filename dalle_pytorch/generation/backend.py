@@ -136,7 +136,7 @@ def attend(
         prompt: keys and values of the prompts, all visible; None = they are among the row's own.
         bias: added to the scores of a row's own keys, 0 or -inf; None = all are visible.
     """
-    own, own_sum = part_of_attention(q, keys, values, bias, alone=prompt is None)
+    own, own_sum = part_of_attention(q, keys, values, bias)
     if prompt is None:
         return own
     (_, groups, heads, _, head_dim), count = prompt.shape, q.shape[2]
@@ -153,8 +153,6 @@ def part_of_attention(
     k: Float[Tensor, "b h s e"],
     v: Float[Tensor, "b h s e"],
     bias: Float[Tensor, "q s"] | None,
-    *,
-    alone: bool = False,
 ) -> tuple[Float[Tensor, "b h q e"], Float[Tensor, "b h q 1"]]:
     """Attention to some keys, and the logarithm of the sum of their exponentiated scores, both in fp32.
 
@@ -163,25 +161,20 @@ def part_of_attention(
         k: keys.
         v: values.
         bias: added to the scores.
-        alone: the sum is not needed; what comes in its place means nothing.
     """
-    if k.device.type == "cpu" and k.itemsize == 2:  # torch's fused kernel; with fp32 keys two products are faster
-        mask = None if bias is None else bias.to(q.dtype)
+    if k.device.type == "cpu":  # the kernel of F.scaled_dot_product_attention, which does not give the sums
+        mask = None if bias is None else bias.to(k.dtype)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = kernel(q.to(k.dtype), k, v, attn_mask=None if mask is None else mask.to(k.dtype))
+        out, sums = kernel(q.to(k.dtype), k, v, attn_mask=mask)
         return out.float(), sums.view(*q.shape[:3], 1)
     rows, scale = q.shape[:2], q.shape[-1] ** -0.5
     q, k, v = ((q * scale).to(k.dtype).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     scores = products(q, k.transpose(1, 2))
     if bias is not None:
         scores = scores + bias
-    if alone:
-        weights = sums = scores.softmax(dim=-1)
-    else:
-        sums = scores.logsumexp(dim=-1, keepdim=True)
-        weights = (scores - sums).exp()
-    out = products(weights.to(v.dtype), v)
-    return out.unflatten(0, rows), sums[..., :1].unflatten(0, rows)
+    sums = scores.logsumexp(dim=-1, keepdim=True)
+    out = products((scores - sums).exp().to(v.dtype), v)
+    return out.unflatten(0, rows), sums.unflatten(0, rows)
 
 
 def products(left: Float[Tensor, "b m k"], right: Float[Tensor, "b k n"]) -> Float[Tensor, "b m n"]:
@@ -230,14 +223,14 @@ class CastLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """``x @ weight.T + bias``."""
-        rows = x.to(self.dtype)
+        rows = x if x.dtype == self.dtype else x.to(self.dtype)
         if not self.packed:
             out = F.linear(rows, self.weight, self.bias)
         elif torch.compiler.is_compiling():
             out = torch.ops.dalle_pytorch.packed_products(rows, self.number, self.outputs, self.dtype)
         else:
             out = self.products(rows)
-        return out.to(x.dtype)
+        return out if x.dtype == self.dtype else out.to(x.dtype)
 
     def products(self, x: Shaped[Tensor, "*q i"]) -> Float[Tensor, "*q o"]:
         """The packed kernel."""

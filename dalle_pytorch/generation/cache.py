@@ -9,15 +9,16 @@ Axes: g groups (a prompt, or its null twin for guidance), c candidates of a grou
 heads, e head_dim, t prompt positions, n image tokens, s slots of the image cache, q new positions, d width.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from dalle_pytorch.generation.backend import attend
-from dalle_pytorch.models.attention import StreamView, rotate
+from dalle_pytorch.models.attention import StreamView
 
 
 class Slots:
@@ -71,11 +72,16 @@ class Read(NamedTuple):
 
 
 class ShiftRead(NamedTuple):
-    """Slots of token shift that a step writes and reads."""
+    """Quarters of channels that token shift moves in a step: two of each position, side by side."""
 
-    write: Int[Tensor, " q"]
-    above: Int[Tensor, " q"]
-    left: Int[Tensor, " q"]
+    write: Int[Tensor, " two_q"]
+    """Where the ring stores those of the new positions."""
+    read: Int[Tensor, " two_q"]
+    """Where it has those of the token above and of the token on the left."""
+    inside: Bool[Tensor, " two_q"] | None
+    """Which of these tokens are new themselves; None = none."""
+    source: Int[Tensor, " two_q"] | None
+    """Where they are among the new ones' quarters."""
 
 
 class Step(NamedTuple):
@@ -85,6 +91,8 @@ class Step(NamedTuple):
     """In raster order."""
     turns: Float[Tensor, "2 q e"] | None
     """Their part of ``rotary_turns``."""
+    phases: Complex[Tensor, "q 1 1 half"] | None
+    """The same as complex numbers."""
     shift: ShiftRead | None
     reads: dict[str, Read]
     """By pattern."""
@@ -96,37 +104,87 @@ class Step(NamedTuple):
             pattern: read._replace(write=read.write.clone(), bias=copy(read.bias))
             for pattern, read in self.reads.items()
         }
-        shift = None if self.shift is None else ShiftRead(*(part.clone() for part in self.shift))
-        return Step(self.positions.clone(), copy(self.turns), shift, reads)
+        shift = None if self.shift is None else ShiftRead(*map(copy, self.shift))
+        return Step(self.positions.clone(), copy(self.turns), copy(self.phases), shift, reads)
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        found = [self.positions, self.turns, *(self.shift or ())]
+        found = [self.positions, self.turns, self.phases, *(self.shift or ())]
         found += [part for read in self.reads.values() for part in (read.write, read.bias)]
         return [tensor for tensor in found if tensor is not None]
 
 
-class ShiftSlots:
-    """Ring of the last tokens that token shift looks back at: a row of the grid, and what a step may overwrite.
+class ShiftRing:
+    """The last tokens that token shift looks back at, in all layers: a row of the grid, and what a step may overwrite.
 
     Args:
+        moving: channels that move at each entry of attention and of the feed-forward, of what the prefill read.
+        prompt_length: t.
+        candidates: c.
         grid_size: token rows = columns.
         window: most positions that are read in one step.
-        device: where the cache is.
     """
 
-    def __init__(self, grid_size: int, window: int, device: torch.device | str) -> None:
-        length, position = grid_size + window, torch.arange(grid_size**2)
-        self.count = length + 1
-        nothing = torch.tensor(length)  # the last slot stays zero: what stands beyond the borders
-        self.write = (position % length).to(device)
-        above, left = (position - grid_size) % length, (position - 1) % length
-        self.above = torch.where(position < grid_size, nothing, above).to(device)
-        self.left = torch.where(position % grid_size == 0, nothing, left).to(device)
+    def __init__(
+        self,
+        moving: list[Float[Tensor, "g s half"]],
+        *,
+        prompt_length: int,
+        candidates: int,
+        grid_size: int,
+        window: int,
+    ) -> None:
+        self.grid_size, self.length = grid_size, grid_size + window  # and a slot that stays zero: beyond the borders
+        image = torch.stack(moving)[:, :, prompt_length:].unflatten(-1, (2, -1))  # [m, g, given, 2, quarter]
+        entries, groups, given, _, quarter = image.shape
+        self.recent = image.new_zeros(entries, groups, self.length + 1, 2, quarter)
+        """``[entries, r, 2 * slots, quarter]``."""
+        some = torch.arange(max(0, given - self.length), given, device=image.device)
+        self.recent.index_copy_(2, some % self.length, image[:, :, some])
+        self.recent = self.recent.flatten(2, 3).repeat_interleave(candidates, dim=1)
 
-    def at(self, some: slice) -> ShiftRead:
-        """Of some positions."""
-        return ShiftRead(self.write[some], self.above[some], self.left[some])
+    def at(self, first: int, count: int) -> ShiftRead:
+        """Of the image positions ``first`` to ``first + count - 1``."""
+        position = torch.arange(first, first + count, device=self.recent.device)
+        own, nothing = position % self.length, self.length
+        above, left = position - self.grid_size, position - 1
+        has_left = position % self.grid_size > 0
+        read = [
+            2 * torch.where(above >= 0, above % self.length, nothing),
+            2 * torch.where(has_left, left % self.length, nothing) + 1,
+        ]
+        write, read = torch.stack([2 * own, 2 * own + 1], dim=1).flatten(), torch.stack(read, dim=1).flatten()
+        if count == 1:
+            return ShiftRead(write, read, None, None)
+        inside = torch.stack([above >= first, has_left & (left >= first)], dim=1).flatten()
+        source = torch.stack([2 * (above - first), 2 * (left - first) + 1], dim=1).flatten().clamp_min(0)
+        return ShiftRead(write, read, inside, source)
+
+    def neighbours(self, shift: ShiftRead) -> Float[Tensor, "entries r two_q quarter"]:
+        """Channels that move to the new positions, those of new tokens left out."""
+        return self.recent.index_select(2, shift.read)
+
+    def keep(self, moving: list[Float[Tensor, "r q half"]], shift: ShiftRead) -> None:
+        """Store the moving channels of the new positions."""
+        new = torch.stack(moving).unflatten(-1, (2, -1)).flatten(2, 3)
+        self.recent.index_copy_(2, shift.write, new)
+
+
+def shifted(
+    x: Float[Tensor, "r q d"], near: Float[Tensor, "r two_q quarter"], shift: ShiftRead
+) -> Float[Tensor, "r q d"]:
+    """Inputs with the first quarter of their channels from the token above, the second from the token on the left.
+
+    Args:
+        x: inputs of new positions.
+        near: these quarters, of tokens that are not new.
+        shift: which are.
+    """
+    half = 2 * near.shape[-1]
+    if shift.inside is not None and shift.source is not None:
+        own = x[..., :half].reshape(near.shape)
+        near = torch.where(shift.inside[:, None], own.index_select(1, shift.source), near)
+    return torch.cat([near.reshape(*x.shape[:2], half), x[..., half:]], dim=-1)
 
 
 class LayerCache:
@@ -165,18 +223,6 @@ class LayerCache:
         some = slice(max(0, given - slots.count), given)
         keys, values = image[:, :, :, some]
         self.write(keys, values, self.offset + slots.write[some])
-        self.recent: list[Float[Tensor, "r slots half"]] = []
-        """Moving channels of the last tokens, at the entry of attention and of the feed-forward."""
-
-    def keep_recent(
-        self, moving: list[Float[Tensor, "g s half"]], slots: ShiftSlots, prompt_length: int, candidates: int
-    ) -> None:
-        """Store what token shift needs of the given image tokens."""
-        for part in moving:
-            image = part[:, prompt_length:].repeat_interleave(candidates, dim=0)
-            ring, given = image.new_zeros(len(image), slots.count, image.shape[-1]), image.shape[1]
-            some = slice(max(0, given - slots.count + 1), given)
-            self.recent.append(ring.index_copy_(1, slots.write[some], image[:, some]))
 
     def write(self, k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], at: Int[Tensor, " q"]) -> None:
         """Store keys and values of some positions."""
@@ -187,12 +233,10 @@ class LayerCache:
         """Forget all but the first rows, those of the first groups."""
         self.keys, self.values = self.keys[:rows], self.values[:rows]
         self.prompt = None if self.prompt is None else self.prompt[:, :groups]
-        self.recent = [part[:rows] for part in self.recent]
 
     def bytes(self) -> int:
         """Memory held."""
-        prompt = 0 if self.prompt is None else self.prompt.nbytes
-        return self.keys.nbytes + self.values.nbytes + prompt + sum(part.nbytes for part in self.recent)
+        return self.keys.nbytes + self.values.nbytes + (0 if self.prompt is None else self.prompt.nbytes)
 
 
 class RecordingView(StreamView):
@@ -221,24 +265,35 @@ class RecordingView(StreamView):
 
 
 class CachedView:
-    """One layer's view of the positions of a step, and through its cache of those before them."""
+    """One layer's view of the positions of a step, and through its cache of those before them.
 
-    def __init__(self, cache: LayerCache, step: Step, pattern: str) -> None:
-        self.cache, self.step, self.read = cache, step, step.reads[pattern]
+    Args:
+        cache: of the layer.
+        step: the positions.
+        pattern: the layer's.
+        near: what ``ShiftRing.neighbours`` has for the layer's two sublayers; empty where the model does not shift.
+    """
+
+    def __init__(
+        self, cache: LayerCache, step: Step, pattern: str, near: Sequence[Float[Tensor, "r two_q quarter"]]
+    ) -> None:
+        self.cache, self.step, self.read, self.near = cache, step, step.reads[pattern], near
+        self.moving: list[Float[Tensor, "r q half"]] = []
+        """Moving channels of the new positions."""
 
     def shift(self, x: Float[Tensor, "r q d"], sublayer: int) -> Float[Tensor, "r q d"]:
-        """The first quarter of the channels from the token above, the second from the left; zeros at the borders."""
+        """As ``shifted``, where the model shifts."""
         if self.step.shift is None:
             return x
-        (write, above, left), recent, quarter = self.step.shift, self.cache.recent[sublayer], x.shape[-1] // 4
-        recent.index_copy_(1, write, x[..., : 2 * quarter])
-        first = recent[..., :quarter].index_select(1, above)
-        second = recent[..., quarter:].index_select(1, left)
-        return torch.cat([first, second, x[..., 2 * quarter :]], dim=-1)
+        self.moving.append(x[..., : 2 * self.near[sublayer].shape[-1]])
+        return shifted(x, self.near[sublayer], self.step.shift)
 
     def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
-        """Rotated by the positions' angles."""
-        return x if self.step.turns is None else rotate(x, self.step.turns)
+        """Rotated by the positions' angles: as ``rotate``, in one product of complex numbers in place of five steps."""
+        if self.step.phases is None:
+            return x
+        pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.step.phases).view(x.shape).to(x.dtype)
 
     def attend(
         self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
@@ -258,15 +313,20 @@ class State:
         layers: list[LayerCache],
         patterns: list[str],
         slots: dict[str, Slots],
-        shifts: ShiftSlots | None,
+        ring: ShiftRing | None,
         turns: Float[Tensor, "2 n e"] | None,
         context: dict[str, Any],
     ) -> None:
         self.layers, self.patterns, self.context = layers, patterns, context
-        self.slots, self.shifts, self.turns = slots, shifts, turns
+        self.slots, self.ring, self.turns = slots, ring, turns
+        self.phases: Complex[Tensor, "n 1 1 half"] | None = None
+        if turns is not None:
+            self.phases = torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None, None]
         self.graphs: dict[tuple[int, ...], Any] = {}
         """CUDA graphs of steps, by the shape of the tokens that they read."""
         self.offsets = {pattern: layer.offset for pattern, layer in zip(patterns, layers, strict=True)}
+        self.writes = {pattern: slots[pattern].write + offset for pattern, offset in self.offsets.items()}
+        self.positions = torch.arange(len(self.writes[patterns[0]]), device=self.writes[patterns[0]].device)
 
     def step(self, first: int, count: int, *, static: bool = False) -> Step:
         """The step that reads the image positions ``first`` to ``first + count - 1``.
@@ -278,29 +338,39 @@ class State:
         """
         some, reads = slice(first, first + count), {}
         for pattern, slots in self.slots.items():
-            offset = self.offsets[pattern]
-            start, stop = min(slots.starts[some]), max(slots.stops[some])
-            bias = None
-            if static:
-                start, stop = 0, slots.count
+            offset, bias = self.offsets[pattern], None
+            start, stop = (0, slots.count) if static else (min(slots.starts[some]), max(slots.stops[some]))
             if static or count > 1 or not slots.gapless[first]:
                 hidden = slots.hidden[some, start:stop]
                 bias = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
                 bias = F.pad(bias, (offset, 0))  # the prompt in front is visible
             start = start + offset if start else 0
-            reads[pattern] = Read(slots.write[some] + offset, start, stop + offset, bias)
-        positions = torch.arange(first, first + count, device=next(iter(reads.values())).write.device)
+            reads[pattern] = Read(self.writes[pattern][some], start, stop + offset, bias)
         turns = None if self.turns is None else self.turns[:, some]
-        return Step(positions, turns, None if self.shifts is None else self.shifts.at(some), reads)
+        phases = None if self.phases is None else self.phases[some]
+        shift = None if self.ring is None else self.ring.at(first, count)
+        return Step(self.positions[some], turns, phases, shift, reads)
 
     def views(self, step: Step) -> list[CachedView]:
         """Every layer's view of a step."""
-        return [CachedView(layer, step, name) for layer, name in zip(self.layers, self.patterns, strict=True)]
+        near: list[Sequence[Tensor]] = [()] * len(self.layers)
+        if self.ring is not None and step.shift is not None:
+            every = self.ring.neighbours(step.shift).unbind()
+            near = [every[entry : entry + 2] for entry in range(0, len(every), 2)]
+        each = zip(self.layers, self.patterns, near, strict=True)
+        return [CachedView(layer, step, pattern, own) for layer, pattern, own in each]
+
+    def keep(self, views: list[CachedView], step: Step) -> None:
+        """Store what token shift needs of the step that the views have seen."""
+        if self.ring is not None and step.shift is not None:
+            self.ring.keep([part for view in views for part in view.moving], step.shift)
 
     def keep_rows(self, rows: int, groups: int) -> None:
         """Forget all but the first rows, those of the first groups."""
         for layer in self.layers:
             layer.keep_rows(rows, groups)
+        if self.ring is not None:
+            self.ring.recent = self.ring.recent[:, :rows]
         self.context = {
             name: [part[:groups] for part in value] if isinstance(value, list) else value[:groups]
             for name, value in self.context.items()
@@ -308,4 +378,4 @@ class State:
 
     def bytes(self) -> int:
         """Memory held."""
-        return sum(layer.bytes() for layer in self.layers)
+        return sum(layer.bytes() for layer in self.layers) + (0 if self.ring is None else self.ring.recent.nbytes)

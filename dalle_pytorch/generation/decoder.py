@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.generation.backend import keys_dtype, prepare, prepare_head
-from dalle_pytorch.generation.cache import LayerCache, RecordingView, ShiftSlots, Slots, State, Step
+from dalle_pytorch.generation.cache import LayerCache, RecordingView, ShiftRing, Slots, State, Step
 from dalle_pytorch.generation.programs import CompiledTrunk, GraphedStep
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.text_to_image import TextToImage
@@ -53,10 +53,10 @@ class Decoder:
         self.program = CompiledTrunk(self.trunk) if compiled else None
         self.graphs = self.device.type == "cuda" and not compiled
         """Whether a step is captured in a CUDA graph."""
-        self._slots: dict[int, tuple[dict[str, Slots], ShiftSlots | None]] = {}
+        self._slots: dict[int, dict[str, Slots]] = {}
 
-    def slots(self, window: int) -> tuple[dict[str, Slots], ShiftSlots | None]:
-        """Cache slots of each pattern and of token shift, for steps of at most ``window`` positions."""
+    def slots(self, window: int) -> dict[str, Slots]:
+        """Cache slots of each pattern, for steps of at most ``window`` positions."""
         if window not in self._slots:
             t, n = self.dalle.prompt_length, self.dalle.num_image_tokens
             causal = torch.ones(n, n, dtype=torch.bool).tril()
@@ -65,16 +65,17 @@ class Decoder:
                 if pattern not in found:
                     visible = causal if view.mask is None else view.mask[t:, t:].cpu()
                     found[pattern] = Slots(visible, pattern, window, self.device)
-            shifts = ShiftSlots(self.dalle.grid_size, window, self.device) if self.views[0].shifts else None
-            self._slots[window] = found, shifts
+            self._slots[window] = found
         return self._slots[window]
 
     def bytes_per_candidate(self, *, guided: bool = False) -> int:
         """What the caches of one candidate hold, prompts apart."""
-        slots, shifts = self.slots(1)
+        slots = self.slots(1)
         held = 2 * sum(slots[pattern].count for pattern in self.patterns)
         keys = held * self.dalle.key_width * self.cache_dtype.itemsize
-        moving = 0 if shifts is None else len(self.views) * 2 * shifts.count * (self.dalle.config.dim // 4 * 2) * 4
+        moving = 0
+        if self.views[0].shifts is not None:  # a ring of a row and two: see ShiftRing
+            moving = len(self.views) * 2 * (self.dalle.grid_size + 2) * (self.dalle.config.dim // 4 * 2) * 4
         return (keys + moving) * (2 if guided else 1)
 
     @torch.inference_mode()
@@ -107,17 +108,18 @@ class Decoder:
                 positions = torch.arange(given_tokens.shape[1], device=x.device)
                 x = torch.cat([x, dalle.embed_image(given_tokens, positions)], dim=1)
             out = self.trunk(x, views=recorded, **context)
-        (slots, shifts), t = self.slots(window), dalle.prompt_length
-        layers = []
+        slots, t, layers = self.slots(window), dalle.prompt_length, []
         for pattern, view in zip(self.patterns, recorded, strict=True):
             # in 16 bits the rounding of one softmax over both parts would make a lone candidate another one
             in_front = candidates == 1 and slots[pattern].from_first and self.cache_dtype == torch.float32
             cache = LayerCache(view.full, t, slots[pattern], candidates, dtype=self.cache_dtype, in_front=in_front)
-            if shifts is not None:
-                cache.keep_recent(view.moving, shifts, t, candidates)
             layers.append(cache)
+        ring = None
+        if self.views[0].shifts is not None:
+            moving = [part for view in recorded for part in view.moving]
+            ring = ShiftRing(moving, prompt_length=t, candidates=candidates, grid_size=dalle.grid_size, window=window)
         turns = self.views[0].turns
-        state = State(layers, self.patterns, slots, shifts, None if turns is None else turns[:, t:].float(), context)
+        state = State(layers, self.patterns, slots, ring, None if turns is None else turns[:, t:].float(), context)
         return state, self.scores(out[:, -1]).repeat_interleave(candidates, dim=0)
 
     @torch.inference_mode()
@@ -142,7 +144,9 @@ class Decoder:
         """One step through the network."""
         x, views = self.dalle.embed_image(image_tokens, step.positions), state.views(step)
         trunk = self.trunk if self.program is None else self.program
-        return self.scores(trunk(x, views=views, **state.context))
+        out = trunk(x, views=views, **state.context)
+        state.keep(views, step)
+        return self.scores(out)
 
     def scores(self, out: Float[Tensor, "*r d"]) -> Float[Tensor, "*r k"]:
         """Of the codebook only: a head may have rows for tokens that no image has."""

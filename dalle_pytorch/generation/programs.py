@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.generation.cache import CachedView, State, Step
+from dalle_pytorch.generation.cache import CachedView, ShiftRead, State, Step, shifted
 from dalle_pytorch.models.attention import rotate
 
 ACTIVE: ContextVar[Sequence[CachedView]] = ContextVar("active")
@@ -20,18 +20,28 @@ ACTIVE: ContextVar[Sequence[CachedView]] = ContextVar("active")
 
 
 class CompiledView:
-    """A layer's view inside a compiled program: what touches the cache is a call that the compiler does not look into.
+    """A layer's view inside a compiled program: attention, and with it the cache, is a call that is not looked into.
 
     A program that wrote to the caches itself would be compiled into one that copies them, and would be another one for
     every length that is read.
     """
 
-    def __init__(self, layer: int, turns: Float[Tensor, "2 q e"] | None, shifts: bool) -> None:
-        self.layer, self.turns, self.shifts = layer, turns, shifts
+    def __init__(
+        self,
+        layer: int,
+        turns: Float[Tensor, "2 q e"] | None,
+        near: Sequence[Float[Tensor, "r two_q quarter"]],
+        shift: ShiftRead | None,
+    ) -> None:
+        self.layer, self.turns, self.near, self.shift_read = layer, turns, near, shift
+        self.moving: list[Tensor] = []
 
     def shift(self, x: Float[Tensor, "r q d"], sublayer: int) -> Float[Tensor, "r q d"]:
         """As in CachedView."""
-        return torch.ops.dalle_pytorch.shift(x, self.layer, sublayer) if self.shifts else x
+        if self.shift_read is None:
+            return x
+        self.moving.append(x[..., : 2 * self.near[sublayer].shape[-1]])
+        return shifted(x, self.near[sublayer], self.shift_read)
 
     def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
         """As in CachedView."""
@@ -46,18 +56,13 @@ class CompiledView:
 
 _OPERATORS = torch.library.Library("dalle_pytorch", "FRAGMENT")
 _OPERATORS.define("attend(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
-_OPERATORS.define("shift(Tensor x, int layer, int sublayer) -> Tensor")
 _OPERATORS.impl(
     "attend",
     lambda q, k, v, layer: ACTIVE.get()[layer].attend(q, k, v, False).contiguous(),
     "CompositeExplicitAutograd",
 )
-_OPERATORS.impl("shift", lambda x, layer, sublayer: ACTIVE.get()[layer].shift(x, sublayer), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "dalle_pytorch::attend", lambda q, k, v, layer: torch.empty_like(q).contiguous(), lib=_OPERATORS
-)
-torch.library.register_fake(
-    "dalle_pytorch::shift", lambda x, layer, sublayer: torch.empty_like(x).contiguous(), lib=_OPERATORS
 )
 
 
@@ -72,8 +77,15 @@ class CompiledTrunk:
     """
 
     def __init__(self, trunk: nn.Module) -> None:
-        def program(x: Tensor, turns: Tensor | None, shifts: bool, depth: int, context: dict[str, Any]) -> Tensor:
-            return trunk(x, views=[CompiledView(layer, turns, shifts) for layer in range(depth)], **context)
+        def program(
+            x: Tensor,
+            turns: Tensor | None,
+            near: list[Sequence[Tensor]],
+            shift: ShiftRead | None,
+            context: dict[str, Any],
+        ) -> tuple[Tensor, list[list[Tensor]]]:
+            views = [CompiledView(layer, turns, own, shift) for layer, own in enumerate(near)]
+            return trunk(x, views=views, **context), [view.moving for view in views]
 
         own = types.FunctionType(
             program.__code__.replace(), program.__globals__, program.__name__, None, program.__closure__
@@ -87,9 +99,12 @@ class CompiledTrunk:
         """Run the blocks over the positions that the views show."""
         token, step = ACTIVE.set(views), views[0].step
         try:
-            return self.program(x, step.turns, step.shift is not None, len(views), context)
+            out, moving = self.program(x, step.turns, [view.near for view in views], step.shift, context)
         finally:
             ACTIVE.reset(token)
+        for view, parts in zip(views, moving, strict=True):
+            view.moving += parts
+        return out
 
 
 class GraphedStep:

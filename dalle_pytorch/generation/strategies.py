@@ -88,7 +88,8 @@ class Drawing:
         if self.guided:  # the null twins of the prompts are the lower half of the rows
             null = torch.zeros_like(text_tokens) if null_tokens is None else null_tokens
             self.text = torch.cat([text_tokens, null])
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.total = torch.zeros((), device=device)
+        """Sum of all scores: finite where they all were."""
 
     def begin(self, *, window: int = 1) -> None:
         """Read the prompts and the given tokens in front of the first position to draw.
@@ -122,7 +123,7 @@ class Drawing:
             cond, uncond = logits.chunk(2)
             scales = torch.tensor(self.scales[first : first + count], device=logits.device)
             logits = guide(cond, uncond, scales[:, None])
-        self.finite &= logits.isfinite().all()
+        self.total += logits.sum()
         return logits
 
     def pick(self, scores: Float[Tensor, "r q k"], first: int) -> Int[Tensor, "r q"]:
@@ -209,7 +210,7 @@ def draw_image_tokens(
         return
     for done in strategy(drawing):
         if done > drawing.last:
-            if not drawing.finite:  # asked once: on a GPU every question waits for all that was launched
+            if not drawing.total.isfinite():  # asked once: on a GPU every question waits for all that was launched
                 raise UserError(NOT_FINITE)
             done = count
         yield done, drawing.tokens
