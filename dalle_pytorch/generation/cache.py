@@ -104,7 +104,9 @@ class Step(NamedTuple):
             pattern: read._replace(write=read.write.clone(), bias=copy(read.bias))
             for pattern, read in self.reads.items()
         }
-        shift = None if self.shift is None else ShiftRead(*map(copy, self.shift))
+        shift = self.shift
+        if shift is not None:
+            shift = ShiftRead(shift.write.clone(), shift.read.clone(), copy(shift.inside), copy(shift.source))
         return Step(self.positions.clone(), copy(self.turns), copy(self.phases), shift, reads)
 
     def tensors(self) -> list[Tensor]:
