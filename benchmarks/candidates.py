@@ -38,17 +38,17 @@ class Clock:
 
 def timed_decoder(decoder: Decoder, clock: Clock) -> None:
     """Make a decoder's calls add to the clock."""
-    start, step = decoder.start, decoder.step
+    start, read = decoder.start, decoder.read
 
-    def timed_start(*given):
+    def timed_start(*given, **more):
         with clock("prefill"):
-            return start(*given)
+            return start(*given, **more)
 
-    def timed_step(*given):
+    def timed_read(*given):
         with clock("steps"):
-            return step(*given)
+            return read(*given)
 
-    decoder.start, decoder.step = timed_start, timed_step
+    decoder.start, decoder.read = timed_start, timed_read
 
 
 def where_time_goes(dalle: DALLE, clip: CLIP, prompt: str, count: int, sampling: SamplingConfig) -> None:
@@ -102,7 +102,7 @@ def agreement(dalle: DALLE, prompt: str, sampling: SamplingConfig) -> None:
         state, logits = decoder.start(text, len(tokens))
         rows = [logits]
         for position in range(dalle.num_image_tokens - 1):
-            rows.append(decoder.step(state, tokens[:, position]))
+            rows.append(decoder.read(state, tokens[:, position, None], position)[:, 0])
         found = torch.stack(rows, dim=1).float()
         exact = found if exact is None else exact
         log_p, log_q = exact.log_softmax(-1), found.log_softmax(-1)

@@ -326,7 +326,7 @@ def drawing_row(
         print(f"| {name} | {candidates} | does not fit | | |", flush=True)
         return
     events.close()
-    slots, _ = decoder.slots(1)
+    slots = decoder.slots(1)
     seen = sum(int((~slots[pattern].hidden[n // 2]).sum()) for pattern in decoder.patterns)
     read = 2 * (candidates * seen + len(decoder.patterns) * model.prompt_length) * model.key_width
     read *= decoder.cache_dtype.itemsize

@@ -45,12 +45,14 @@ def main(config: GenerateConfig) -> None:
         with stopped_by_signals(), Results(config) if processes.rank == 0 else contextlib.nullcontext() as results:
             for numbers in groups(generator, config, processes, len(prompts)):
                 drawn = draw(generator, prompts, numbers, config, given, processes)
-                shares, stopped = processes.gather(drawn.finished), drawn.stopped
+                frames = {number: film.frames for number, film in drawn.films.items() if film.frames}
+                shares, stopped = processes.gather((drawn.finished, frames)), drawn.stopped
                 for number in numbers:
-                    result = merge([share.get(number) for share in shares], config)
+                    result = merge([finished.get(number) for finished, _ in shares], config)
                     if results is not None and result is not None:
-                        prompt = prompts[number]
-                        results.add(file_stem(number, prompt), prompt, result, drawn.films[number])
+                        prompt, film = prompts[number], drawn.films[number]
+                        film.frames = next((shown[number] for _, shown in shares if number in shown), [])
+                        results.add(file_stem(number, prompt), prompt, result, film)
                 if stopped is not None:
                     break
     finally:

@@ -491,9 +491,11 @@ class DALLE(_dalle.DALLE):
     def laid_out(self, precision: str, compiled: bool) -> Decoder:
         """This model for sampling; kept in evaluation mode as long as its weights and arguments are the same."""
         weights = [*self.transformer.parameters(), *self.image_head.parameters()]
-        state = precision, compiled, [(weight.data_ptr(), weight._version) for weight in weights]
+        numbers = [part.float() for weight in weights for part in (weight.sum(), weight.square().sum())]
+        state = precision, compiled, str(weights[0].device), torch.stack(numbers).tolist()
         if self._laid_out is not None and self._laid_out[0] == state and not self.training:
             return self._laid_out[1]
+        self._laid_out = None  # its memory is free before the next one takes some
         decoder = Decoder(self, precision=precision, compiled=compiled)
         self._laid_out = None if self.training else (state, decoder)
         return decoder

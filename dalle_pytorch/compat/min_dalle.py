@@ -55,7 +55,7 @@ class MinDalle:
         is_verbose: log what happens.
         precision: "fp32", "bf16", "fp16" or "int8" (CPU), in place of the one that ``dtype`` says.
         compiled: translate a step with ``torch.compile``, half a minute for each number of pictures; pays with "int8".
-        cache_dtype: of the keys and values of pictures; None = fp32 on a CPU unless ``compiled``, else 16 bits.
+        cache_dtype: of the keys and values of images; None = as ``generation.backend.keys_dtype`` says.
         bos_id: image token that begins a picture; min-dalle 0.4.11 takes 16383, which is wrong.
         norm_eps: of the detokenizer's norms; min-dalle takes 1e-5, which is wrong.
         vqgan: a whole VQGAN in place of ``detoker.pt``, which has no encoder; completing pictures needs it. Its folder

@@ -100,6 +100,10 @@ def evaluate_likelihood(
     return Evaluation(metrics, [Table("Likelihood", note, head, rows)])
 
 
+TOGETHER = 64
+"""Candidates drawn together where several prompts share a micro-batch."""
+
+
 class Draw(NamedTuple):
     """Candidates of several prompts."""
 
@@ -135,7 +139,7 @@ def draw(
             return [(own, None) for own in images]
         return [(own, score(own, prompt, [ranker])[0]) for own, prompt in zip(images, some, strict=True)]
 
-    size = max(generator.micro_batch(sampling) // num_candidates, 1)
+    size = max(TOGETHER // num_candidates, 1)  # not the machine's micro-batch: parts are the same everywhere
     together = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     parts = [part for found in in_parts(of_prompts, together) for part in found]
     ranks = [rank for _, rank in parts if rank is not None]

@@ -15,7 +15,7 @@ from dalle_pytorch.data.factors import class_captions
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
 from dalle_pytorch.data.splits import open_split
-from dalle_pytorch.distributed import Processes
+from dalle_pytorch.distributed import Processes, find_device
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.clip import evaluate_clip
 from dalle_pytorch.evaluation.codecs import CODECS
@@ -43,7 +43,7 @@ from dalle_pytorch.evaluation.report import Protocol
 from dalle_pytorch.evaluation.samples import Samples, chosen, distinct_pairs, read_samples
 from dalle_pytorch.evaluation.sweep import SweepConfig, evaluate_sweep
 from dalle_pytorch.evaluation.zero_shot import evaluate_zero_shot
-from dalle_pytorch.generation.generator import Generator, text_tokenizer_of
+from dalle_pytorch.generation.generator import Generator, best_precision, text_tokenizer_of
 from dalle_pytorch.generation.rerank import as_scorers
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.image_tokenizer import margin_of
@@ -167,7 +167,9 @@ def check(dalle: Any, config: EvaluateConfig) -> None:
 def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -> Protocol:
     """The protocol of drawn pictures; ``counts`` are of prompts, and of candidates where not ``num_candidates``."""
     settings = {f"sampling.{key}": str(value) for key, value in asdict(sampling).items()}
-    return {**settings, "seed": config.seed, "candidates": config.num_candidates, **counts}
+    precision = best_precision(find_device(config.device))
+    arithmetic = {} if precision == "fp32" else {"precision": precision}
+    return {**settings, **arithmetic, "seed": config.seed, "candidates": config.num_candidates, **counts}
 
 
 def join(found: Sequence[Evaluation]) -> Evaluation:

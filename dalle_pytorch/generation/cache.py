@@ -1,9 +1,10 @@
 """The key/value cache of sampling, and a layer's view of new image positions through it.
 
-A prompt's keys are stored once for all its candidates. A candidate stores image keys only, and of those only as many as
-its layer's attention pattern can still see: ``pattern_mask`` says where each position is written and what it reads.
-Everything is allocated once. All that changes from step to step lies in a few small tensors (``Step``), so a step can
-read any number of new positions, and can be compiled or captured in a CUDA graph.
+A prompt's keys are stored once for all its candidates (a lone candidate has them in front of its own). A candidate
+stores image keys only, and of those only as many as its layer's attention pattern can still see: ``pattern_mask`` says
+where each position is written and what it reads. Everything is allocated once. All that changes from step to step lies
+in a few small tensors (``Step``), so a step can read any number of new positions, and can be compiled or captured in a
+CUDA graph.
 
 Axes: g groups (a prompt, or its null twin for guidance), c candidates of a group, r = g * c rows in that order, h
 heads, e head_dim, t prompt positions, n image tokens, s slots of the image cache, q new positions, d width.
@@ -368,7 +369,7 @@ class State:
             self.ring.keep([part for view in views for part in view.moving], step.shift)
 
     def keep_rows(self, rows: int, groups: int) -> None:
-        """Forget all but the first rows, those of the first groups."""
+        """Read no more than the first rows, those of the first groups; the memory stays with the State."""
         for layer in self.layers:
             layer.keep_rows(rows, groups)
         if self.ring is not None:

@@ -68,15 +68,21 @@ class Decoder:
             self._slots[window] = found
         return self._slots[window]
 
-    def bytes_per_candidate(self, *, guided: bool = False) -> int:
-        """What the caches of one candidate hold, prompts apart."""
-        slots = self.slots(1)
+    def bytes_per_candidate(self, *, window: int = 1) -> int:
+        """What the caches of one candidate hold, prompts and twins apart, for steps of at most ``window`` positions."""
+        slots = self.slots(window)
         held = 2 * sum(slots[pattern].count for pattern in self.patterns)
         keys = held * self.dalle.key_width * self.cache_dtype.itemsize
         moving = 0
         if self.views[0].shifts is not None:  # a ring of a row and two: see ShiftRing
-            moving = len(self.views) * 2 * (self.dalle.grid_size + 2) * (self.dalle.config.dim // 4 * 2) * 4
-        return (keys + moving) * (2 if guided else 1)
+            moving = len(self.views) * 2 * (self.dalle.grid_size + window + 1) * (self.dalle.config.dim // 4 * 2) * 4
+        return keys + moving
+
+    def bytes_per_prompt(self) -> int:
+        """What a prompt holds for all its candidates, and about what reading it takes: some eight widths a position."""
+        length, config = self.dalle.prompt_length, self.dalle.config
+        keys = 2 * len(self.views) * length * self.dalle.key_width * self.cache_dtype.itemsize
+        return keys + 8 * 4 * max(length, config.text_len) * config.dim
 
     @torch.inference_mode()
     def start(
@@ -110,7 +116,8 @@ class Decoder:
             out = self.trunk(x, views=recorded, **context)
         slots, t, layers = self.slots(window), dalle.prompt_length, []
         for pattern, view in zip(self.patterns, recorded, strict=True):
-            # in 16 bits the rounding of one softmax over both parts would make a lone candidate another one
+            # 16-bit keys: one softmax over prompt and image rounds otherwise than two parts, so that a lone candidate
+            # would differ from the same one in a micro-batch
             in_front = candidates == 1 and slots[pattern].from_first and self.cache_dtype == torch.float32
             cache = LayerCache(view.full, t, slots[pattern], candidates, dtype=self.cache_dtype, in_front=in_front)
             layers.append(cache)

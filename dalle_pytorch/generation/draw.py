@@ -60,21 +60,30 @@ def to_complete(config: GenerateConfig, generator: Generator) -> KnownTokens | N
     return generator.given(picture, keep)
 
 
+GATHERED = 1024
+"""Candidates at most of prompts that are drawn together: the first process holds all their images."""
+
+
 class Drawn(NamedTuple):
     """What a process has of some prompts drawn together, by their number."""
 
     finished: dict[int, Ranked]
     films: dict[int, PreviewAnimation]
-    """Frames of each."""
+    """Of all of them; only those that this process shows have frames."""
     stopped: KeyboardInterrupt | None
     """Ctrl-C or another signal, where one ended it early."""
 
 
 def groups(generator: Generator, config: GenerateConfig, processes: Processes, prompts: int) -> list[range]:
-    """Numbers of the prompts that are drawn together: as many as fill a micro-batch of every process."""
-    each = len(config.drawn())
-    size = max(generator.micro_batch(config.sampling) * processes.count // max(each, 1), 1)
-    return [range(first, min(first + size, prompts)) for first in range(0, prompts, size)]
+    """Numbers of the prompts that are drawn together: as many as fill a micro-batch of every process, within bounds."""
+    each = max(len(config.drawn()), 1)
+    # of the process with the least memory: all must cut the prompts alike
+    size = min(processes.map(lambda _: generator.micro_batch(config.sampling, each), range(processes.count)))
+    if each < processes.count:  # prompts are shared, see draw
+        together = max(min(size, GATHERED // processes.count) // each, 1) * processes.count
+    else:
+        together = max(min(size * processes.count, GATHERED) // each, 1)
+    return [range(first, min(first + together, prompts)) for first in range(0, prompts, together)]
 
 
 def draw(
@@ -90,11 +99,11 @@ def draw(
     A process draws some candidates of each prompt, or where there are fewer candidates than processes some prompts.
     """
     assert config.seed is not None  # a random one is drawn before, once for all processes
-    some, share = list(numbers), config.drawn()
+    some, share, shown = list(numbers), config.drawn(), config.progressive
     if len(share) < processes.count:
         some = list(processes.share(some))
     else:
-        share = list(processes.share(share))
+        share, shown = list(processes.share(share)), shown and processes.rank == 0
     films = {number: PreviewAnimation(generator, prompts[number]) for number in numbers}
     finished: dict[int, Ranked] = {}
     title = prompts[numbers[0]][:40] if len(numbers) == 1 else f"prompts {numbers[0] + 1} to {numbers[-1] + 1}"
@@ -111,7 +120,7 @@ def draw(
                 given=given,
                 negative_prompt=config.negative_prompt,
                 truncate=config.truncate,
-                preview_rows=config.preview_rows if config.progressive and processes.rank == 0 else 0,
+                preview_rows=config.preview_rows if shown else 0,
                 progress=bar.update,
             ):
                 if isinstance(event, Preview):

@@ -21,8 +21,8 @@ from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
 
-CPU_ROWS = 256
-"""Candidates drawn together on a CPU at most, guidance's twins included: more of them take as long each."""
+CPU_ROWS, GPU_ROWS = 256, 2048
+"""Candidates drawn together at most, guidance's twins included: more of them take as long each."""
 CPU_MEMORY_GB = 4.0
 GPU_SHARE = 0.7
 """Part of a GPU's free memory that the caches of candidates may take."""
@@ -146,15 +146,21 @@ class Generator:
                 "has seen empty captions; this one was trained with caption_dropout=0: use cfg_scale=1"
             )
 
-    def micro_batch(self, sampling: SamplingConfig) -> int:
-        """Candidates drawn together: ``batch_size``, or what the memory holds, at least one."""
+    def micro_batch(self, sampling: SamplingConfig, candidates: int | None = None) -> int:
+        """Candidates drawn together: ``batch_size``, or what the memory holds, at least one.
+
+        Args:
+            sampling: guidance doubles the memory, and speculation adds to it.
+            candidates: of each prompt, which share what the prompt takes; None = so many that it does not count.
+        """
         if self.batch_size is not None:
             return self.batch_size
-        guided = sampling.guided()
-        affordable = int(self.memory_gb * 1e9) // self.decoder.bytes_per_candidate(guided=guided)
-        if self.decoder.device.type == "cpu":
-            affordable = min(affordable, CPU_ROWS // 2 if guided else CPU_ROWS)
-        return max(affordable, 1)
+        twins = 2 if sampling.guided() else 1
+        each = self.decoder.bytes_per_candidate(window=window_of(sampling))
+        if candidates is not None:
+            each += self.decoder.bytes_per_prompt() // max(candidates, 1)
+        rows = min(int(self.memory_gb * 1e9) // each, CPU_ROWS if self.decoder.device.type == "cpu" else GPU_ROWS)
+        return max(rows // twins, 1)
 
     def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
         """Images of image tokens, on the CPU.
@@ -218,28 +224,32 @@ class Generator:
             raise UserError(f"negative_prompt={negative_prompt!r} acts through guidance: set cfg_scale above 1")
         length, tokens_each, device = self.dalle.config.text_len, self.dalle.num_image_tokens, self.decoder.device
         null = self.tokenizer.tokenize(negative_prompt, length, truncate=truncate)
-        size = self.micro_batch(sampling)
+        if given is not None and len(given.tokens) not in (1, len(prompts)):
+            raise UserError(
+                f"given tokens of {len(given.tokens)} images for {len(prompts)} prompts: one, or one for each"
+            )
+        size = self.micro_batch(sampling, len(indices))
         for numbers, part in micro_batches(len(prompts), list(indices), size):
-            some = [prompts[number] for number in numbers]
-            drawn, wanted = some, part
+            drawn, wanted = list(numbers), part
             if self.decoder.compiled:  # fill up: another number of rows would be another program to translate
-                drawn, wanted = fill_up(some, part, min(size, len(prompts) * len(indices)))
-            text = torch.cat([self.tokenizer.tokenize(prompt, length, truncate=truncate) for prompt in drawn])
-            uniforms = [candidate_uniforms(p, seed, index, tokens_each) for p in drawn for index in wanted]
-            known = None if given is None else given._replace(tokens=given.tokens.expand(len(drawn), -1))
+                drawn, wanted = fill_up(drawn, part, len(prompts), len(indices), size)
+            some = [prompts[number] for number in drawn]
+            text = torch.cat([self.tokenizer.tokenize(prompt, length, truncate=truncate) for prompt in some])
+            uniforms = [candidate_uniforms(p, seed, index, tokens_each) for p in some for index in wanted]
+            known = None if given is None else given._replace(tokens=given.tokens.expand(len(prompts), -1)[drawn])
             events = draw_image_tokens(
                 self.decoder, text.to(device), torch.stack(uniforms).to(device), sampling, known,
                 null.expand(len(drawn), -1).to(device),
             )  # fmt: skip
             done, tokens = 0, torch.empty(0)
             for now, tokens in events:
-                progress((now - done) * len(some) * len(part))
+                progress((now - done) * len(numbers) * len(part))
                 rows_before, done = done // self.dalle.grid_size, now
                 shown = preview_rows and now // self.dalle.grid_size // preview_rows > rows_before // preview_rows
                 if shown and now < tokens_each:
                     for number, own in zip(numbers, tokens.unflatten(0, (len(drawn), -1)), strict=False):
                         yield number, Preview(own[: len(part)].cpu().clone(), now, part)
-            each = tokens.unflatten(0, (len(drawn), -1))[: len(some), : len(part)]
+            each = tokens.unflatten(0, (len(drawn), -1))[: len(numbers), : len(part)]
             images = self.decode(each.flatten(0, 1)).unflatten(0, each.shape[:2])
             for number, own, own_images in zip(numbers, each.cpu(), images, strict=True):
                 yield number, Candidates(own, own_images, part)
@@ -338,11 +348,18 @@ def micro_batches(prompts: int, indices: list[int], size: int) -> Iterator[tuple
             yield range(first, min(first + together, prompts)), indices[at : at + size]
 
 
-def fill_up(prompts: list[str], indices: list[int], rows: int) -> tuple[list[str], list[int]]:
-    """Prompts, or else candidates, repeated up to a number of rows."""
-    if len(prompts) > 1:
-        return prompts + prompts[:1] * (rows // len(indices) - len(prompts)), indices
-    return prompts, indices + indices[:1] * (rows - len(indices))
+def fill_up(
+    numbers: list[int], part: list[int], prompts: int, candidates: int, size: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of prompts, and candidates of each, repeated to the shape of the first of ``micro_batches``."""
+    together = min(max(size // candidates, 1), prompts)
+    numbers = numbers + numbers[:1] * (together - len(numbers))
+    return numbers, part + part[:1] * (min(size, candidates) - len(part))
+
+
+def window_of(sampling: SamplingConfig) -> int:
+    """Positions that a step of the strategy reads at most."""
+    return 1 if sampling.strategy == "raster" else sampling.draft_tokens
 
 
 def best_precision(device: torch.device) -> str:
@@ -352,7 +369,10 @@ def best_precision(device: torch.device) -> str:
 
 def free_memory_gb(device: torch.device) -> float:
     """What the caches of candidates may take on a device, in 10^9 bytes."""
-    return GPU_SHARE * torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else CPU_MEMORY_GB
+    if device.type != "cuda":
+        return CPU_MEMORY_GB
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it out again
+    return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept) / 1e9
 
 
 def ranked(candidates: Candidates, scores: Float[Tensor, "s m"], num_keep: int, min_distance: float) -> Ranked:

@@ -138,13 +138,14 @@ def keep_highest(logits: Float[Tensor, "b k"], counts: int | Int[Tensor, "b 1"])
         logits: scores.
         counts: at least 1 and at most k.
     """
+    logits = logits.float()
     return from_lowest(logits, sorted_down(logits), counts)
 
 
 def sorted_down(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     """Each row from its highest to its lowest. On a CPU by numpy: its vectorised sort takes a 25th of torch's time."""
     if logits.device.type == "cpu":
-        return torch.from_numpy(-np.sort(-logits.float().numpy(), axis=-1))
+        return torch.from_numpy(-np.sort(-logits.detach().numpy(), axis=-1))
     return logits.sort(dim=-1, descending=True).values
 
 
@@ -185,6 +186,7 @@ def keep_top_p(logits: Float[Tensor, "b k"], top_p: float) -> Float[Tensor, "b k
         raise UserError(f"top_p must lie in (0, 1] (1 = off), got {top_p}")
     if top_p == 1:
         return logits
+    logits = logits.float()
     ordered = sorted_down(logits)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities

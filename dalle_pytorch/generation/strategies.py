@@ -83,6 +83,7 @@ class Drawing:
         self.first, self.last = (wanted[0], wanted[-1]) if wanted else (count, count - 1)
         """First and last position to draw."""
         self.scales = sampling.scales(count)
+        self.scale_of = torch.tensor(self.scales, device=device)
         self.guided = any(scale != 1 for scale in self.scales[self.first : self.last + 1])
         self.text = text_tokens
         if self.guided:  # the null twins of the prompts are the lower half of the rows
@@ -121,8 +122,7 @@ class Drawing:
         logits = torch.cat(found, dim=1) if len(found) > 1 else found[0]
         if self.guided:
             cond, uncond = logits.chunk(2)
-            scales = torch.tensor(self.scales[first : first + count], device=logits.device)
-            logits = guide(cond, uncond, scales[:, None])
+            logits = guide(cond, uncond, self.scale_of[first : first + count, None])
         self.total += logits.sum()
         return logits
 
@@ -147,9 +147,9 @@ def speculative(drawing: Drawing) -> Iterator[int]:
     """Several positions a step, from guesses that are checked: the same tokens as ``raster``, up to rounding.
 
     A token is a function of its scores and its random number. A step draws ``draft_tokens`` positions at once, as if
-    the guesses before each were right. They are right up to the first that differs from what was drawn in its place;
-    that one is now known, too, and what was drawn behind it are the next guesses. It pays where reading weights is all
-    that a step costs: for one candidate or few, since all rows go on together.
+    the guesses before each were right. They are right up to the first one that differs from the token drawn in its
+    place. That token is then known as well, and the tokens drawn after it are the next guesses. All rows advance
+    together, so it pays for few candidates of a large model.
 
     Source:
         Jacobi iteration, Song et al. 2021, https://arxiv.org/abs/2002.03629; of image tokens, Teng et al. 2024,

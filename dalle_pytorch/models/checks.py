@@ -48,6 +48,8 @@ def check_pixels(images: Shaped[Tensor, "..."]) -> None:
         raise UserError(f"images of type {images.dtype} given; they must be floats in [0, 1]: divide by 255")
 
     def message() -> str:
+        if images.isnan().any():
+            return "images with NaN given; their pixels must lie in [0, 1]"
         low, high = images.min().item(), images.max().item()
         return f"images with pixels from {low:g} to {high:g} given; they must lie in [0, 1]: divide 0 to 255 by 255"
 

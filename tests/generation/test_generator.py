@@ -66,6 +66,43 @@ def test_prompts_that_share_a_micro_batch_draw_what_they_draw_alone(prompted, si
     assert not drawn
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_prompt_keeps_its_own_given_tokens(prompted, monkeypatch, compiled):
+    """Whatever micro-batch it comes in, also one that is filled up; one image's serve all prompts."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
+    prompts = ["a red apple", "a blue car", "red", "a car", "a blue apple"]
+    generator = Generator(prompted, batch_size=4, compiled=compiled)
+    for given in (torch.randint(12, (5, 16)), torch.randint(12, (1, 16))):
+        known = KnownTokens(given, torch.arange(16) < 5)
+        for number, event in generator.sample_each(prompts, range(2), given=known):
+            assert event.image_tokens.shape == (2, 16)
+            assert torch.equal(event.image_tokens[:, :5], given[number % len(given), None, :5].expand(2, -1))
+    with pytest.raises(ValueError, match="given tokens of 3 images for 5 prompts"):
+        next(generator.sample_each(prompts, range(2), given=KnownTokens(given.expand(3, -1), torch.arange(16) < 5)))
+
+
+def test_compiled_micro_batches_have_one_shape(prompted, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
+    for prompts, count, size in ((5, 2, 4), (5, 2, 5), (1, 7, 3), (3, 7, 3), (2, 3, 100)):
+        generator, shapes, drawn = Generator(prompted, batch_size=size, compiled=True), set(), []
+        start = generator.decoder.start
+
+        def watched(text, candidates, *rest, start=start, shapes=shapes, **more):
+            shapes.add((len(text), candidates))
+            return start(text, candidates, *rest, **more)
+
+        monkeypatch.setattr(generator.decoder, "start", watched)
+        for number, event in generator.sample_each([f"a car {n}" for n in range(prompts)], range(count)):
+            drawn += [(number, index) for index in event.indices]
+        assert sorted(drawn) == [(number, index) for number in range(prompts) for index in range(count)]
+        assert len(shapes) == 1
+
+
+def test_a_prompt_with_few_candidates_takes_its_memory(prompted):
+    generator = Generator(prompted, memory_gb=1e-3)
+    assert generator.micro_batch(SAMPLING, 1) < generator.micro_batch(SAMPLING, 50) <= generator.micro_batch(SAMPLING)
+
+
 def test_many_prompts_with_a_candidate_each_fill_the_micro_batch(prompted, monkeypatch):
     generator, rows = Generator(prompted, batch_size=8), []
     start = generator.decoder.start
@@ -103,7 +140,7 @@ def test_arguments_of_the_wrong_kind_are_named(prompted):
 
 
 def test_memory_bounds_the_micro_batch(prompted):
-    each = Generator(prompted).decoder.bytes_per_candidate(guided=True)
+    each = 2 * Generator(prompted).decoder.bytes_per_candidate()
     assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SAMPLING) == 5
     assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SamplingConfig()) == 11
     assert Generator(prompted, memory_gb=each / 1e10).micro_batch(SAMPLING) == 1
