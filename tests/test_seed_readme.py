@@ -19,10 +19,11 @@ def test_first_readme_runs_unchanged(monkeypatch):
     """The blocks as they stand, in order, in one namespace; of an image's 1,024 tokens only the last row is drawn."""
     draw = compat.generate_image_tokens
 
-    def last_row(dalle, text, uniforms, sampling, given_tokens):
+    def last_row(decoder, text, uniforms, sampling, given_tokens):
         assert given_tokens is None
+        dalle = decoder.dalle
         above = torch.randint(dalle.codebook_size, (len(text), dalle.num_image_tokens - dalle.grid_size))
-        return draw(dalle, text, uniforms, sampling, given_tokens=above)
+        return draw(decoder, text, uniforms, sampling, given_tokens=above)
 
     monkeypatch.setattr(compat, "generate_image_tokens", last_row)
     content = README.read_bytes()
