@@ -40,7 +40,7 @@ class SamplingConfig:
     guidance in the lower; null = everywhere."""
     strategy: str = "raster"
     """How positions are filled: "raster" one by one, or "speculative" several a step from guesses that are checked,
-    which gives the same tokens; faster for few candidates of a large model."""
+    which gives the same tokens; faster for one image or few (docs/sampling.md)."""
     draft_tokens: int = 8
     """Positions that a speculative step reads."""
 
