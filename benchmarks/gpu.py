@@ -1,4 +1,4 @@
-"""Checks and times every path of the package that a GPU takes, in one run of some eight minutes.
+"""Checks and times every path of the package that a GPU takes, in one run that should take at most eight minutes.
 
     python benchmarks/gpu.py                                     # one H200, H100 or A100
     python benchmarks/gpu.py --parts logits strategies attention # some parts

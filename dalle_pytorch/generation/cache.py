@@ -137,7 +137,7 @@ class ShiftRing:
         grid_size: int,
         window: int,
     ) -> None:
-        self.grid_size, self.length = grid_size, grid_size + window  # and a slot that stays zero: beyond the borders
+        self.length = grid_size + window  # and a slot that stays zero: beyond the borders
         image = torch.stack(moving)[:, :, prompt_length:].unflatten(-1, (2, -1))  # [m, g, given, 2, quarter]
         entries, groups, given, _, quarter = image.shape
         self.recent = image.new_zeros(entries, groups, self.length + 1, 2, quarter)
@@ -146,22 +146,22 @@ class ShiftRing:
         self.recent.index_copy_(2, some % self.length, image[:, :, some])
         self.recent = self.recent.flatten(2, 3).repeat_interleave(candidates, dim=1)
 
+        position, nothing = torch.arange(grid_size**2, device=image.device), self.length
+        above = torch.where(position >= grid_size, position - grid_size, -1)
+        left = torch.where(position % grid_size > 0, position - 1, -1)
+        self.write = pairs(position % self.length, position % self.length)
+        """Where quarters of each position go, and where those of its neighbours are: two a position."""
+        self.read = pairs(*(torch.where(at >= 0, at % self.length, nothing) for at in (above, left)))
+        self.source = pairs(above, left)
+        """Quarters of the neighbours, counted from the first position on; negative = there is none."""
+
     def at(self, first: int, count: int) -> ShiftRead:
         """Of the image positions ``first`` to ``first + count - 1``."""
-        position = torch.arange(first, first + count, device=self.recent.device)
-        own, nothing = position % self.length, self.length
-        above, left = position - self.grid_size, position - 1
-        has_left = position % self.grid_size > 0
-        read = [
-            2 * torch.where(above >= 0, above % self.length, nothing),
-            2 * torch.where(has_left, left % self.length, nothing) + 1,
-        ]
-        write, read = torch.stack([2 * own, 2 * own + 1], dim=1).flatten(), torch.stack(read, dim=1).flatten()
-        if count == 1:
+        some = slice(2 * first, 2 * (first + count))
+        write, read, source = self.write[some], self.read[some], self.source[some]
+        if count == 1:  # no neighbour of a lone position is new
             return ShiftRead(write, read, None, None)
-        inside = torch.stack([above >= first, has_left & (left >= first)], dim=1).flatten()
-        source = torch.stack([2 * (above - first), 2 * (left - first) + 1], dim=1).flatten().clamp_min(0)
-        return ShiftRead(write, read, inside, source)
+        return ShiftRead(write, read, source >= 2 * first, (source - 2 * first).clamp_min(0))
 
     def neighbours(self, shift: ShiftRead) -> Float[Tensor, "entries r two_q quarter"]:
         """Channels that move to the new positions, those of new tokens left out."""
@@ -171,6 +171,11 @@ class ShiftRing:
         """Store the moving channels of the new positions."""
         new = torch.stack(moving).unflatten(-1, (2, -1)).flatten(2, 3)
         self.recent.index_copy_(2, shift.write, new)
+
+
+def pairs(first: Int[Tensor, " n"], second: Int[Tensor, " n"]) -> Int[Tensor, " two_n"]:
+    """Numbers of the first quarter of some tokens and of the second quarter of others, side by side."""
+    return torch.stack([2 * first, 2 * second + 1], dim=1).flatten()
 
 
 def shifted(
@@ -191,7 +196,7 @@ def shifted(
 
 
 class LayerCache:
-    """Keys and values of one layer, and the channels that token shift moves.
+    """Keys and values of one layer.
 
     Args:
         prompt: keys and values of the prompts and of the given image tokens behind them, ``[2, g, h, t + m, e]``.
@@ -233,7 +238,7 @@ class LayerCache:
         self.values.index_copy_(2, at, v)
 
     def keep_rows(self, rows: int, groups: int) -> None:
-        """Forget all but the first rows, those of the first groups."""
+        """Read no more than the first rows, those of the first groups."""
         self.keys, self.values = self.keys[:rows], self.values[:rows]
         self.prompt = None if self.prompt is None else self.prompt[:, :groups]
 

@@ -149,7 +149,7 @@ def speculative(drawing: Drawing) -> Iterator[int]:
     A token is a function of its scores and its random number. A step draws ``draft_tokens`` positions at once, as if
     the guesses before each were right. They are right up to the first one that differs from the token drawn in its
     place. That token is then known as well, and the tokens drawn after it are the next guesses. All rows advance
-    together, so it pays for few candidates of a large model.
+    together, so it pays for one image or few.
 
     Source:
         Jacobi iteration, Song et al. 2021, https://arxiv.org/abs/2002.03629; of image tokens, Teng et al. 2024,
