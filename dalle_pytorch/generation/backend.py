@@ -104,12 +104,14 @@ def check_precision(precision: str, device: torch.device) -> None:
         log.warning("this CPU has no instructions for bf16 and emulates it a hundred times as slowly: use fp32 or int8")
 
 
-def keys_dtype(precision: str, device: torch.device) -> torch.dtype:
+def keys_dtype(precision: str, device: torch.device, *, kernel: bool = False) -> torch.dtype:
     """Type in which sampling keeps keys and values.
 
     fp32 with "fp32", and on a CPU that does not multiply 16 bits (see above); else fp16 with "fp16", and bf16 with
-    "bf16" and "int8".
+    "bf16" and "int8". The kernel of attention.cpp reads bf16 and int8 on any CPU.
     """
+    if kernel:
+        return {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision, torch.float32)
     if precision == "fp32" or (device.type == "cpu" and (precision == "fp16" or not multiplies_bf16())):
         return torch.float32
     return torch.float16 if precision == "fp16" else torch.bfloat16

@@ -11,7 +11,7 @@ heads, e head_dim, t prompt positions, n image tokens, s slots of the image cach
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,27 @@ def shifted(
     return torch.cat([near.reshape(*x.shape[:2], half), x[..., half:]], dim=-1)
 
 
+@runtime_checkable
+class KeyCache(Protocol):
+    """Keys and values of one layer: ``LayerCache``, or a kernel's own."""
+
+    offset: int
+    """Where its first slot is."""
+
+    def attend(
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], read: Read
+    ) -> Float[Tensor, "r h q e"]:
+        """Store the keys and values of new positions, then attend to what these see."""
+        ...
+
+    def keep_rows(self, rows: int, groups: int) -> None:
+        """Read no more than the first rows, those of the first groups."""
+
+    def bytes(self) -> int:
+        """Memory held."""
+        ...
+
+
 class LayerCache:
     """Keys and values of one layer.
 
@@ -237,8 +258,16 @@ class LayerCache:
         self.keys.index_copy_(2, at, k)
         self.values.index_copy_(2, at, v)
 
+    def attend(
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], read: Read
+    ) -> Float[Tensor, "r h q e"]:
+        """As KeyCache says."""
+        self.write(k.to(self.keys.dtype), v.to(self.values.dtype), read.write)
+        keys, values = (part[:, :, read.start : read.stop] for part in (self.keys, self.values))
+        return attend(q, keys, values, self.prompt, read.bias).to(q.dtype)
+
     def keep_rows(self, rows: int, groups: int) -> None:
-        """Read no more than the first rows, those of the first groups."""
+        """As KeyCache says."""
         self.keys, self.values = self.keys[:rows], self.values[:rows]
         self.prompt = None if self.prompt is None else self.prompt[:, :groups]
 
@@ -283,7 +312,7 @@ class CachedView:
     """
 
     def __init__(
-        self, cache: LayerCache, step: Step, pattern: str, near: Sequence[Float[Tensor, "r two_q quarter"]]
+        self, cache: KeyCache, step: Step, pattern: str, near: Sequence[Float[Tensor, "r two_q quarter"]]
     ) -> None:
         self.cache, self.step, self.read, self.near = cache, step, step.reads[pattern], near
         self.moving: list[Float[Tensor, "r q half"]] = []
@@ -306,11 +335,8 @@ class CachedView:
     def attend(
         self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
     ) -> Float[Tensor, "r h q e"]:
-        """Store the positions' keys and values, then attend. Scores are fp32 here, so ``stable`` changes nothing."""
-        cache, (write, start, stop, bias) = self.cache, self.read
-        cache.write(k.to(cache.keys.dtype), v.to(cache.values.dtype), write)
-        keys, values = (part[:, :, start:stop] for part in (cache.keys, cache.values))
-        return attend(q, keys, values, cache.prompt, bias).to(q.dtype)
+        """As the cache does it. Scores are fp32 here, so ``stable`` changes nothing."""
+        return self.cache.attend(q, k, v, self.read)
 
 
 class State:
@@ -318,7 +344,7 @@ class State:
 
     def __init__(
         self,
-        layers: list[LayerCache],
+        layers: Sequence[KeyCache],
         patterns: list[str],
         slots: dict[str, Slots],
         ring: ShiftRing | None,

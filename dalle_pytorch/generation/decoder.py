@@ -4,6 +4,7 @@ Axes: g groups (a prompt, or its null twin for guidance), c candidates of a grou
 tokens, m given image tokens, n image tokens, q image tokens of a step, k codebook_size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_pytorch.generation.backend import keys_dtype, prepare, prepare_head
-from dalle_pytorch.generation.cache import LayerCache, RecordingView, ShiftRing, Slots, State, Step
+from dalle_pytorch.generation.cache import KeyCache, LayerCache, RecordingView, ShiftRing, Slots, State, Step
+from dalle_pytorch.generation.kernel import KernelCache, blocks_of
 from dalle_pytorch.generation.programs import CompiledTrunk, GraphedStep
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.text_to_image import TextToImage
@@ -49,7 +51,9 @@ class Decoder:
         self.patterns = [dalle.pattern(layer) for layer in range(len(self.views))]
         self.trunk: Any = prepare(dalle.trunk, precision, consume=consume)
         self.head = prepare_head(dalle.image_head, precision, consume=consume)
-        self.cache_dtype = cache_dtype or keys_dtype(precision, self.device)
+        self.kernel = compiled and self.device.type == "cpu"
+        """Whether attention is the kernel of attention.cpp."""
+        self.cache_dtype = cache_dtype or keys_dtype(precision, self.device, kernel=self.kernel)
         self.program = CompiledTrunk(self.trunk) if compiled else None
         self.graphs = self.device.type == "cuda" and not compiled
         """Whether a step is captured in a CUDA graph."""
@@ -70,9 +74,11 @@ class Decoder:
 
     def bytes_per_candidate(self, *, window: int = 1) -> int:
         """What the caches of one candidate hold, prompts and twins apart, for steps of at most ``window`` positions."""
-        slots = self.slots(window)
-        held = 2 * sum(slots[pattern].count for pattern in self.patterns)
-        keys = held * self.dalle.key_width * self.cache_dtype.itemsize
+        counts, width = [self.slots(window)[pattern].count for pattern in self.patterns], self.dalle.key_width
+        keys = 2 * sum(counts) * width * self.cache_dtype.itemsize
+        if self.kernel:
+            heads = self.dalle.config.heads
+            keys = heads * sum(math.prod(blocks_of(count, width // heads, self.cache_dtype)) for count in counts)
         moving = 0
         if self.views[0].shifts is not None:  # a ring of a row and two: see ShiftRing
             moving = len(self.views) * 2 * (self.dalle.grid_size + window + 1) * (self.dalle.config.dim // 4 * 2) * 4
@@ -114,8 +120,11 @@ class Decoder:
                 positions = torch.arange(given_tokens.shape[1], device=x.device)
                 x = torch.cat([x, dalle.embed_image(given_tokens, positions)], dim=1)
             out = self.trunk(x, views=recorded, **context)
-        slots, t, layers = self.slots(window), dalle.prompt_length, []
+        slots, t, layers = self.slots(window), dalle.prompt_length, list[KeyCache]()
         for pattern, view in zip(self.patterns, recorded, strict=True):
+            if self.kernel:
+                layers.append(KernelCache(view.full, t, slots[pattern], candidates, self.cache_dtype))
+                continue
             # 16-bit keys: one softmax over prompt and image rounds otherwise than two parts, so that a lone candidate
             # would differ from the same one in a micro-batch
             in_front = candidates == 1 and slots[pattern].from_first and self.cache_dtype == torch.float32

@@ -21,7 +21,7 @@ from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
 
-CPU_ROWS, GPU_ROWS = 256, 2048
+CPU_ROWS, GPU_ROWS = 512, 2048
 """Candidates drawn together at most, guidance's twins included: more of them take as long each."""
 CPU_MEMORY_GB = 4.0
 GPU_SHARE = 0.7

@@ -144,7 +144,7 @@ def test_memory_bounds_the_micro_batch(prompted):
     assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SAMPLING) == 5
     assert Generator(prompted, memory_gb=5.5 * each / 1e9).micro_batch(SamplingConfig()) == 11
     assert Generator(prompted, memory_gb=each / 1e10).micro_batch(SAMPLING) == 1
-    assert Generator(prompted, memory_gb=1e3).micro_batch(SAMPLING) == 128
+    assert Generator(prompted, memory_gb=1e3).micro_batch(SAMPLING) == 256
     assert Generator(prompted, batch_size=7).micro_batch(SAMPLING) == 7
 
 
