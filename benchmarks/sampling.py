@@ -169,6 +169,8 @@ def name_of(precision: str, compiled: bool) -> str:
 
 def sizes(settings: argparse.Namespace, limits: dict[str, float]) -> None:
     """Tokens a second of every mode, for one candidate, eight prompts and 512 candidates of one prompt."""
+    from dalle_pytorch.generation.generator import CPU_ROWS
+
     peer = peers(settings)
     print("\n| mode | prompts x candidates | tokens/s | x old | x peer | reads / ceiling | products / ceiling |")
     print("|---|---|---|---|---|---|---|")
@@ -180,7 +182,7 @@ def sizes(settings: argparse.Namespace, limits: dict[str, float]) -> None:
         weights = found["new"].pop("weights")
         for row, speed in found["new"].items():
             prompts, count = map(int, row.split(" x "))
-            rows = prompts * min(count, 256)
+            rows = prompts * min(count, CPU_ROWS)
             gain = f"{speed / found['old'][row]:.2f}" if "old" in found else "-"
             ratio = f"{speed / peer['1' if rows == 1 else '8']:.0f}" if peer else "-"
             read = weights * WIDTHS[precision] * speed / rows / 1e9 / limits["read"]

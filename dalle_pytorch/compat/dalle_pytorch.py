@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.captions import draw_texts
 from dalle_pytorch.generation.decoder import Decoder
-from dalle_pytorch.generation.sampling import SamplingConfig, guide, top_k_of_filter_thres
+from dalle_pytorch.generation.sampling import SamplingConfig, guide
 from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models import clip as _clip
 from dalle_pytorch.models import dalle as _dalle
@@ -606,3 +606,16 @@ def apply_mask(text: Tensor, mask: Tensor | None) -> Tensor:
     if mask.shape != text.shape:
         raise UserError(f"mask of shape {tuple(mask.shape)} given for text of shape {tuple(text.shape)}")
     return torch.where(mask, text, 0)
+
+
+def top_k_of_filter_thres(filter_thres: float, codebook_size: int) -> int:
+    """DALLE-pytorch's ``filter_thres`` as a top_k: the share of tokens to drop, here of the image vocabulary.
+
+    (DALLE-pytorch takes the share of text and image vocabulary together, so that its default drops nothing.)
+
+    Raises:
+        ValueError: filter_thres is not in [0, 1].
+    """
+    if not 0 <= filter_thres <= 1:
+        raise UserError(f"filter_thres is the share of tokens to drop, in [0, 1]; got {filter_thres}")
+    return max(int(round((1 - filter_thres) * codebook_size, 6)), 1)  # rounded: 1 - 0.9 is a little less than 0.1

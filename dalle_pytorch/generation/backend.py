@@ -8,7 +8,7 @@ read in the order that the memory likes:
   at every step, which takes as long as reading them.
 - "bf16" and "int8" weights are a half and a quarter of the bytes. CPUs with AMX or VNNI multiply them faster, too.
 - Keys and values have 16 bits where the processor multiplies those directly (AMX); elsewhere torch's attention converts
-  them one by one, which takes longer than reading 32 bits.
+  them one by one, which takes longer than reading 32 bits. (A compiled step has a kernel of its own: kernel.py.)
 - Candidates of one prompt read its keys in one product. That product and the one over a candidate's own keys are two
   parts of one softmax, put together by their sums (as in FlashDecoding and cascade attention).
 
@@ -108,7 +108,7 @@ def keys_dtype(precision: str, device: torch.device, *, kernel: bool = False) ->
     """Type in which sampling keeps keys and values.
 
     fp32 with "fp32", and on a CPU that does not multiply 16 bits (see above); else fp16 with "fp16", and bf16 with
-    "bf16" and "int8". The kernel of attention.cpp reads bf16 and int8 on any CPU.
+    "bf16" and "int8". In the kernel of compiled steps (kernel.py): bf16 with "bf16", int8 with "int8", else fp32.
     """
     if kernel:
         return {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision, torch.float32)

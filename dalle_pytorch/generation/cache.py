@@ -98,24 +98,6 @@ class Step(NamedTuple):
     reads: dict[str, Read]
     """By pattern."""
 
-    def clone(self) -> "Step":
-        """A copy with tensors of its own."""
-        copy = lambda tensor: None if tensor is None else tensor.clone()  # noqa: E731
-        reads = {
-            pattern: read._replace(write=read.write.clone(), bias=copy(read.bias))
-            for pattern, read in self.reads.items()
-        }
-        shift = self.shift
-        if shift is not None:
-            shift = ShiftRead(shift.write.clone(), shift.read.clone(), copy(shift.inside), copy(shift.source))
-        return Step(self.positions.clone(), copy(self.turns), copy(self.phases), shift, reads)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
-        found = [self.positions, self.turns, self.phases, *(self.shift or ())]
-        found += [part for read in self.reads.values() for part in (read.write, read.bias)]
-        return [tensor for tensor in found if tensor is not None]
-
 
 class ShiftRing:
     """The last tokens that token shift looks back at, in all layers: a row of the grid, and what a step may overwrite.
@@ -234,8 +216,8 @@ class LayerCache:
         prompt_length: int,
         slots: Slots,
         candidates: int,
-        *,
         dtype: torch.dtype,
+        *,
         in_front: bool,
     ) -> None:
         prompt = prompt.to(dtype)

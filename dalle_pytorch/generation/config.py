@@ -59,7 +59,8 @@ class GenerateConfig:
     """Arithmetic of the DALLE: fp32, bf16, fp16 or int8 (CPU). Faster, and other images; null = bf16 on a GPU that has
     it, else fp32."""
     compile: bool = False
-    """Translate a step with torch.compile: half a minute the first time; pays with precision=int8."""
+    """Translate a step with torch.compile: half a minute the first time; pays with precision=int8. On a CPU it needs a
+    C++ compiler, and keys and values have another type: other images."""
     truncate: bool = False
     """Cut prompts longer than the model's context instead of refusing them."""
     device: str = "auto"

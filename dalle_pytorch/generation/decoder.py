@@ -5,15 +5,17 @@ tokens, m given image tokens, n image tokens, q image tokens of a step, k codebo
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.backend import keys_dtype, prepare, prepare_head
 from dalle_pytorch.generation.cache import KeyCache, LayerCache, RecordingView, ShiftRing, Slots, State, Step
-from dalle_pytorch.generation.kernel import KernelCache, blocks_of
+from dalle_pytorch.generation.kernel import TYPES, KernelCache, blocks_of, library
 from dalle_pytorch.generation.programs import CompiledTrunk, GraphedStep
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.text_to_image import TextToImage
@@ -27,10 +29,10 @@ class Decoder:
         precision: arithmetic of the linear layers, "fp32", "bf16", "fp16" or "int8" (see ``backend.prepare``); that of
             the head as ``backend.prepare_head`` says.
         compiled: translate a step with ``torch.compile``: half a minute once for each number of candidates, then less
-            time a step (needs a C++ compiler on a CPU).
+            time a step. On a CPU it needs a C++ compiler, and keys have another type (see ``backend.keys_dtype``).
         consume: take the weights of linear layers out of ``dalle`` as they are laid out: it can then do nothing but
             draw, and no weight is in memory twice.
-        cache_dtype: of keys and values; None = as ``backend.keys_dtype`` says.
+        cache_dtype: of keys and values; None = as ``backend.keys_dtype`` says. int8 needs ``compiled`` on a CPU.
 
     Raises:
         ValueError: a precision that is unknown or that this device does not have.
@@ -51,9 +53,13 @@ class Decoder:
         self.patterns = [dalle.pattern(layer) for layer in range(len(self.views))]
         self.trunk: Any = prepare(dalle.trunk, precision, consume=consume)
         self.head = prepare_head(dalle.image_head, precision, consume=consume)
-        self.kernel = compiled and self.device.type == "cpu"
+        self.kernel = compiled and self.device.type == "cpu" and sys.platform != "win32"
         """Whether attention is the kernel of attention.cpp."""
         self.cache_dtype = cache_dtype or keys_dtype(precision, self.device, kernel=self.kernel)
+        if not (self.cache_dtype.is_floating_point or (self.kernel and self.cache_dtype in TYPES)):
+            raise UserError(f"keys of {self.cache_dtype} need compiled=True on a CPU, and are torch.int8 at that")
+        if self.kernel:
+            library(dalle.key_width // dalle.config.heads, self.cache_dtype)  # compiled, or refused, at once
         self.program = CompiledTrunk(self.trunk) if compiled else None
         self.graphs = self.device.type == "cuda" and not compiled
         """Whether a step is captured in a CUDA graph."""
@@ -74,21 +80,26 @@ class Decoder:
 
     def bytes_per_candidate(self, *, window: int = 1) -> int:
         """What the caches of one candidate hold, prompts and twins apart, for steps of at most ``window`` positions."""
-        counts, width = [self.slots(window)[pattern].count for pattern in self.patterns], self.dalle.key_width
-        keys = 2 * sum(counts) * width * self.cache_dtype.itemsize
-        if self.kernel:
-            heads = self.dalle.config.heads
-            keys = heads * sum(math.prod(blocks_of(count, width // heads, self.cache_dtype)) for count in counts)
+        slots, cached = self.slots(window), 0
+        for pattern in self.patterns:
+            cached += self._bytes(slots[pattern].count, self.cache_dtype)
         moving = 0
         if self.views[0].shifts is not None:  # a ring of a row and two: see ShiftRing
             moving = len(self.views) * 2 * (self.dalle.grid_size + window + 1) * (self.dalle.config.dim // 4 * 2) * 4
-        return keys + moving
+        return cached + moving
 
     def bytes_per_prompt(self) -> int:
         """What a prompt holds for all its candidates, and about what reading it takes: some eight widths a position."""
         length, config = self.dalle.prompt_length, self.dalle.config
-        keys = 2 * len(self.views) * length * self.dalle.key_width * self.cache_dtype.itemsize
+        keys = len(self.views) * self._bytes(length, torch.float32 if self.kernel else self.cache_dtype)
         return keys + 8 * 4 * max(length, config.text_len) * config.dim
+
+    def _bytes(self, positions: int, dtype: torch.dtype) -> int:
+        """Keys and values of a layer."""
+        width, heads = self.dalle.key_width, self.dalle.config.heads
+        if self.kernel:
+            return heads * math.prod(blocks_of(positions, width // heads, dtype))
+        return 2 * positions * width * dtype.itemsize
 
     @torch.inference_mode()
     def start(
@@ -122,14 +133,11 @@ class Decoder:
             out = self.trunk(x, views=recorded, **context)
         slots, t, layers = self.slots(window), dalle.prompt_length, list[KeyCache]()
         for pattern, view in zip(self.patterns, recorded, strict=True):
-            if self.kernel:
-                layers.append(KernelCache(view.full, t, slots[pattern], candidates, self.cache_dtype))
-                continue
+            arguments = (view.full, t, slots[pattern], candidates, self.cache_dtype)
             # 16-bit keys: one softmax over prompt and image rounds otherwise than two parts, so that a lone candidate
             # would differ from the same one in a micro-batch
             in_front = candidates == 1 and slots[pattern].from_first and self.cache_dtype == torch.float32
-            cache = LayerCache(view.full, t, slots[pattern], candidates, dtype=self.cache_dtype, in_front=in_front)
-            layers.append(cache)
+            layers.append(KernelCache(*arguments) if self.kernel else LayerCache(*arguments, in_front=in_front))
         ring = None
         if self.views[0].shifts is not None:
             moving = [part for view in recorded for part in view.moving]

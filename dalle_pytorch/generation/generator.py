@@ -93,7 +93,8 @@ class Generator:
             on a GPU.
         precision: arithmetic of the DALLE's linear layers, "fp32", "bf16", "fp16" or "int8" (CPU); None = "bf16" on a
             GPU that has it, else "fp32". Faster, and other images.
-        compiled: translate a step with torch.compile, which takes half a minute the first time; pays with int8.
+        compiled: translate a step with torch.compile, which takes half a minute the first time; pays with int8. On a
+            CPU it needs a C++ compiler, and keys and values have another type: other images.
 
     Raises:
         ValueError: a model without a text tokenizer, a ranker that is no Scorer, or settings out of range.
@@ -156,7 +157,7 @@ class Generator:
         if self.batch_size is not None:
             return self.batch_size
         twins = 2 if sampling.guided() else 1
-        each = self.decoder.bytes_per_candidate(window=window_of(sampling))
+        each = self.decoder.bytes_per_candidate(window=find_strategy(sampling.strategy).window(sampling))
         if candidates is not None:
             each += self.decoder.bytes_per_prompt() // max(candidates, 1)
         rows = min(int(self.memory_gb * 1e9) // each, CPU_ROWS if self.decoder.device.type == "cpu" else GPU_ROWS)
@@ -355,11 +356,6 @@ def fill_up(
     together = min(max(size // candidates, 1), prompts)
     numbers = numbers + numbers[:1] * (together - len(numbers))
     return numbers, part + part[:1] * (min(size, candidates) - len(part))
-
-
-def window_of(sampling: SamplingConfig) -> int:
-    """Positions that a step of the strategy reads at most."""
-    return 1 if sampling.strategy == "raster" else sampling.draft_tokens
 
 
 def best_precision(device: torch.device) -> str:

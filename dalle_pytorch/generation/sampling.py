@@ -109,15 +109,19 @@ class SamplingConfig:
         return any(scale != 1 for scale in self.cfg_schedule or [self.cfg_scale])
 
     def pick(self, logits: Float[Tensor, "b k"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """One token a row under these settings."""
-        return draw(
-            logits,
-            uniform.to(logits.device),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-        )
+        """One token a row, by inverting the cumulative distribution at a number in [0, 1).
+
+        A row depends on its own logits and number only, so a candidate is the same in any batch.
+        """
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        kept = keep_top_p(keep_top_k(logits.float() / self.temperature, self.top_k), self.top_p)
+        kept = keep_min_p(kept, self.min_p)
+        precise = torch.float32 if kept.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+        cumulative = kept.to(precise).softmax(dim=-1).cumsum(dim=-1)
+        target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+        # the first token whose cumulative share exceeds the number: one of share 0 is never drawn
+        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def guide(
@@ -162,13 +166,7 @@ def keep_counts(
 
 
 def keep_top_k(logits: Float[Tensor, "b k"], top_k: int) -> Float[Tensor, "b k"]:
-    """All but the ``top_k`` highest set to -inf; exactly ``top_k`` stay, also among equals. 0 = off.
-
-    Raises:
-        ValueError: top_k is negative.
-    """
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (off) or positive, got {top_k}")
+    """All but the ``top_k`` highest set to -inf; exactly ``top_k`` stay, also among equals. 0 = off."""
     if top_k == 0 or top_k >= logits.shape[-1]:
         return logits
     logits = logits.float()
@@ -178,14 +176,9 @@ def keep_top_k(logits: Float[Tensor, "b k"], top_k: int) -> Float[Tensor, "b k"]
 def keep_top_p(logits: Float[Tensor, "b k"], top_p: float) -> Float[Tensor, "b k"]:
     """The fewest tokens that hold at least ``top_p`` of the probability; the rest set to -inf. 1 = off.
 
-    Raises:
-        ValueError: top_p is not in (0, 1].
-
     Source:
         Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
     """
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must lie in (0, 1] (1 = off), got {top_p}")
     if top_p == 1:
         return logits
     logits = logits.float()
@@ -198,53 +191,12 @@ def keep_top_p(logits: Float[Tensor, "b k"], top_p: float) -> Float[Tensor, "b k
 def keep_min_p(logits: Float[Tensor, "b k"], min_p: float) -> Float[Tensor, "b k"]:
     """Tokens at least ``min_p`` times as likely as the likeliest; the rest set to -inf. 0 = off.
 
-    Raises:
-        ValueError: min_p is not in [0, 1].
-
     Source:
         Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
     """
-    if not 0 <= min_p <= 1:
-        raise UserError(f"min_p must lie in [0, 1] (0 = off), got {min_p}")
     if min_p == 0:
         return logits
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -torch.inf)
-
-
-def draw(
-    logits: Float[Tensor, "b k"],
-    uniform: Float[Tensor, " b"],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Int[Tensor, " b"]:
-    """One token a row, by inverting the cumulative distribution at ``uniform``.
-
-    A row depends on its own logits and number only, so a candidate is the same in any batch.
-
-    Args:
-        logits: scores of the next token.
-        uniform: one number in [0, 1) a row.
-        temperature: divides the logits; 0 = the most likely token.
-        top_k: keep so many tokens; 0 = all.
-        top_p: of those, keep the fewest with so much probability; 1 = all.
-        min_p: of those, keep the ones at least so likely relative to the likeliest; 0 = all.
-
-    Raises:
-        ValueError: temperature is negative, or top_k, top_p or min_p out of range.
-    """
-    if temperature < 0:
-        raise UserError(f"temperature must not be negative (0 = greedy), got {temperature}")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    kept = keep_min_p(keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p), min_p)
-    precise = torch.float32 if kept.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
-    cumulative = kept.to(precise).softmax(dim=-1).cumsum(dim=-1)
-    target = uniform.to(precise)[:, None] * cumulative[:, -1:]
-    # the first token whose cumulative share exceeds the number: one of share 0 is never drawn
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def candidate_uniforms(prompt: str, seed: int, index: int, length: int) -> Float[Tensor, " length"]:
@@ -252,16 +204,3 @@ def candidate_uniforms(prompt: str, seed: int, index: int, length: int) -> Float
     digest = hashlib.sha256(f"{seed}\0{index}\0{prompt}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % (1 << 63))
     return torch.rand(length, generator=generator)
-
-
-def top_k_of_filter_thres(filter_thres: float, codebook_size: int) -> int:
-    """DALLE-pytorch's ``filter_thres`` as a top_k: the share of tokens to drop, here of the image vocabulary.
-
-    (DALLE-pytorch takes the share of text and image vocabulary together, so that its default drops nothing.)
-
-    Raises:
-        ValueError: filter_thres is not in [0, 1].
-    """
-    if not 0 <= filter_thres <= 1:
-        raise UserError(f"filter_thres is the share of tokens to drop, in [0, 1]; got {filter_thres}")
-    return max(int(round((1 - filter_thres) * codebook_size, 6)), 1)  # rounded: 1 - 0.9 is a little less than 0.1

@@ -92,7 +92,7 @@ class Drawing:
         self.total = torch.zeros((), device=device)
         """Sum of all scores: finite where they all were."""
 
-    def begin(self, *, window: int = 1) -> None:
+    def begin(self, *, window: int) -> None:
         """Read the prompts and the given tokens in front of the first position to draw.
 
         Args:
@@ -137,7 +137,6 @@ class Drawing:
 
 def raster(drawing: Drawing) -> Iterator[int]:
     """One position after the other (ancestral sampling)."""
-    drawing.begin()
     for position in range(drawing.first, drawing.last + 1):
         drawing.tokens[:, position] = drawing.pick(drawing.scores(position), position)[:, 0]
         yield position + 1
@@ -156,7 +155,6 @@ def speculative(drawing: Drawing) -> Iterator[int]:
         https://arxiv.org/abs/2410.01699. Theirs accepts a draft by chance; with a random number fixed for each position
         nothing is left to chance, and the distribution is untouched.
     """
-    drawing.begin(window=drawing.sampling.draft_tokens)
     position, guessed, row = drawing.first, drawing.first, drawing.decoder.dalle.grid_size
     while position <= drawing.last:
         count = min(drawing.sampling.draft_tokens, drawing.last + 1 - position)
@@ -172,11 +170,23 @@ def speculative(drawing: Drawing) -> Iterator[int]:
         yield position
 
 
-STRATEGIES: dict[str, Callable[[Drawing], Iterator[int]]] = {"raster": raster, "speculative": speculative}
-"""What ``SamplingConfig.strategy`` may name. Each yields how many image tokens, from the first on, are final."""
+class Strategy(NamedTuple):
+    """A way to fill the positions of an image."""
+
+    fill: Callable[[Drawing], Iterator[int]]
+    """Draws; yields how many image tokens, from the first on, are final."""
+    window: Callable[[SamplingConfig], int] = lambda sampling: 1
+    """Most positions that it asks for at once."""
 
 
-def find_strategy(name: str) -> Callable[[Drawing], Iterator[int]]:
+STRATEGIES = {
+    "raster": Strategy(raster),
+    "speculative": Strategy(speculative, window=lambda sampling: sampling.draft_tokens),
+}
+"""What ``SamplingConfig.strategy`` may name."""
+
+
+def find_strategy(name: str) -> Strategy:
     """The strategy of a name.
 
     Raises:
@@ -208,7 +218,8 @@ def draw_image_tokens(
     if drawing.first == count:
         yield count, drawing.tokens
         return
-    for done in strategy(drawing):
+    drawing.begin(window=strategy.window(sampling))
+    for done in strategy.fill(drawing):
         if done > drawing.last:
             if not drawing.total.isfinite():  # asked once: on a GPU every question waits for all that was launched
                 raise UserError(NOT_FINITE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import ConfigError, UserError
-from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms, draw
+from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
 from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
@@ -190,7 +190,7 @@ def sampled_codes(
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         logits = vae.encode_logits(images).flatten(2).mT
     uniforms = torch.rand(logits.shape[:2], generator=generator).to(logits.device)
-    tokens = draw(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
+    tokens = SamplingConfig().pick(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
     return tokens, logits.softmax(dim=-1)
 
 

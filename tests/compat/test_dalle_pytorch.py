@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dalle_pytorch
-from dalle_pytorch.compat.dalle_pytorch import DALLE, DiscreteVAE
+from dalle_pytorch.compat.dalle_pytorch import DALLE, DiscreteVAE, top_k_of_filter_thres
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.text import BPETokenizer
 
@@ -128,3 +128,10 @@ def test_a_model_is_laid_out_once_for_all_calls_until_a_weight_changes(make_dall
     torch.testing.assert_close(draw(fresh), after)
     dalle.train()
     assert dalle.laid_out("fp32", False) is not dalle.laid_out("fp32", False)
+
+
+@pytest.mark.parametrize(("thres", "kept"), [(0.0, 1024), (0.5, 512), (0.9, 102), (0.7, 307), (1.0, 1)])
+def test_filter_thres_is_a_share_of_the_image_vocabulary(thres, kept):
+    assert top_k_of_filter_thres(thres, 1024) == kept
+    with pytest.raises(ValueError, match="filter_thres"):
+        top_k_of_filter_thres(1.2, 8)

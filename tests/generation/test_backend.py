@@ -119,15 +119,16 @@ def test_unknown_precision_is_named(make_dalle, precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "plain", "amx", "gpu"),
+    ("precision", "plain", "amx", "gpu", "kernel"),
     [
-        ("fp32", torch.float32, torch.float32, torch.float32),
-        ("bf16", torch.float32, torch.bfloat16, torch.bfloat16),
-        ("fp16", torch.float32, torch.float32, torch.float16),
-        ("int8", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("fp32", torch.float32, torch.float32, torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        ("fp16", torch.float32, torch.float32, torch.float16, torch.float32),
+        ("int8", torch.float32, torch.bfloat16, torch.bfloat16, torch.int8),
     ],
 )
-def test_keys_have_16_bits_where_those_are_multiplied(monkeypatch, precision, plain, amx, gpu):
+def test_keys_are_as_small_as_a_processor_reads_them_fast(monkeypatch, precision, plain, amx, gpu, kernel):
+    assert keys_dtype(precision, torch.device("cpu"), kernel=True) == kernel
     for has, expected in ((False, plain), (True, amx)):
         monkeypatch.setattr(backend, "multiplies_bf16", lambda has=has: has)
         assert keys_dtype(precision, torch.device("cpu")) == expected

@@ -6,9 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch._inductor.config
 
 from dalle_pytorch import save
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.kernel import library
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import generate_image_tokens
 from dalle_pytorch.models.patterns import PATTERNS, SEMANTICS
 
 
@@ -33,6 +38,35 @@ def test_the_program_equals_uncached_with_options_of_others(make_mixed, assert_e
     assert_exact(decoder, (1, 0, 1), (1, 6, 1), (3, 9, 1), (3, 2, 4))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"strategy": "speculative", "draft_tokens": 3}, {"cfg_scale": 3.0, "cfg_interval": [0.0, 0.5]}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_it_draws_what_an_eager_step_draws(make_mixed, settings):
+    """Positions that are read again, in rings, too; null twins that are dropped on the way."""
+    dalle, sampling = make_mixed(list(PATTERNS)), SamplingConfig(**settings)
+    text, uniforms = torch.tensor([[3, 7, 4, 0], [8, 5, 0, 0]]), torch.rand(4, 16)
+    eager, compiled = (
+        generate_image_tokens(Decoder(dalle, compiled=compiled), text, uniforms, sampling) for compiled in (False, True)
+    )
+    assert torch.equal(eager, compiled)
+
+
+def test_a_missing_compiler_is_named(make_dalle):
+    library.cache_clear()
+    without = torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",))
+    with without, pytest.raises(UserError, match=r"compile=true needs a C\+\+ compiler"):
+        Decoder(make_dalle(), compiled=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_keys_of_types_that_are_not_there_are_refused(make_dalle, compiled):
+    dtype = torch.int16 if compiled else torch.int8
+    with pytest.raises(UserError, match=r"need compiled=True on a CPU, and are torch\.int8"):
+        Decoder(make_dalle(), compiled=compiled, cache_dtype=dtype)
+
+
 PROGRAM = """
 import json, sys, torch
 from dalle_pytorch import load
@@ -54,7 +88,7 @@ print(json.dumps([errors, programs]))
 
 
 def test_compiled_once_a_model_it_serves_every_position(make_dalle, make_bart, tmp_path):
-    """In a process of its own, since the shape checks of these tests cannot be compiled. Keys are bf16 in it."""
+    """In a process of its own, since the shape checks of these tests cannot be compiled. Keys are 8-bit integers."""
     models = {
         "plain": make_dalle(depth=1),
         "normed": make_dalle(attn_types=["full", "axial_col"], depth=2, qk_norm=True),

@@ -34,10 +34,10 @@ def run(cache: KernelCache, slots: Slots, q, k, v, given: int, window: int) -> t
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
-    ("length", "given", "window", "head_dim"), [(5, 0, 1, 32), (40, 7, 1, 20), (0, 1, 4, 64), (33, 3, 5, 8)]
+    ("length", "given", "window", "head_dim"), [(5, 0, 1, 64), (40, 7, 1, 20), (0, 1, 4, 20), (33, 30, 5, 20)]
 )
 def test_it_is_attention(dtype, pattern, length, given, window, head_dim):
-    """A prompt of no, few and more than a block's positions; rings shorter and longer than one; bits of rounding."""
+    """Prompts of no, few and more than a block's positions; rings, more given than they hold; heads that are padded."""
     visible = pattern_mask(pattern, 0, 7, kernel=3)
     slots, rows, n = Slots(visible, pattern, window), GROUPS * CANDIDATES, len(visible)
     q, k, v = torch.randn(3, rows, HEADS, n, head_dim)
@@ -54,12 +54,14 @@ def test_it_is_attention(dtype, pattern, length, given, window, head_dim):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_a_row_depends_on_no_other(dtype):
-    """Bit for bit the same alone, among others, and once the null twins are no longer read."""
+def test_a_row_depends_on_no_other(dtype, monkeypatch):
+    """Bit for bit the same alone, among others, on several threads, and once the null twins are no longer read."""
     slots = Slots(pattern_mask("full", 0, 6), "full")
-    prompt, (q, k, v) = torch.randn(2, GROUPS, HEADS, 9, 32), torch.randn(3, GROUPS * CANDIDATES, HEADS, 36, 32)
+    prompt, (q, k, v) = torch.randn(2, GROUPS, HEADS, 9, 20), torch.randn(3, GROUPS * CANDIDATES, HEADS, 36, 20)
     together = KernelCache(prompt, 9, slots, CANDIDATES, dtype)
     found = run(together, slots, q, k, v, 0, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(run(KernelCache(prompt, 9, slots, CANDIDATES, dtype), slots, q, k, v, 0, 1), found)
     alone = KernelCache(prompt[:, 1:], 9, slots, 1, dtype)
     assert torch.equal(run(alone, slots, q[4:5], k[4:5], v[4:5], 0, 1), found[4:5])
     half = KernelCache(prompt, 9, slots, CANDIDATES, dtype)
@@ -73,11 +75,12 @@ def test_a_row_depends_on_no_other(dtype):
 @pytest.mark.parametrize("damaged", [torch.nan, torch.inf])
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
 def test_what_is_not_finite_stays_so(dtype, damaged, part):
-    """Rounding to integers does not hide it: drawing refuses scores that are not finite."""
+    """Rounding to integers does not hide a key of the largest score, nor any value: drawing refuses such scores."""
     slots = Slots(pattern_mask("full", 0, 3), "full")
-    new = torch.randn(3, 1, 1, 9, 16)
+    new = torch.randn(3, 1, 1, 9, 20)
+    new[0, :, :, 2, 5] = 1
     new[part, :, :, 2, 5] = damaged
-    found = run(KernelCache(torch.randn(2, 1, 1, 4, 16), 4, slots, 1, dtype), slots, *new, 0, 1)
+    found = run(KernelCache(torch.randn(2, 1, 1, 4, 20), 4, slots, 1, dtype), slots, *new, 0, 1)
     assert found[:, :, :2].isfinite().all()
     assert not found[:, :, 2].isfinite().all()
 
@@ -88,3 +91,15 @@ def test_its_memory_is_foretold(make_dalle, precision):
     decoder, text = Decoder(dalle, precision=precision, compiled=True), torch.tensor([[3, 1, 4, 0]])
     few, many = (decoder.start(text, candidates)[0] for candidates in (40, 50))
     assert decoder.bytes_per_candidate() == pytest.approx((many.bytes() - few.bytes()) / 10)
+    length = decoder.dalle.prompt_length
+    one, two = (decoder.start(text.expand(count, -1), 1)[0] for count in (1, 2))
+    prompt = two.bytes() - one.bytes() - decoder.bytes_per_candidate()
+    assert prompt + 8 * 4 * length * dalle.config.dim == pytest.approx(decoder.bytes_per_prompt())
+
+
+def test_a_misfit_is_refused():
+    """C++ would read beyond it."""
+    slots = Slots(pattern_mask("full", 0, 3), "full")
+    cache, new = KernelCache(torch.randn(2, 1, 1, 4, 20), 4, slots, 1, torch.float32), torch.randn(3, 2, 1, 1, 20)
+    with pytest.raises(ValueError, match=r"given, expected \(1, 1, 1, 20\)"):
+        cache.attend(*new, read_of(slots, 0, 1))

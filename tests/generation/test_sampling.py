@@ -6,12 +6,10 @@ import torch
 from dalle_pytorch.generation.sampling import (
     SamplingConfig,
     candidate_uniforms,
-    draw,
     guide,
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    top_k_of_filter_thres,
 )
 
 LOGITS = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0, -1.0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
@@ -75,7 +73,7 @@ def test_guidance_grows_by_a_power_cosine_inside_its_interval():
 def test_draws_follow_the_softmax():
     count = 20_000
     uniforms = (torch.arange(count) + 0.5) / count
-    tokens = draw(LOGITS[:1].expand(count, -1), uniforms, temperature=0.7)
+    tokens = SamplingConfig(temperature=0.7).pick(LOGITS[:1].expand(count, -1), uniforms)
     shares = torch.bincount(tokens, minlength=6) / count
     torch.testing.assert_close(shares, (LOGITS[0] / 0.7).softmax(-1), atol=2 / count, rtol=0)
 
@@ -83,7 +81,7 @@ def test_draws_follow_the_softmax():
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.5}])
 def test_truncated_tokens_are_never_drawn(settings):
     edges = torch.tensor([0.0, 0.5, 1 - 2**-24])  # the ends of what torch.rand gives
-    tokens = draw(LOGITS[:1].expand(3, -1), edges, **settings)
+    tokens = SamplingConfig(**settings).pick(LOGITS[:1].expand(3, -1), edges)
     keep = {"top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
     ((name, value),) = settings.items()
     kept = keep[name](LOGITS[:1], value)
@@ -92,10 +90,10 @@ def test_truncated_tokens_are_never_drawn(settings):
 
 def test_rows_do_not_depend_on_each_other_and_zero_is_greedy():
     uniforms = torch.tensor([0.3, 0.9])
-    together = draw(LOGITS, uniforms, top_k=4)
-    apart = [draw(LOGITS[i : i + 1], uniforms[i : i + 1], top_k=4) for i in range(2)]
+    together = SamplingConfig(top_k=4).pick(LOGITS, uniforms)
+    apart = [SamplingConfig(top_k=4).pick(LOGITS[i : i + 1], uniforms[i : i + 1]) for i in range(2)]
     assert torch.equal(together, torch.cat(apart))
-    assert torch.equal(draw(LOGITS[1:], torch.tensor([0.99]), temperature=0.0), torch.tensor([0]))
+    assert torch.equal(SamplingConfig(temperature=0.0).pick(LOGITS[1:], torch.tensor([0.99])), torch.tensor([0]))
 
 
 def test_guidance_is_linear_and_one_is_off():
@@ -114,13 +112,7 @@ def test_uniforms_are_a_function_of_prompt_seed_and_index():
         assert not torch.equal(same, candidate_uniforms(*other, 9))
 
 
-@pytest.mark.parametrize(("thres", "kept"), [(0.0, 1024), (0.5, 512), (0.9, 102), (0.7, 307), (1.0, 1)])
-def test_filter_thres_is_a_share_of_the_image_vocabulary(thres, kept):
-    assert top_k_of_filter_thres(thres, 1024) == kept
-
-
 def test_settings_out_of_range_are_named():
-    one = torch.tensor([0.5])
     for settings, message in (
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": -1}, "top_k"),
@@ -129,12 +121,8 @@ def test_settings_out_of_range_are_named():
         ({"min_p": -0.1}, "min_p"),
     ):
         with pytest.raises(ValueError, match=message):
-            draw(LOGITS[:1], one, **settings)
-        with pytest.raises(ValueError, match=message):
             SamplingConfig(**settings)
     with pytest.raises(ValueError, match=r"cfg_scale=2\.0 and cfg_schedule"):
         SamplingConfig(cfg_scale=2.0, cfg_schedule=[1.0, 2.0])
     with pytest.raises(ValueError, match="empty list"):
         SamplingConfig(cfg_schedule=[])
-    with pytest.raises(ValueError, match="filter_thres"):
-        top_k_of_filter_thres(1.2, 8)

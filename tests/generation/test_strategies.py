@@ -114,12 +114,11 @@ def test_guidance_ends_with_its_interval(make_dalle, monkeypatch):
 def test_a_strategy_is_a_function_in_a_table(make_dalle, monkeypatch):
     def backwards(drawing):
         """Ignores the scores."""
-        drawing.begin()
         for position in range(drawing.last, drawing.first - 1, -1):
             drawing.tokens[:, position] = position % 12
             yield 0 if position else drawing.last + 1
 
-    monkeypatch.setitem(strategies.STRATEGIES, "backwards", backwards)
+    monkeypatch.setitem(strategies.STRATEGIES, "backwards", strategies.Strategy(backwards))
     tokens = generate_image_tokens(make_dalle(), TEXT, torch.rand(2, 16), SamplingConfig(strategy="backwards"))
     assert torch.equal(tokens, (torch.arange(16) % 12).expand(2, -1))
 
