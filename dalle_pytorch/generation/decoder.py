@@ -80,13 +80,11 @@ class Decoder:
 
     def bytes_per_candidate(self, *, window: int = 1) -> int:
         """What the caches of one candidate hold, prompts and twins apart, for steps of at most ``window`` positions."""
-        slots, cached = self.slots(window), 0
-        for pattern in self.patterns:
-            cached += self._bytes(slots[pattern].count, self.cache_dtype)
-        moving = 0
+        slots, moving = self.slots(window), 0
+        keys = sum(self._bytes(slots[pattern].count, self.cache_dtype) for pattern in self.patterns)
         if self.views[0].shifts is not None:  # a ring of a row and two: see ShiftRing
             moving = len(self.views) * 2 * (self.dalle.grid_size + window + 1) * (self.dalle.config.dim // 4 * 2) * 4
-        return cached + moving
+        return keys + moving
 
     def bytes_per_prompt(self) -> int:
         """What a prompt holds for all its candidates, and about what reading it takes: some eight widths a position."""
@@ -95,7 +93,7 @@ class Decoder:
         return keys + 8 * 4 * max(length, config.text_len) * config.dim
 
     def _bytes(self, positions: int, dtype: torch.dtype) -> int:
-        """Keys and values of a layer."""
+        """Of a layer's keys and values."""
         width, heads = self.dalle.key_width, self.dalle.config.heads
         if self.kernel:
             return heads * math.prod(blocks_of(positions, width // heads, dtype))
