@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import jaxtyping
 import pytest
@@ -34,8 +36,8 @@ def randomness():
 @pytest.fixture(autouse=True, scope="session")
 def one_store_of_schemas():
     """Hydra copies all schemas whenever it composes, or lists a group for ``--help``; it changes none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConfigStore, "__deepcopy__", lambda store, memo: store, raising=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ConfigStore, "__deepcopy__", lambda store, memo: store, raising=False)
         yield
 
 
@@ -45,6 +47,13 @@ def unchecked_shapes():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def environment_left_as_found():
+    """Lightning writes MASTER_PORT into the environment; a job that a later test starts would inherit it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)
