@@ -19,11 +19,11 @@ from dalle_pytorch.commands.evaluate import run
 from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.npm import SETS
 from dalle_pytorch.data.shards import ShardDataset, ShardWriter
-from dalle_pytorch.evaluation.inception import Inception
-from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.report import read
 from dalle_pytorch.evaluation.samples import chosen, read_samples
 from dalle_pytorch.images import to_pil
+from dalle_pytorch.models.inception import Inception
+from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.text import BPETokenizer
 

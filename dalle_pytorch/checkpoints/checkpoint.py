@@ -163,6 +163,17 @@ def build(head: Header) -> Any:
     return model
 
 
+CAME_LATER: dict[str, dict[str, Any]] = {
+    "vae": {"strides": [], "fine_blocks": 0},
+    "vq_vae": {"strides": [], "fine_blocks": 0, "activation": "tanh"},
+    "vqgan": {
+        "levels": [], "activation": "tanh", "decay": 0.99, "idle": 0.1, "commitment": 0.25, "entropy": 0.002,
+        "likelihood": "l1", "norm_groups": 32,
+    },
+}  # fmt: skip
+"""Settings of image tokenizers that earlier versions did not have, at their defaults."""
+
+
 def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
     """What token shards say about the image tokenizer that they are of: kind, hashes, sizes; JSON can hold it.
 
@@ -171,9 +182,11 @@ def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
     """
     head = header(vae)
     # a setting that came later, at its default, leaves the hash as it was: token shards of before stay valid
-    settings = json.dumps(
-        {name: value for name, value in head["config"].items() if (name, value) != ("strides", [])}, sort_keys=True
-    )
+    later = CAME_LATER.get(head["kind"], {})
+    known = {name: value for name, value in head["config"].items() if name not in later or later[name] != value}
+    if head["kind"] == "vq_vae" and known["quantizer"] == "ema":
+        known["quantizer"] = "vq"  # its first name
+    settings = json.dumps(known, sort_keys=True)
     sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
     hashes = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest(), "weights_sha256": weights_sha256(vae)}
     return {"kind": head["kind"], **hashes, **sizes}
@@ -421,7 +434,7 @@ def _read_torch(path: Path, *, mmap: bool = False) -> tuple[Header, State]:
     head = {key: content.get(key) for key in HEADER_KEYS}
     state = content["state_dict"]
     if "pytorch-lightning_version" in content:  # the LightningModule holds the model as `net`
-        state = {name.removeprefix("net."): tensor for name, tensor in state.items()}
+        state = {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
     return head, state
 
 
@@ -433,7 +446,7 @@ def _read_sharded(path: Path) -> tuple[Header, State]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     head = _read_sharded_header(path)
-    reader, prefix = FileSystemReader(path), "state_dict."
+    reader, prefix = FileSystemReader(path), "state_dict.net."  # the LightningModule holds the model as `net`
     parts = reader.read_metadata().state_dict_metadata
     state: State = {
         name: torch.empty(part.size, dtype=part.properties.dtype)
@@ -441,7 +454,7 @@ def _read_sharded(path: Path) -> tuple[Header, State]:
         if name.startswith(prefix) and isinstance(part, TensorStorageMetadata)
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
-    return head, {name.removeprefix(prefix).removeprefix("net."): tensor for name, tensor in state.items()}
+    return head, {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def _read_sharded_header(path: Path) -> Header:

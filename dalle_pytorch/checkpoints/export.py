@@ -18,9 +18,11 @@ from torch import nn
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.checkpoint import Header, role
 from dalle_pytorch.checkpoints.hub import NetworkError
-from dalle_pytorch.checkpoints.loading import load_with_header
+from dalle_pytorch.checkpoints.loading import load, load_with_header
 from dalle_pytorch.errors import UserError, first_line
 from dalle_pytorch.files import ensure_empty
+from dalle_pytorch.models.image_tokenizer import TrainableTokenizer
+from dalle_pytorch.models.text_to_image import TextToImage
 
 PRECISIONS = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TASKS = {
@@ -45,6 +47,8 @@ class ExportConfig:
 
     weights: str = "???"
     """What ``dalle_pytorch.load`` takes: a checkpoint, a foreign file, a name or an id of the hub."""
+    vae: str | None = None
+    """An image tokenizer to put into a DALLE in place of its own: of the same tokens, with a post-trained decoder."""
     out: str = "???"
     """Folder to make, which must not hold files; or one checkpoint file to write, of a name in .safetensors."""
     name: str | None = None
@@ -92,6 +96,8 @@ def export(config: ExportConfig) -> str:
     out = Path(config.out)
     ensure_empty(out)
     model, head = load_with_header(config.weights, dtype=PRECISIONS[config.precision])
+    if config.vae is not None:
+        put_vae(model, config.vae, PRECISIONS[config.precision])
     head = checkpoint.header(model, head["training"])
     checkpoint.save(model, out if config.is_file else out / checkpoint.HUB_FILE, training=head["training"])
     if config.is_file:
@@ -100,6 +106,25 @@ def export(config: ExportConfig) -> str:
     (out / "README.md").write_text(card(model, head, config), encoding="utf-8")
     pushed = "" if config.push is None else f", {push(out, config.push, private=config.private)}"
     return f"{head['kind']}: {out}{pushed}"
+
+
+def put_vae(dalle: nn.Module, weights: str, dtype: torch.dtype | None) -> None:
+    """Give a DALLE another image tokenizer, which must differ from its own in the decoder alone.
+
+    Raises:
+        UserError: ``dalle`` is none, or the tokenizer would make or read other tokens; names the first difference.
+    """
+    if not isinstance(dalle, TextToImage):
+        raise UserError(f"vae={weights} goes into a DALLE, and these weights are a {type(dalle).__name__}")
+    vae = load(weights, kind="vae", dtype=dtype)
+    if not isinstance(vae, TrainableTokenizer) or vae.config != dalle.vae.config:
+        raise UserError(f"vae={weights} has other settings than the image tokenizer of the DALLE: other tokens")
+    decoding = {id(tensor) for part in vae.decoding_parts for tensor in part.state_dict(keep_vars=True).values()}
+    own = dalle.vae.state_dict()
+    for name, tensor in vae.state_dict(keep_vars=True).items():
+        if id(tensor) not in decoding and not torch.equal(tensor.float(), own[name].float()):
+            raise UserError(f"vae={weights} makes other tokens than the DALLE knows: it differs in {name}")
+    dalle.vae = vae
 
 
 def without_tokenizer(head: Header) -> dict[str, Any]:

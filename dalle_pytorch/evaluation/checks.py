@@ -44,15 +44,3 @@ def check_two(real: Shaped[Tensor, "r e"], other: Shaped[Tensor, "g _"], *, leas
         )
     check_rows(real, "real features", least=least)
     check_rows(other, "generated features", least=least)
-
-
-def check_same_shape(images: Shaped[Tensor, "..."], targets: Shaped[Tensor, "..."]) -> None:
-    """Refuse pictures that cannot be compared pixel by pixel.
-
-    Raises:
-        ValueError: the shapes differ; names both.
-    """
-    if images.shape != targets.shape:
-        raise ValueError(
-            f"pictures of shape {tuple(images.shape)} beside targets of {tuple(targets.shape)}: resize one of them"
-        )

@@ -14,7 +14,6 @@ from torch import Tensor
 from dalle_pytorch.checkpoints.checkpoint import weights_sha256
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.evaluation.features import Extractor, caption_features, clip_extractor, lpips_each
-from dalle_pytorch.evaluation.lpips import LEAST_SIZE, LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Gallery, Table
 from dalle_pytorch.evaluation.part import Part
@@ -26,6 +25,7 @@ from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.generation.strategies import KnownTokens
+from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.models.two_towers import TwoTowers
 
 SHOWN = 6
@@ -223,7 +223,7 @@ def compared(
         "l1": eyes.measure.mean(l1, better="lower", how=how),
         "psnr": eyes.measure.mean(psnr, unit="dB", how={**how, "of": "mean over pictures"}),
     }
-    if (net := eyes.lpips) is not None and min(mine.shape[2:]) >= LEAST_SIZE:
+    if (net := eyes.lpips) is not None and min(mine.shape[2:]) >= net.network.least_size:
         seen = Extractor("vgg16 with lpips heads 0.1", "the part, own size", weights_sha256(net), net, lambda x: x)
         each = lpips_each(net, mine, targets).view(b, m).mean(dim=1)
         found["lpips_vgg"] = eyes.measure.mean(each, better="lower", extractor=seen, how=how)

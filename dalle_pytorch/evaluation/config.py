@@ -38,7 +38,12 @@ class EvaluateConfig:
     vgg: str | None = None
     """torchvision's vgg16-397923af.pth: LPIPS of an image tokenizer, and of what a DALLE completes."""
     lpips_heads: str | None = None
-    """LPIPS' own weights, vgg.pth of version 0.1; null = those of torchmetrics."""
+    """LPIPS' own weights for ``vgg``, vgg.pth of version 0.1; null = those of torchmetrics."""
+    alexnet: str | None = None
+    """torchvision's alexnet-owt-7be5be79.pth: LPIPS of an image tokenizer through another network."""
+    encoder: str | None = None
+    """An image encoder, for distances between sets: torchvision's mobilenet_v2-b0353104.pth (fid_mobilenet), or a
+    vision model of transformers, a folder or an id of the hub (fid_dinov2)."""
     phrases: list[str] = field(default_factory=list)
     """Phrases that exclude each other, as [noto emoji,twemoji]: how often a DALLE finds a picture likelier, or a CLIP
     nearer, with its own than with another one in its caption."""
@@ -108,6 +113,8 @@ READ_BY = {
     "probe": ("vae", "dalle"),
     "vgg": ("vae", "dalle"),
     "lpips_heads": ("vae", "dalle"),
+    "alexnet": ("vae",),
+    "encoder": ("vae", "dalle"),
     "phrases": ("dalle", "clip"),
 }
 """Which kinds read a setting; given to another it would be passed over in silence."""

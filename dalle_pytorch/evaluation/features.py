@@ -6,39 +6,26 @@ every number. Axes: b pictures, e features, t captions, c channels, H W pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import checkpoint, hub
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.checkpoint import weights_sha256
-from dalle_pytorch.checkpoints.importers.table import Table, rename
-from dalle_pytorch.checkpoints.reader import read
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.evaluation.inception import Inception
-from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.shares import in_parts
+from dalle_pytorch.models.inception import Inception
+from dalle_pytorch.models.lpips import LPIPS
+from dalle_pytorch.models.mobilenet import MobileNetV2
 from dalle_pytorch.models.mode import eval_mode
+from dalle_pytorch.models.pretrained_encoder import PretrainedEncoder
 from dalle_pytorch.models.probe import Probe
-from dalle_pytorch.models.skeleton import skeleton
 from dalle_pytorch.models.two_towers import TwoTowers
 
 TOGETHER = 32
 """Pictures in one call of a network; no number depends on it."""
-SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
-
-INCEPTION_KEYS: Table = {
-    r".*\.num_batches_tracked": None,  # training's counter
-    r"AuxLogits\..*": None,  # a second head, for training
-    r"(?:Conv2d|Mixed|fc)[\w.]*": r"\g<0>",
-}
-VGG_KEYS: Table = {r"features\.\d+\.(?:weight|bias)": r"\g<0>", r"classifier\..*": None}
-HEAD_KEYS: Table = {r"lin(\d)\.model\.1\.weight": r"heads.\1"}
 
 
 @dataclass(frozen=True)
@@ -63,43 +50,6 @@ class Extractor:
             return torch.cat(in_parts(lambda part: self.function(part.to(device)).float().cpu(), parts))
 
 
-def load_inception(weights: str | Path) -> Inception:
-    """The Inception of FID.
-
-    Args:
-        weights: pt_inception-2015-12-05-6726825d.pth, a folder with it, or an id of the hub.
-
-    Raises:
-        FileNotFoundError: no such file or id.
-        UserError: weights of another network; names what does not fit.
-    """
-    hint = "FID's Inception is pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid"
-    with skeleton():
-        net = Inception()
-    return _fill(net, {**_state(weights, INCEPTION_KEYS, hint)}, weights, hint)
-
-
-def load_lpips(weights: str | Path, heads: str | Path | None = None) -> LPIPS:
-    """LPIPS with the VGG-16.
-
-    Args:
-        weights: torchvision's vgg16-397923af.pth, a folder with it, or an id of the hub.
-        heads: vgg.pth of richzhang/PerceptualSimilarity, lpips/weights/v0.1; None = the one of torchmetrics.
-
-    Raises:
-        FileNotFoundError: no such file or id.
-        UserError: weights of another network; names what does not fit.
-    """
-    hint = "LPIPS needs torchvision's vgg16-397923af.pth of download.pytorch.org/models"
-    head_hint = "the heads are lpips/weights/v0.1/vgg.pth of github.com/richzhang/PerceptualSimilarity"
-    own = resources.files("torchmetrics.functional.image") / "lpips_models" / "vgg.pth"
-    with resources.as_file(own) as path:
-        state = _state(weights, VGG_KEYS, hint) | _state(path if heads is None else heads, HEAD_KEYS, head_hint)
-    with skeleton():
-        net = LPIPS()
-    return _fill(net, state, weights, hint)
-
-
 def inception_extractor(net: Inception) -> Extractor:
     """Features of FID, KID, precision and recall."""
     protocol = "pytorch-fid: bilinear to 299, no antialiasing, 2048 features"
@@ -116,6 +66,21 @@ def clip_extractor(clip: TwoTowers) -> Extractor:
     """Unit picture features of a CLIP, of ours or released."""
     kind, size = checkpoint.header(clip)["kind"], clip.config.image_size
     return Extractor("clip", f"{kind} at {size} pixels, unit length", weights_sha256(clip), clip, clip.encode_image)
+
+
+def encoder_extractor(net: MobileNetV2 | PretrainedEncoder) -> Extractor:
+    """Features of an image encoder, under the name of its kind."""
+    if isinstance(net, MobileNetV2):
+        name, protocol = "mobilenet", "torchvision's MobileNetV2: bilinear to 224, antialiased, 1280 features"
+    else:
+        name, protocol = net.name, f"{net.name} of transformers: bicubic to {net.image_size}, antialiased, pooled"
+    return Extractor(name, protocol, weights_sha256(net), net, net.encode)
+
+
+def lpips_extractor(net: LPIPS) -> Extractor:
+    """The network of LPIPS, for reports; it gives distances, and no features."""
+    name = {"vgg": "vgg16", "alex": "alexnet"}[net.name]
+    return Extractor(f"{name} with lpips heads 0.1", "own size", weights_sha256(net), net, lambda x: x)
 
 
 def probe_extractor(probe: Probe) -> Extractor:
@@ -174,47 +139,3 @@ def lpips_each(net: LPIPS, images: Float[Tensor, "b c H W"], targets: Float[Tens
     with eval_mode(net):
         pairs = list(zip(images.split(TOGETHER), targets.split(TOGETHER), strict=True))
         return torch.cat(in_parts(lambda pair: net(pair[0].to(device), pair[1].to(device)).cpu(), pairs))
-
-
-def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:
-    """The weights of a file under our names, as fp32."""
-    path = _locate(weights)
-    content = read(path)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no dict of weights; {hint}")
-    try:
-        renamed = rename(content, table)
-    except UserError as error:
-        raise UserError(f"{path}: {error}; {hint}") from error
-    return {name: tensor.float() for name, tensor in renamed.items()}
-
-
-def _fill(net: Any, state: dict[str, Tensor], weights: str | Path, hint: str) -> Any:
-    try:
-        for name, tensor in state.items():
-            checkpoint.check_finite(name, tensor, tensor)
-        checkpoint.load_state(net, state)
-    except UserError as error:
-        raise UserError(f"{weights}: {error}; {hint}") from error
-    return net.requires_grad_(False).eval()
-
-
-def _locate(weights: str | Path) -> Path:
-    """The one file of weights that is meant.
-
-    Raises:
-        FileNotFoundError: no such file, nor an id of the hub.
-        UserError: a folder with no file of weights, or several.
-    """
-    path = Path(weights)
-    if not path.exists():
-        if not hub.is_hub_id(str(weights)):
-            raise FileNotFoundError(f"no file or folder {weights}; give the path of the weights, or an id of the hub")
-        path = hub.fetch(str(weights))
-    if path.is_file():
-        return path
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise UserError(f"{weights} must hold one file of weights, it has {names}; give the path of the file")
-    return found[0]

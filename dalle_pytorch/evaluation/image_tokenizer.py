@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.checkpoints.checkpoint import weights_sha256
 from dalle_pytorch.evaluation.codebook import codebook_use
 from dalle_pytorch.evaluation.codecs import CODECS, Coded, at_bytes
-from dalle_pytorch.evaluation.features import Extractor, lpips_each
-from dalle_pytorch.evaluation.lpips import LPIPS
+from dalle_pytorch.evaluation.features import Extractor, lpips_each, lpips_extractor
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.page import Gallery, Section, Table
 from dalle_pytorch.evaluation.reconstruction import (
@@ -30,6 +28,7 @@ from dalle_pytorch.evaluation.report import Metrics, Protocol, shown
 from dalle_pytorch.evaluation.shares import in_parts
 from dalle_pytorch.generation.grid import GridRow
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.models.mode import eval_mode
 
 TOGETHER = 32
@@ -58,7 +57,7 @@ def evaluate_image_tokenizer(
     images: Float[Tensor, "b c H W"],
     measure: Measure,
     *,
-    lpips: LPIPS | None = None,
+    lpips: Sequence[LPIPS] = (),
     extractors: Sequence[Extractor] = (),
     codecs: Sequence[str] = CODECS,
     reconstructed: tuple[Int[Tensor, "b n"], Float[Tensor, "b c H W"]] | None = None,
@@ -69,8 +68,8 @@ def evaluate_image_tokenizer(
         vae: the tokenizer.
         images: pictures that it was not trained on, in [0, 1], of its size; two at least.
         measure: the protocol.
-        lpips: for lpips_vgg; None = left out.
-        extractors: for the distance between originals and reconstructions: rfid, or rfid_clip.
+        lpips: for lpips_vgg and lpips_alex.
+        extractors: for the distance between originals and reconstructions: rfid, rfid_clip, rfid_mobilenet, ...
         codecs: which to set beside it, of "JPEG" and "WEBP"; needs RGB.
         reconstructed: what ``reconstruct`` gave for them; None = done here.
 
@@ -79,10 +78,9 @@ def evaluate_image_tokenizer(
     """
     tokens, decoded = reconstruct(vae, images) if reconstructed is None else reconstructed
     metrics = near(decoded, images, measure)
-    if lpips is not None:
-        seen = Extractor("vgg16 with lpips heads 0.1", "own size", weights_sha256(lpips), lpips, lambda x: x)
-        each = lpips_each(lpips, decoded, images)
-        metrics["lpips_vgg"] = measure.mean(each, better="lower", extractor=seen)
+    for net in lpips:
+        each = lpips_each(net, decoded, images)
+        metrics[f"lpips_{net.name}"] = measure.mean(each, better="lower", extractor=lpips_extractor(net))
     for extractor in extractors:
         if len(images) > 3:
             metrics |= measure.distances(extractor(images), extractor(decoded), extractor, paired=True)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dalle_pytorch.checkpoints import loading
 from dalle_pytorch.checkpoints.checkpoint import weights_sha256
+from dalle_pytorch.checkpoints.pretrained import load_encoder, load_inception, load_lpips
 from dalle_pytorch.data.factors import class_captions
 from dalle_pytorch.data.samples import Pictures
 from dalle_pytorch.data.shards import ShardDataset
@@ -26,15 +27,13 @@ from dalle_pytorch.evaluation.features import (
     Extractor,
     caption_features,
     clip_extractor,
+    encoder_extractor,
     inception_extractor,
     inception_logits,
-    load_inception,
-    load_lpips,
     probe_extractor,
 )
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
 from dalle_pytorch.evaluation.likelihood import likelihoods
-from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Evaluation, Measure
 from dalle_pytorch.evaluation.memorisation import evaluate_memorisation
 from dalle_pytorch.evaluation.phrases import check_held_out, evaluate_phrases
@@ -47,6 +46,7 @@ from dalle_pytorch.generation.generator import Generator, best_precision, text_t
 from dalle_pytorch.generation.rerank import as_scorers
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.image_tokenizer import margin_of
+from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.models.probe import Probe
 from dalle_pytorch.models.two_towers import TwoTowers
 
@@ -88,6 +88,7 @@ class Networks(NamedTuple):
     ranker: Any
     probe: Probe | None
     lpips: LPIPS | None
+    alexnet: LPIPS | None
     inception: Any
     extractors: list[Extractor]
     """For distances between sets."""
@@ -108,9 +109,16 @@ def networks_of(config: EvaluateConfig, device: torch.device) -> Networks:
     probe = None if config.probe is None else loading.load(config.probe, kind="probe").to(device)
     lpips = None if config.vgg is None else load_lpips(config.vgg, config.lpips_heads).to(device)
     extractors = [] if judge is None else [clip_extractor(judge)]
+    alexnet = None if config.alexnet is None else load_lpips(config.alexnet).to(device)
+    for name, net, wanted in (("vgg", lpips, "vgg"), ("alexnet", alexnet, "alex")):
+        if net is not None and net.name != wanted:
+            raise UserError(
+                f"{name}={getattr(config, name)} is a file of the other network: exchange vgg= and alexnet="
+            )
     extractors += [] if inception is None else [inception_extractor(inception)]
+    extractors += [] if config.encoder is None else [encoder_extractor(load_encoder(config.encoder).to(device))]
     extractors += [] if probe is None else [probe_extractor(probe)]
-    return Networks(judge, ranker, probe, lpips, inception, extractors)
+    return Networks(judge, ranker, probe, lpips, alexnet, inception, extractors)
 
 
 def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, measure: Measure) -> Evaluation:
@@ -119,7 +127,8 @@ def judge_tokenizer(vae: Any, config: EvaluateConfig, shards: ShardDataset, meas
     samples = samples_of(shards, config, vae.image_size)
     tokens, decoded = reconstruct(vae, samples.images)
     found = evaluate_image_tokenizer(
-        vae, samples.images, measure, lpips=networks.lpips, extractors=networks.extractors,
+        vae, samples.images, measure, lpips=[net for net in (networks.lpips, networks.alexnet) if net is not None],
+        extractors=networks.extractors,
         codecs=CODECS if config.codecs else (), reconstructed=(tokens, decoded),
     )  # fmt: skip
     if (probe := networks.probe) is None:

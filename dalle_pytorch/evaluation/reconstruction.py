@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle_pytorch.errors import UserError
-from dalle_pytorch.evaluation.checks import check_rows, check_same_shape
+from dalle_pytorch.evaluation.checks import check_rows
+from dalle_pytorch.models.checks import check_same_shape
 
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
 C1, C2 = 0.01**2, 0.03**2  # (K1 L) ** 2 and (K2 L) ** 2, there, for pictures in [0, 1]

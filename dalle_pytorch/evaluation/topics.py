@@ -50,7 +50,7 @@ TOPICS = (  # the first that fits has a number
 )
 
 HEADLINES = (
-    *("psnr", "ssim", "lpips_vgg", "rfid", "rfid_clip", "codebook_perplexity", "bits_per_pixel"),
+    *("psnr", "ssim", "lpips_vgg", "rfid", "rfid_clip", "rfid_mobilenet", "codebook_perplexity", "bits_per_pixel"),
     *("clip_score", "r_precision", "follows_style", "follows_concept", "fid", "fid_clip", "image_nats"),
     *("gain_of_caption", "text_to_image_r1", "image_to_text_r1", "zero_shot_concept_top1", "calibration_error"),
 )

@@ -75,3 +75,15 @@ def check_ids(ids: Int[Tensor, "..."], size: int, kind: str, *, wait: bool = Tru
 
     if ids.numel():
         require(((ids >= 0) & (ids < size)).all(), message, wait=wait)
+
+
+def check_same_shape(images: Shaped[Tensor, "..."], targets: Shaped[Tensor, "..."]) -> None:
+    """Refuse images that cannot be compared pixel by pixel.
+
+    Raises:
+        ValueError: the shapes differ; names both.
+    """
+    if images.shape != targets.shape:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} beside targets of {tuple(targets.shape)}: resize one of them"
+        )

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
-from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.image_tokenizer import TrainableTokenizer
 
-LIKELIHOODS = ("mse", "smooth_l1", "logit_laplace")
+LIKELIHOODS = ("mse", "l1", "smooth_l1", "logit_laplace")
 MAX_LOG_B = 5.0
 """Bound of the logit-Laplace's ln b."""
 LOGIT_LAPLACE_EPS = 0.1  # section A.3: keeps pixels away from 0 and 1, where the density diverges
@@ -43,12 +44,14 @@ class ConvConfig:
     """Channels of the convolutions."""
     num_resnet_blocks: int = 2
     """Residual blocks at the bottleneck, in the encoder and again in the decoder; 0 = none."""
+    fine_blocks: int = 0
+    """Residual blocks at each finer resolution that has features, in the encoder and again in the decoder."""
     taper: bool = False
     """Halve the channels with every doubling of the resolution; cheaper: the finest layers hold most of the work."""
     channels: int = 3
     """Picture channels, 1 to 4."""
     likelihood: str = "mse"
-    """Reconstruction term: "mse", "smooth_l1" (both in [-1, 1] units) or "logit_laplace" (nats)."""
+    """Reconstruction term: "mse", "l1", "smooth_l1" (in [-1, 1] units) or "logit_laplace" (nats)."""
     mean: list[float] = field(default_factory=lambda: [0.5])
     """Subtracted from the picture, per channel or one for all."""
     std: list[float] = field(default_factory=lambda: [0.5])
@@ -75,7 +78,7 @@ class ConvConfig:
                 f"taper halves the channels {halvings} times: hidden_dim ({self.hidden_dim}) must be a "
                 f"multiple of {2**halvings}"
             )
-        not_negative(self, "num_resnet_blocks")
+        not_negative(self, "num_resnet_blocks", "fine_blocks")
         if self.likelihood not in LIKELIHOODS:
             raise UserError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
         for name in ("mean", "std"):
@@ -123,10 +126,11 @@ def make_encoder(config: ConvConfig, outputs: int) -> nn.Sequential:
     """Pixels to the quantiser's ``outputs`` channels."""
     layers: list[nn.Module] = []
     source = config.channels
-    for target, stride in zip(widths(config), config.scales, strict=True):
+    for place, (target, stride) in enumerate(zip(widths(config), config.scales, strict=True), start=1):
         layers += [nn.Conv2d(source, target, stride + 2, stride=stride, padding=1), nn.ReLU()]
         source = target
-    layers += [ResBlock(source) for _ in range(config.num_resnet_blocks)]
+        blocks = config.num_resnet_blocks if place == len(config.scales) else config.fine_blocks
+        layers += [ResBlock(source) for _ in range(blocks)]
     # 1 x 1 on both sides of the quantiser: a small receptive field there generalises better (Ramesh et al. 2021, 2.1)
     return nn.Sequential(*layers, nn.Conv2d(source, outputs, 1))
 
@@ -141,13 +145,15 @@ def make_decoder(config: ConvConfig) -> nn.Sequential:
         source = config.hidden_dim
         layers += [ResBlock(source) for _ in range(config.num_resnet_blocks)]
     targets = [maps, *widths(config)[:-1]] if config.taper else [config.hidden_dim] * len(config.scales)
-    for target, stride in reversed(list(zip(targets, config.scales, strict=True))):
+    for place, (target, stride) in reversed(list(enumerate(zip(targets, config.scales, strict=True)))):
         layers += [nn.ConvTranspose2d(source, target, stride + 2, stride=stride, padding=1), nn.ReLU()]
         source = target
+        if place or not config.taper:  # a tapering decoder ends with pixels
+            layers += [ResBlock(source) for _ in range(config.fine_blocks)]
     return nn.Sequential(*layers[:-1]) if config.taper else nn.Sequential(*layers, nn.Conv2d(source, maps, 1))
 
 
-class ConvTokenizer(ImageTokenizer):
+class ConvTokenizer(TrainableTokenizer):
     """Encoder and decoder; what lies between them is the subclass's.
 
     Args:
@@ -199,17 +205,27 @@ class ConvTokenizer(ImageTokenizer):
 
     def decoded(self, vectors: Float[Tensor, "b d h w"]) -> Float[Tensor, "b maps H W"]:
         """The decoder's output, the size of the picture."""
-        first, size = self.margin[0], self.image_size
-        return self.decoder(vectors)[..., first : first + size, first : first + size]
+        output, first, size = self.decoder(vectors), self.margin[0], self.image_size
+        return output[..., first : first + size, first : first + size] if any(self.margin) else output
 
-    def to_pixels(self, output: Float[Tensor, "b maps H W"]) -> Float[Tensor, "b c H W"]:
-        """Decoder output to pictures in [0, 1]; the scale map of the logit-Laplace is ignored (section A.3)."""
+    def output(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b maps H W"]:
+        """The decoder's output for tokens."""
+        vectors = F.embedding(image_tokens, self.code_vectors())
+        return self.decoded(rearrange(vectors, "b (h w) d -> b d h w", h=self.grid_size)).float()
+
+    @property
+    def decoding_parts(self) -> list[nn.Module]:
+        """The decoder."""
+        return [self.decoder]
+
+    def to_pixels(self, output: Float[Tensor, "b maps H W"], *, clamp: bool = True) -> Float[Tensor, "b c H W"]:
+        """Decoder output to images; the scale map of the logit-Laplace is ignored (section A.3)."""
         if self.likelihood == "logit_laplace":
             eps = LOGIT_LAPLACE_EPS
             pixels = (torch.sigmoid(output[:, : self.channels]) - eps) / (1 - 2 * eps)
         else:
             pixels = output * self.std + self.mean
-        return pixels.clamp(0, 1)
+        return pixels.clamp(0, 1) if clamp else pixels
 
     def reconstruction_error(
         self, output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"]
@@ -217,10 +233,15 @@ class ConvTokenizer(ImageTokenizer):
         """Mean over subpixels of the negative log-likelihood, up to constants."""
         if self.likelihood == "logit_laplace":
             return logit_laplace_nll(output, images)
-        target = (images - self.mean) / self.std
-        if self.likelihood == "smooth_l1":
-            return F.smooth_l1_loss(output, target)
-        return F.mse_loss(output, target)
+        return pixel_error(self.likelihood, output, (images - self.mean) / self.std)
+
+
+def pixel_error(
+    likelihood: str, output: Float[Tensor, "b c H W"], target: Float[Tensor, "b c H W"]
+) -> Float[Tensor, ""]:
+    """Mean error of pixels: "mse", "l1" or "smooth_l1"."""
+    losses = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+    return losses[likelihood](output, target)
 
 
 class _Bounded(torch.autograd.Function):

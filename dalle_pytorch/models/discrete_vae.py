@@ -6,7 +6,6 @@ The layers are in conv_tokenizer.py.
 Axes: b batch, c channels, H W pixels, h w token grid, n = h * w, k codebook_size, d codebook_dim.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
+from dalle_pytorch.models.image_tokenizer import NOT_RELAXED, Reconstruction, Relaxation
+from dalle_pytorch.models.quantizers import gumbel_softmax, logits_loss
 
 
 @dataclass(kw_only=True)
@@ -94,23 +95,21 @@ class DiscreteVAE(ConvTokenizer):
         codes = rearrange(self.codebook(image_tokens), "b (h w) d -> b d h w", h=self.grid_size)
         return self.to_pixels(self.decoded(codes))
 
-    def relax(
-        self, logits: Float[Tensor, "b k h w"], gumbel_tau: float, generator: torch.Generator | None
-    ) -> Float[Tensor, "b k h w"]:
-        """Gumbel-softmax sample of the codes: soft, or one-hot with a straight-through gradient."""
-        noise = torch.empty_like(logits).exponential_(generator=generator).clamp_min(1e-20).log().neg()
-        soft = ((logits + noise) / gumbel_tau).softmax(dim=1)
-        if not self.config.straight_through:
-            return soft
-        hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
-        if not self.config.reinmax:
-            return hard + soft - soft.detach()
-        # ReinMax, Liu et al. 2023, algorithm 2: Heun's step between the prior and the sample
-        prior = logits.softmax(dim=1)
-        halfway = (hard + (logits / gumbel_tau).softmax(dim=1)) / 2
-        shifted = ((halfway.clamp_min(1e-20).log() - logits).detach() + logits).softmax(dim=1)
-        surrogate = 2 * shifted - 0.5 * prior
-        return hard + surrogate - surrogate.detach()
+    def code_vectors(self) -> Float[Tensor, "k d"]:
+        """Of all codes."""
+        return self.codebook.weight
+
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c H W"],
+        relaxation: Relaxation = NOT_RELAXED,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """Images through relaxed codes."""
+        logits, output = self.relaxed(images, relaxation.gumbel_tau, generator)
+        kl, usage = logits_loss(logits, images.numel())
+        loss = relaxation.kl_weight * kl + relaxation.usage_weight * usage
+        return Reconstruction(output, loss, {"kl": kl, "usage": usage}, logits.detach().argmax(dim=1).flatten(1))
 
     def relaxed(
         self, images: Float[Tensor, "b c H W"], gumbel_tau: float, generator: torch.Generator | None = None
@@ -118,13 +117,14 @@ class DiscreteVAE(ConvTokenizer):
         """Code logits and the decoder's output for relaxed codes, with gradients.
 
         Raises:
-            ValueError: pictures of another shape, or gumbel_tau not above 0.
+            ValueError: images of another shape, or gumbel_tau not above 0.
         """
-        if gumbel_tau <= 0:
-            raise ValueError(f"gumbel_tau must be above 0, got {gumbel_tau}")
         logits = self.encode_logits(images).float()
-        codes = torch.einsum("bkhw,kd->bdhw", self.relax(logits, gumbel_tau, generator), self.codebook.weight)
-        return logits, self.decoded(codes).float()
+        config = self.config
+        codes = gumbel_softmax(
+            logits, gumbel_tau, generator, straight_through=config.straight_through, reinmax=config.reinmax
+        )
+        return logits, self.decoded(torch.einsum("bkhw,kd->bdhw", codes, self.codebook.weight)).float()
 
     def loss(
         self,
@@ -156,18 +156,13 @@ class DiscreteVAE(ConvTokenizer):
             https://arxiv.org/abs/2006.11477, section 3.2) as a KL. DALLE-pytorch divides only the reconstruction by
             the batch, so that its KL weight grows with it; here both share one divisor.
         """
-        logits, output = self.relaxed(images, gumbel_tau, generator)
-        reconstruction = self.reconstruction_error(output, images)
-        # KL of the categorical at temperature 1, whatever gumbel_tau (the author, openai/DALL-E issue 26)
-        log_q = logits.log_softmax(dim=1)
-        q = log_q.exp()
-        kl = (q * (log_q + math.log(self.codebook_size))).sum() / images.numel()
-        usage = math.log(self.codebook_size) - torch.special.entr(q.mean(dim=(0, 2, 3))).sum()
+        found = self.reconstruct(images, Relaxation(gumbel_tau, kl_weight, usage_weight), generator)
+        reconstruction = self.reconstruction_error(found.output, images)
         return VAELoss(
-            loss=reconstruction + kl_weight * kl + usage_weight * usage,
+            loss=reconstruction + found.codes_loss,
             reconstruction=reconstruction,
-            kl=kl,
-            usage=usage,
-            image_tokens=logits.detach().argmax(dim=1).flatten(1),
-            reconstructions=self.to_pixels(output.detach()),
+            kl=found.parts["kl"],
+            usage=found.parts["usage"],
+            image_tokens=found.image_tokens,
+            reconstructions=self.to_pixels(found.output.detach()),
         )

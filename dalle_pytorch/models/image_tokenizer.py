@@ -7,8 +7,9 @@ Axes: b batch, c channels, H W pixels, n image tokens in raster order (n = grid_
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
@@ -80,6 +81,79 @@ class ImageTokenizer(nn.Module, ABC):
                 f"{self.grid_size} x {self.grid_size} = {self.num_image_tokens}"
             )
         check_ids(image_tokens, self.codebook_size, "image")
+
+
+class Relaxation(NamedTuple):
+    """The Gumbel-softmax of a training step; other codebooks have none."""
+
+    gumbel_tau: float = 1.0
+    """Temperature, above 0."""
+    kl_weight: float = 0.0
+    """Of the KL to uniform codes, the paper's beta."""
+    usage_weight: float = 0.0
+    """Of the KL of the mean code distribution to uniform, which keeps codes alive."""
+
+
+NOT_RELAXED = Relaxation()
+"""Temperature 1, no penalties."""
+
+
+class Reconstruction(NamedTuple):
+    """What a training step makes of images."""
+
+    output: Float[Tensor, "b maps H W"]
+    """The decoder's output in fp32, with a gradient."""
+    codes_loss: Float[Tensor, ""]
+    """What the codebook adds to the loss."""
+    parts: dict[str, Tensor]
+    """What that consists of, by name, for the logs."""
+    image_tokens: Int[Tensor, "b n"]
+    """Hard codes."""
+
+
+class TrainableTokenizer(ImageTokenizer):
+    """An image tokenizer that can be trained: it gives the decoder's output before it becomes pixels."""
+
+    @abstractmethod
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c H W"],
+        relaxation: Relaxation = NOT_RELAXED,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """Images through codes with gradients; in training mode a codebook may learn from them.
+
+        Args:
+            images: in [0, 1].
+            relaxation: read by Gumbel-softmax codes alone.
+            generator: source of their noise; None = torch's global one.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+
+    @abstractmethod
+    def output(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b maps H W"]:
+        """The decoder's output for tokens, in fp32, before it becomes pixels."""
+
+    @abstractmethod
+    def code_vectors(self) -> Float[Tensor, "k d"]:
+        """What the decoder reads of each code."""
+
+    @property
+    @abstractmethod
+    def decoding_parts(self) -> list[nn.Module]:
+        """What makes images of codes' vectors, apart from the codes themselves."""
+
+    @abstractmethod
+    def reconstruction_error(
+        self, output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"]
+    ) -> Float[Tensor, ""]:
+        """Mean over subpixels of the negative log-likelihood, up to constants."""
+
+    @abstractmethod
+    def to_pixels(self, output: Float[Tensor, "b maps H W"], *, clamp: bool = True) -> Float[Tensor, "b c H W"]:
+        """Decoder output to images in [0, 1]; without ``clamp`` a little beyond, where a gradient is needed."""
 
 
 @runtime_checkable

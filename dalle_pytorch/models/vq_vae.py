@@ -3,116 +3,31 @@
 Axes: b batch, c channels, H W pixels, n image tokens in raster order, d codebook_dim.
 """
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_pytorch.errors import UserError, not_negative
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.conv_tokenizer import ConvConfig, ConvTokenizer
+from dalle_pytorch.models.image_tokenizer import NOT_RELAXED, Reconstruction, Relaxation
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, Quantizer, ScalarGrid, to_grid, to_sequence
+from dalle_pytorch.models.quantizers import CODEBOOKS, CodebookConfig, make_quantizer, to_grid, to_sequence
 
 
 @dataclass(kw_only=True)
-class NarrowConfig(ConvConfig):
-    """Sizes and likelihood; code vectors are narrow, as ViT-VQGAN advises (quantizers.NearestCode)."""
+class VQVAEConfig(CodebookConfig, ConvConfig):
+    """Sizes, likelihood and codebook; code vectors are narrow, as ViT-VQGAN advises (quantizers.NearestCode)."""
 
+    codebook_size: int = 1024
+    """Number of codes; of fsq the product of ``levels``, filled from them where it is 0."""
     codebook_dim: int = 16
     """Width of a code vector."""
-
-
-@dataclass(kw_only=True)
-class VQConfig(NarrowConfig):
-    """A VQVAE whose codes are learnt vectors; the nearest is taken, and it follows a moving average."""
-
-    decay: float = 0.99
-    """Of the moving averages, in (0, 1)."""
-    idle: float = 0.1
-    """Codes that stand for fewer vectors of a batch, on average, are put on one of them."""
-    commitment: float = 0.25
-    """Weight of the distance from the encoder's vectors to their codes."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            UserError: a field is out of range; names it.
-        """
-        super().__post_init__()
-        if not 0 < self.decay < 1:
-            raise UserError(f"decay must lie in (0, 1), got {self.decay}")
-        not_negative(self, "idle", "commitment")
-
-
-@dataclass(kw_only=True)
-class FSQConfig(NarrowConfig):
-    """A VQVAE whose codes are a grid of rounded numbers."""
-
-    codebook_size: int = 0
-    """Number of codes, the product of ``levels``; 0 = filled from them."""
-    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
-    """Levels of each coordinate, 5 or more best ([8, 5, 5, 5]: 1,000 codes)."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            UserError: a field is out of range; names it.
-        """
-        if not self.levels or min(self.levels) < 3:
-            raise UserError(f"levels must be 3 or more each, e.g. [8,5,5,5] for 1,000 codes; got {list(self.levels)}")
-        if self.codebook_size not in (0, math.prod(self.levels)):
-            raise UserError(
-                f"levels {list(self.levels)} make {math.prod(self.levels)} codes: leave codebook_size "
-                f"({self.codebook_size}) out"
-            )
-        self.codebook_size = math.prod(self.levels)
-        super().__post_init__()
-
-
-@dataclass(kw_only=True)
-class IBQConfig(NarrowConfig):
-    """A VQVAE whose codes are learnt vectors; the likeliest is taken, and the gradient reaches all of them."""
-
-    commitment: float = 0.25
-    """Weight of the distance from the encoder's vectors to their codes."""
-    entropy: float = 0.002
-    """Weight of sure choices and of all codes in use (authors': 0.05, beside larger losses than an image's error;
-    docs/experiments.md)."""
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            UserError: a field is out of range; names it.
-        """
-        super().__post_init__()
-        not_negative(self, "commitment", "entropy")
-
-
-QUANTIZERS: dict[str, type[NarrowConfig]] = {"vq": VQConfig, "fsq": FSQConfig, "ibq": IBQConfig}
-
-
-@dataclass(kw_only=True)
-class VQVAEConfig(NarrowConfig):
-    """What a checkpoint says of a VQVAE: which quantizer, and the settings of all of them."""
-
-    quantizer: str = "vq"
-    """One of QUANTIZERS, whose config says what each of the settings below means."""
-    levels: list[int] = field(default_factory=list)
-    """fsq."""
-    decay: float = 0.99
-    """vq."""
-    idle: float = 0.1
-    """vq."""
-    commitment: float = 0.25
-    """vq, ibq."""
-    entropy: float = 0.002
-    """ibq."""
+    quantizer: str = "ema"
+    """"ema" (learnt vectors that follow moving averages), "fsq" (a grid of rounded numbers), "ibq" (learnt vectors, all
+    of which get a gradient), "lfq" or "bsq" (signs)."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -120,19 +35,42 @@ class VQVAEConfig(NarrowConfig):
         Raises:
             UserError: no such quantizer, or a field is out of range; names it.
         """
+        if self.quantizer == "vq":  # its name in checkpoints of earlier versions
+            self.quantizer = "ema"
+        if self.quantizer not in CODEBOOKS:
+            raise UserError(f"quantizer must be one of {', '.join(CODEBOOKS)}, got {self.quantizer!r}")
+        self.check_codebook()
         super().__post_init__()
-        if self.quantizer not in QUANTIZERS:
-            raise UserError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
-        if self.quantizer != "fsq" and self.levels:
-            raise UserError(f"levels are those of quantizer=fsq; with {self.quantizer} leave them empty")
-        config = QUANTIZERS[self.quantizer]
-        config(**{item.name: getattr(self, item.name) for item in fields(config)})
 
-    @classmethod
-    def of(cls, config: NarrowConfig) -> "VQVAEConfig":
-        """The same from the settings of one quantizer."""
-        quantizer = next(name for name, kind in QUANTIZERS.items() if type(config) is kind)
-        return cls(quantizer=quantizer, **{item.name: getattr(config, item.name) for item in fields(config)})
+
+@dataclass(kw_only=True)
+class FSQConfig(VQVAEConfig):
+    """With a grid of rounded numbers, 1,000 codes."""
+
+    codebook_size: int = 0
+    quantizer: str = "fsq"
+    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
+
+
+@dataclass(kw_only=True)
+class IBQConfig(VQVAEConfig):
+    """With learnt vectors, all of which get a gradient."""
+
+    quantizer: str = "ibq"
+
+
+@dataclass(kw_only=True)
+class LFQConfig(VQVAEConfig):
+    """With the signs of a short vector."""
+
+    quantizer: str = "lfq"
+
+
+@dataclass(kw_only=True)
+class BSQConfig(VQVAEConfig):
+    """With the signs of a short vector on the unit sphere."""
+
+    quantizer: str = "bsq"
 
 
 class VQLoss(NamedTuple):
@@ -158,7 +96,7 @@ class VQVAE(ConvTokenizer):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config, outputs=config.codebook_dim)
         self.config = config
-        self.quantizer = make_quantizer(config)
+        self.quantizer = make_quantizer(config, config.codebook_dim)
         self.init_weights()
 
     @torch.no_grad()
@@ -172,25 +110,30 @@ class VQVAE(ConvTokenizer):
         self.check_tokens(image_tokens)
         return self.to_pixels(self.decoded(to_grid(self.quantizer.vectors(image_tokens), self.grid_size)))
 
-    def loss(self, images: Float[Tensor, "b c H W"]) -> VQLoss:
-        """Reconstruction error and what the quantiser adds; in training mode the codebook follows the batch.
+    def code_vectors(self) -> Float[Tensor, "k d"]:
+        """Of all codes."""
+        tokens = torch.arange(self.codebook_size, device=self.mean.device)
+        return self.quantizer.vectors(tokens[None])[0]
 
-        Raises:
-            ValueError: pictures of another shape.
-        """
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c H W"],
+        relaxation: Relaxation = NOT_RELAXED,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """Images through the nearest codes."""
         features = to_sequence(self.encoded(images)).float()
         with torch.autocast(images.device.type, enabled=False):  # the codes of encode, also in mixed precision
             codes = self.quantizer(features)
         output = self.decoded(to_grid(codes.vectors, self.grid_size)).float()
-        reconstruction = self.reconstruction_error(output, images)
-        return VQLoss(reconstruction + codes.loss, reconstruction, codes.loss, codes.image_tokens)
+        return Reconstruction(output, codes.loss, {"codebook": codes.loss}, codes.image_tokens)
 
+    def loss(self, images: Float[Tensor, "b c H W"]) -> VQLoss:
+        """Reconstruction error and what the quantiser adds; in training mode the codebook follows the batch.
 
-def make_quantizer(config: VQVAEConfig) -> Quantizer:
-    """The quantiser of a config."""
-    size, dim = config.codebook_size, config.codebook_dim
-    if config.quantizer == "fsq":
-        return ScalarGrid(config.levels, dim)
-    if config.quantizer == "ibq":
-        return LikeliestCode(size, dim, commitment=config.commitment, entropy=config.entropy)
-    return NearestCode(size, dim, decay=config.decay, commitment=config.commitment, idle=config.idle)
+        Raises:
+            ValueError: images of another shape.
+        """
+        found = self.reconstruct(images)
+        reconstruction = self.reconstruction_error(found.output, images)
+        return VQLoss(reconstruction + found.codes_loss, reconstruction, found.codes_loss, found.image_tokens)

@@ -9,19 +9,20 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one
+from dalle_pytorch.models.quantizers import CODEBOOKS, CodebookConfig
 
-QUANTIZERS = ("vq", "gumbel")
+QUANTIZERS = ("vq", "gumbel", *CODEBOOKS)
+LIKELIHOODS = ("l1", "mse", "smooth_l1")
 PIXEL_RANGES = ("minus_one_to_one", "zero_to_one")
-NORM_GROUPS = 32  # of every GroupNorm, in all of these models
 
 
 @dataclass(kw_only=True)
-class VQGANConfig:
+class VQGANConfig(CodebookConfig):
     """Sizes of a VQGAN; the defaults are those of taming's f16 with 16384 codes."""
 
     image_size: int = 256
@@ -29,7 +30,7 @@ class VQGANConfig:
     channels: int = 3
     """Picture channels, in and out."""
     ch: int = 128
-    """Channels of the finest level per unit of ``ch_mult``; a multiple of 32 with every entry of it."""
+    """Channels of the finest level per unit of ``ch_mult``; a multiple of ``norm_groups`` with every entry of it."""
     ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     """Width of every level, finest first, in units of ``ch``; between two levels the resolution is halved."""
     num_res_blocks: int = 2
@@ -43,11 +44,17 @@ class VQGANConfig:
     codebook_size: int = 16384
     """Number of codes."""
     quantizer: str = "vq"
-    """"vq": the code next to the encoder's output; "gumbel": the largest of logits."""
+    """"vq": the code next to the encoder's output, learnt by gradients; "gumbel": the largest of logits; or a codebook
+    of models/quantizers.py: "ema", "fsq", "ibq", "lfq" or "bsq"."""
+    likelihood: str = "l1"
+    """Error of pixels in training: "l1", "mse" or "smooth_l1", in units of ``pixel_range``."""
     normalize_codes: bool = False
     """Compare and decode codes at length 1, as LlamaGen does; "vq" only."""
     pixel_range: str = "minus_one_to_one"
     """Pixels that the network was trained on: "minus_one_to_one", or "zero_to_one" (DALL·E mini)."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm, 32 in all published models. Narrow networks need fewer: where a group is one channel,
+    the mean of a channel is lost, and with it the colour of an image."""
     norm_eps: float = 1e-6
     """Added to the variance in every GroupNorm; min-dalle decodes with 1e-5."""
     encoder: bool = True
@@ -59,13 +66,21 @@ class VQGANConfig:
         Raises:
             ValueError: a field is out of range.
         """
-        at_least_one(self, "image_size", "channels", "ch", "num_res_blocks", "z_channels", "embed_dim", "codebook_size")
-        if not self.ch_mult or min(self.ch_mult) < 1 or any(self.ch * mult % NORM_GROUPS for mult in self.ch_mult):
+        if self.quantizer not in QUANTIZERS:
+            raise UserError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+        self.check_codebook()
+        at_least_one(
+            self, "image_size", "channels", "ch", "num_res_blocks", "z_channels", "embed_dim", "codebook_size",
+            "norm_groups",
+        )  # fmt: skip
+        groups = self.norm_groups
+        if not self.ch_mult or min(self.ch_mult) < 1 or any(self.ch * mult % groups for mult in self.ch_mult):
             raise UserError(
-                f"ch ({self.ch}) times every one of ch_mult ({self.ch_mult}) must be a multiple of {NORM_GROUPS}"
+                f"ch ({self.ch}) times every one of ch_mult ({self.ch_mult}) must be a multiple of norm_groups "
+                f"({groups})"
             )
-        if self.encoder and self.ch % NORM_GROUPS:
-            raise UserError(f"ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
+        if self.encoder and self.ch % groups:
+            raise UserError(f"ch must be a multiple of norm_groups ({groups}), got {self.ch}")
         if self.image_size % self.reduction:
             raise UserError(
                 f"image_size ({self.image_size}) must be a multiple of {self.reduction}: "
@@ -75,7 +90,7 @@ class VQGANConfig:
             raise UserError(
                 f"attention_levels ({self.attention_levels}) must be levels of ch_mult, 0 to {len(self.ch_mult) - 1}"
             )
-        for name, choices in (("quantizer", QUANTIZERS), ("pixel_range", PIXEL_RANGES)):
+        for name, choices in (("pixel_range", PIXEL_RANGES), ("likelihood", LIKELIHOODS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.normalize_codes and self.quantizer != "vq":
@@ -104,8 +119,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, (source, target) in enumerate(zip([config.ch, *widths], widths, strict=False)):
             self.down.append(Down(config, level, source, target))
-        self.mid = Middle(widths[-1], config.norm_eps)
-        self.norm_out = norm(widths[-1], config.norm_eps)
+        self.mid = Middle(widths[-1], config)
+        self.norm_out = norm(widths[-1], config)
         self.conv_out = conv(widths[-1], config.z_channels)
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b z h w"]:
@@ -123,11 +138,11 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = conv(config.z_channels, widths[-1])
-        self.mid = Middle(widths[-1], config.norm_eps)
+        self.mid = Middle(widths[-1], config)
         self.up = nn.ModuleList()
         for level, (target, source) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             self.up.append(Up(config, level, source, target))
-        self.norm_out = norm(widths[0], config.norm_eps)
+        self.norm_out = norm(widths[0], config)
         self.conv_out = conv(widths[0], config.channels)
 
     def forward(self, x: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c H W"]:
@@ -146,9 +161,9 @@ class Level(nn.Module):
         self.block = nn.ModuleList()
         self.attn = nn.ModuleList()
         for index in range(num_blocks):
-            self.block.append(ResBlock(target if index else source, target, config.norm_eps))
+            self.block.append(ResBlock(target if index else source, target, config))
             if level in config.attention_levels:
-                self.attn.append(Attention(target, config.norm_eps))
+                self.attn.append(Attention(target, config))
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         """The same resolution in and out."""
@@ -187,11 +202,11 @@ class Up(Level):
 class Middle(nn.Module):
     """Block, attention, block at the coarsest resolution."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.block_1 = ResBlock(width, width, eps)
-        self.attn_1 = Attention(width, eps)
-        self.block_2 = ResBlock(width, width, eps)
+        self.block_1 = ResBlock(width, width, config)
+        self.attn_1 = Attention(width, config)
+        self.block_2 = ResBlock(width, width, config)
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
         """Same shape in and out."""
@@ -201,10 +216,10 @@ class Middle(nn.Module):
 class ResBlock(nn.Module):
     """Two normed convolutions added to the input; a 1 x 1 one fits the input to another width."""
 
-    def __init__(self, source: int, target: int, eps: float) -> None:
+    def __init__(self, source: int, target: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(source, eps), conv(source, target)
-        self.norm2, self.conv2 = norm(target, eps), conv(target, target)
+        self.norm1, self.conv1 = norm(source, config), conv(source, target)
+        self.norm2, self.conv2 = norm(target, config), conv(target, target)
         self.nin_shortcut = nn.Identity() if source == target else nn.Conv2d(source, target, 1)
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
@@ -217,9 +232,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head over all positions, added to the input."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm = norm(width, eps)
+        self.norm = norm(width, config)
         self.q, self.k, self.v = (nn.Conv2d(width, width, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(width, width, 1)
 
@@ -252,6 +267,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i H W"]:
         """Twice the sides."""
+        if torch.compiler.is_compiling():  # Inductor of torch 2.13 loses the gradient of interpolate in bfloat16
+            return self.conv(repeat(x, "b i h w -> b i (h r) (w s)", r=2, s=2))
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -260,9 +277,9 @@ def conv(source: int, target: int) -> nn.Conv2d:
     return nn.Conv2d(source, target, 3, padding=1)
 
 
-def norm(width: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm over 32 groups."""
-    return nn.GroupNorm(NORM_GROUPS, width, eps=eps)
+def norm(width: int, config: VQGANConfig) -> nn.GroupNorm:
+    """GroupNorm of a width."""
+    return nn.GroupNorm(config.norm_groups, width, eps=config.norm_eps)
 
 
 def norm_silu(layer: nn.GroupNorm, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
@@ -272,5 +289,9 @@ def norm_silu(layer: nn.GroupNorm, x: Float[Tensor, "b i h w"]) -> Float[Tensor,
 
 
 def in_fast_layout(x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b i h w"]:
-    """Channels last on a CPU, where all layers here work in it; elsewhere GroupNorm would undo it at every step."""
-    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)
+    """Channels last on a CPU without gradients, where all layers here work in it.
+
+    Elsewhere GroupNorm would undo it at every step, and its backward pass in bfloat16 is nine times slower in it.
+    """
+    channels_last = x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

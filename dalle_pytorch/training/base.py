@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dalle_pytorch.checkpoints.checkpoint import header
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import ConfigError
+from dalle_pytorch.models.blocks import BLOCKS
 from dalle_pytorch.models.gradient_scaling import update_scales
 from dalle_pytorch.training.optim import MuonAdamW, OptimConfig, make_optimizer, make_scheduler
 from dalle_pytorch.training.sharding import shard
@@ -63,9 +64,20 @@ class LitBase(pl.LightningModule, Generic[Net]):
         """The optimiser with decay groups, its learning rate set anew in every step."""
         # The loss scaling of float16 comes off before clipping, which a fused optimiser would do itself and later.
         optimizer = make_optimizer(self.net, self.optim, fused=str(self.trainer.precision) != "16-mixed")
+        for group in self.other_groups():
+            optimizer.add_param_group(group)
         self.settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         scheduler = make_scheduler(optimizer, self.optim, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def compile_parts(self) -> None:
+        """Compile the transformers' blocks; what differs between networks stays as it is."""
+        for block in (part for part in self.net.modules() if isinstance(part, BLOCKS)):
+            block.compile()
+
+    def other_groups(self) -> list[dict[str, Any]]:
+        """Parameters outside ``net`` that are trained as well, with a ``name`` for the logs; clipped by themselves."""
+        return []
 
     def on_train_start(self) -> None:
         """Take rates and decays from the settings: a checkpoint brings along those that it was trained with."""
@@ -82,14 +94,19 @@ class LitBase(pl.LightningModule, Generic[Net]):
     ) -> None:
         """Clip to ``optim.clip``, log the norm, and leave out the step if a gradient is not finite."""
         overflowed = update_scales(self.net)
-        norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], self.optim.clip)
-        finite = math.isfinite(norm) and not overflowed
-        self.skipped.note(finite, self.net, self.global_step, overflowed)
-        self.log("train/grad_norm", norm if finite else 0.0)
+        parts: dict[str, list[nn.Parameter]] = {}
+        for group in optimizer.param_groups:
+            parts.setdefault(group.get("name", ""), []).extend(group["params"])
+        norms = {name: clip_gradients(parameters, self.optim.clip) for name, parameters in parts.items()}
+        finite = all(map(math.isfinite, norms.values())) and not overflowed
+        where = self if math.isfinite(norms[""]) else self.net  # names are shorter within the network
+        self.skipped.note(finite, where, self.global_step, overflowed)
+        for name, norm in norms.items():
+            self.log(f"train/{name}_grad_norm" if name else "train/grad_norm", norm if finite else 0.0)
         self.log("train/skipped_steps", float(self.skipped.total))
         for group in optimizer.param_groups:  # groups of one kind share their rate; only Muon's have a momentum
-            is_muon = isinstance(optimizer, MuonAdamW) and "momentum" in group
-            self.log("train/muon_lr" if is_muon else "train/lr", group["lr"])
+            kind = "muon" if isinstance(optimizer, MuonAdamW) and "momentum" in group else group.get("name", "")
+            self.log(f"train/{kind}_lr" if kind else "train/lr", group["lr"])
         if not finite:
             optimizer.zero_grad()  # without gradients an optimiser changes nothing
             if isinstance(self.trainer.strategy, PowerSGDStrategy):

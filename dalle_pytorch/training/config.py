@@ -73,7 +73,8 @@ class RunConfig:
     resume: bool = False
     """Continue the run in ``out`` from its last checkpoint, or begin it: the same command after every interruption."""
     compile: bool = False
-    """Compile the transformers' blocks (torch.compile); pays on GPUs."""
+    """Compile the transformers' blocks, or an image tokenizer's networks (torch.compile); pays on GPUs, and in the
+    tokenizer on CPUs."""
     matmul_precision: str = "high"
     """Of products in fp32 on GPUs: "highest", or "high" (TF32) or "medium" (bfloat16), which are faster."""
 

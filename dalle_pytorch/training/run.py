@@ -34,7 +34,6 @@ from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.data.urls import is_stream
 from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.files import atomic, ensure_empty, write_json
-from dalle_pytorch.models.blocks import BLOCKS
 from dalle_pytorch.training.base import LitBase
 from dalle_pytorch.training.callbacks import make_callbacks
 from dalle_pytorch.training.config import RunConfig
@@ -173,8 +172,7 @@ class Run:
         trainer = make_trainer(config, self.out, lit, step, accumulate=data.accumulate)
         handler = self._begin(trainer, lit, data, step) if trainer.is_global_zero else None
         if config.compile:
-            for block in (part for part in lit.net.modules() if isinstance(part, BLOCKS)):
-                block.compile()
+            lit.compile_parts()
         try:
             trainer.fit(lit, datamodule=data, ckpt_path=self.last, weights_only=True)
             net, notes = _final(trainer, lit, config.callbacks.keep)

@@ -8,22 +8,37 @@ import torch
 from jaxtyping import Float, Int
 from omegaconf import MISSING
 from torch import Tensor
+from torch.optim import Optimizer
 
+from dalle_pytorch.checkpoints.loading import load_vae
+from dalle_pytorch.checkpoints.pretrained import load_lpips
 from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
-from dalle_pytorch.errors import ConfigError
-from dalle_pytorch.models.conv_tokenizer import ConvConfig
+from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
+from dalle_pytorch.models.image_tokenizer import Reconstruction, Relaxation
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, NarrowConfig, VQVAEConfig
+from dalle_pytorch.models.quantizers import Quantizer
+from dalle_pytorch.models.vq_vae import VQVAE, BSQConfig, FSQConfig, IBQConfig, LFQConfig, VQVAEConfig
+from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.config import RunConfig
+from dalle_pytorch.training.image_losses import AdversaryConfig, ImageLosses, PerceptualConfig
+from dalle_pytorch.training.perturbation import Perturbation, PerturbationConfig, load_dalle
 from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
 
-AnyVAE: TypeAlias = DiscreteVAE | VQVAE
+AnyVAE: TypeAlias = DiscreteVAE | VQVAE | VQGAN
 
 SHOWN = 16  # pictures in a grid of reconstructions
-MODELS: dict[str, type[ConvConfig]] = {"dvae": DiscreteVAEConfig, **QUANTIZERS}
+MODELS: dict[str, type] = {
+    "dvae": DiscreteVAEConfig,
+    "vq": VQVAEConfig,
+    "fsq": FSQConfig,
+    "ibq": IBQConfig,
+    "lfq": LFQConfig,
+    "bsq": BSQConfig,
+    "vqgan": VQGANConfig,
+}
 """Schemas of the options of model=."""
 for _name, _config in MODELS.items():
     register(_name, _config, group="model")
@@ -45,15 +60,83 @@ class TrainVAEConfig(RunConfig):
     usage_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=0.0))
     """Weight of the usage term, which keeps codes alive; 0 = off, as in the paper. These three are a DiscreteVAE's."""
 
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """LPIPS as a loss."""
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    """A discriminator that learns beside the tokenizer."""
+    init: str | None = None
+    """An image tokenizer to go on from, or a DALLE with one: what ``dalle_pytorch.load`` takes. It brings ``model``."""
+    perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
+    """Decoder post-training: tokens that the decoder alone learns from, of ``init``."""
+
     @property
     def schema(self) -> str:
         """Option of ``schema/model`` that the model's settings are of."""
         return next(name for name, config in MODELS.items() if type(self.model) is config)
 
 
-def make_vae(config: DiscreteVAEConfig | NarrowConfig) -> AnyVAE:
+def make_vae(config: DiscreteVAEConfig | VQVAEConfig | VQGANConfig) -> AnyVAE:
     """The network of a config, with fresh weights."""
-    return DiscreteVAE(config) if isinstance(config, DiscreteVAEConfig) else VQVAE(VQVAEConfig.of(config))
+    if isinstance(config, VQGANConfig):
+        return VQGAN(config)
+    return DiscreteVAE(config) if isinstance(config, DiscreteVAEConfig) else VQVAE(config)
+
+
+def has_logits(config: DiscreteVAEConfig | VQVAEConfig | VQGANConfig) -> bool:
+    """Whether codes are a Gumbel-softmax's, which has schedules."""
+    return isinstance(config, DiscreteVAEConfig) or config.quantizer == "gumbel"
+
+
+def make_losses(config: TrainVAEConfig, channels: int) -> ImageLosses:
+    """The losses of a training.
+
+    Raises:
+        FileNotFoundError: no such file of LPIPS' network.
+        UserError: weights of another network, or LPIPS for images that are not RGB.
+    """
+    lpips = None
+    if config.perceptual.weight:
+        if channels != 3:
+            raise UserError(f"LPIPS looks at RGB images, and model.channels is {channels}: set perceptual.weight=0")
+        assert config.perceptual.network is not None
+        lpips = load_lpips(config.perceptual.network, config.perceptual.heads)
+    return ImageLosses(config.perceptual, config.adversary, lpips=lpips, channels=channels)
+
+
+def make_perturbation(config: TrainVAEConfig, vae: AnyVAE) -> Perturbation | None:
+    """What replaces tokens in post-training; None where everything learns.
+
+    Raises:
+        UserError: a DALLE of another image tokenizer, or more neighbours than codes.
+    """
+    settings = config.perturbation
+    if not settings.share:
+        return None
+    return Perturbation(settings, vae, None if settings.dalle is None else load_dalle(settings.dalle, vae))
+
+
+def start_from(config: TrainVAEConfig, explicit: Set[str]) -> AnyVAE:
+    """The network that a training begins with: new, or ``config.init``, the settings of which become ``config.model``.
+
+    Args:
+        config: settings; changed where ``init`` is given.
+        explicit: dotted names of the settings and groups that the command line gives.
+
+    Raises:
+        ConfigError: settings of a model beside ``init``, or post-training without it.
+        UserError: ``init`` is no image tokenizer that can be trained.
+    """
+    if config.init is None:
+        if config.perturbation.share:
+            raise ConfigError("perturbation trains the decoder of a trained image tokenizer: say which with init=")
+        return make_vae(config.model)
+    if given := sorted(name for name in explicit if name.partition(".")[0] == "model"):
+        raise ConfigError(f"init={config.init} brings its settings of the model: leave {given[0]} out")
+    vae = load_vae(config.init)
+    if not isinstance(vae, AnyVAE) or not vae.can_encode:
+        raise UserError(f"init={config.init} is a {type(vae).__name__} that cannot be trained here, or has no encoder")
+    config.model = vae.config
+    return vae
 
 
 def check_schedules(config: TrainVAEConfig, explicit: Set[str]) -> None:
@@ -68,7 +151,7 @@ def check_schedules(config: TrainVAEConfig, explicit: Set[str]) -> None:
     """
     schedules = ("gumbel_tau", "kl_weight", "usage_weight")
     given = sorted(name for name in explicit if name.partition(".")[0] in schedules)
-    if given and not isinstance(config.model, DiscreteVAEConfig):
+    if given and not has_logits(config.model):
         raise ConfigError(
             f"{given[0]} is a setting of a DiscreteVAE's loss, and model={config.schema} has none: leave it out"
         )
@@ -86,32 +169,57 @@ class LitVAE(LitBase[AnyVAE]):
     def __init__(self, net: AnyVAE, config: TrainVAEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.gumbel_tau, self.kl_weight, self.usage_weight = config.gumbel_tau, config.kl_weight, config.usage_weight
+        self.losses = make_losses(config, net.channels)
+        self.perturbation = make_perturbation(config, net)
+        if self.perturbation is not None:
+            net.requires_grad_(False)
+            for part in net.decoding_parts:
+                part.requires_grad_(True)
         self.usage = torch.zeros(net.codebook_size)
         self.squared_error, self.subpixels = 0.0, 0
 
     def on_fit_start(self) -> None:
         """Several processes learn one codebook."""
-        if isinstance(self.net, VQVAE) and self.trainer.world_size > 1:
-            self.net.quantizer.share()
+        if isinstance(quantizer := getattr(self.net, "quantizer", None), Quantizer) and self.trainer.world_size > 1:
+            quantizer.share()
+
+    def compile_parts(self) -> None:
+        """Compile the networks of a training step; validation, whose shapes and types are others, is not compiled."""
+        lpips = None if self.losses.lpips is None else self.losses.lpips.net
+        for part in (self.net.encoder, self.net.decoder, self.losses.discriminator, lpips):
+            if part is not None:
+                part.compile()
+
+    def other_groups(self) -> list[dict[str, Any]]:
+        """The discriminator's parameters."""
+        return self.losses.groups()
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Also the end of the losses' step; the discriminator is small and not sharded."""
+        self.losses.end_step(self.global_step, self.mean_over_processes(), apart=self.sharded)
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch, under the schedules of this step."""
         images = batch["images"]
-        if isinstance(self.net, VQVAE):
-            found = self.net.loss(images)
-            parts = {"loss": found.loss, "reconstruction": found.reconstruction, "codebook": found.codebook}
-            self.log_losses("train", parts, len(images))
-            return found.loss
-        tau = scheduled(self.gumbel_tau, self.global_step, self.total_steps)
-        kl_weight = scheduled(self.kl_weight, self.global_step, self.total_steps)
-        usage_weight = scheduled(self.usage_weight, self.global_step, self.total_steps)
-        generator = self.step_generator(batch_idx, images.device)
-        result = self.net.loss(
-            images, gumbel_tau=tau, kl_weight=kl_weight, usage_weight=usage_weight, generator=generator
+        relaxation = Relaxation(
+            scheduled(self.gumbel_tau, self.global_step, self.total_steps),
+            scheduled(self.kl_weight, self.global_step, self.total_steps),
+            scheduled(self.usage_weight, self.global_step, self.total_steps),
         )
-        values = {"loss": result.loss, "reconstruction": result.reconstruction, "kl": result.kl, "usage": result.usage}
-        self.log_losses("train", values | {"gumbel_tau": tau, "kl_weight": kl_weight}, len(images))
-        return result.loss
+        if self.perturbation is None:
+            found = self.net.reconstruct(images, relaxation, self.step_generator(batch_idx, images.device))
+        else:
+            tokens = self.net.encode(images)
+            tokens = self.perturbation(tokens, batch["captions"], self.step_generator(batch_idx, "cpu"))
+            found = Reconstruction(self.net.output(tokens), images.new_zeros(()), {}, tokens)
+        loss, parts = self.losses(self.net, found.output, images, self.global_step)
+        loss = loss + found.codes_loss
+        parts |= {"loss": loss, **found.parts}
+        if has_logits(self.net.config) and self.perturbation is None:
+            parts |= {"gumbel_tau": relaxation.gumbel_tau, "kl_weight": relaxation.kl_weight}
+        self.log_losses("train", parts, len(images))
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts."""
@@ -121,8 +229,9 @@ class LitVAE(LitBase[AnyVAE]):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Reconstruct from hard codes, as DALLE will."""
         images = batch["images"]
-        tokens = self.net.encode(images)
-        error = (self.net.decode(tokens) - images).float().square()
+        with torch.compiler.set_stance("force_eager"):
+            tokens = self.net.encode(images)
+            error = (self.net.decode(tokens) - images).float().square()
         self.squared_error += float(error.sum())
         self.subpixels += error.numel()
         self.usage += count_codes(tokens, self.net.codebook_size)
@@ -140,7 +249,7 @@ class LitVAE(LitBase[AnyVAE]):
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """Originals above their reconstructions."""
         originals = batch["images"][:SHOWN]
-        with eval_mode(self.net):
+        with eval_mode(self.net), torch.compiler.set_stance("force_eager"):
             copies = self.net.decode(self.net.encode(originals))
         rows = [row for pair in zip(originals.split(8), copies.split(8), strict=True) for row in pair]
         return tile(torch.cat(rows), columns=min(8, len(originals)))

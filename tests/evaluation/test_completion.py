@@ -12,13 +12,13 @@ from dalle_pytorch.evaluation.completion import (
     evaluate_completion,
 )
 from dalle_pytorch.evaluation.features import Extractor, lpips_each
-from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.page import Gallery, Table
 from dalle_pytorch.evaluation.part import Part
 from dalle_pytorch.evaluation.report import shown
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.text import BPETokenizer
 
 MEASURE = Measure({"split": "val"}, rounds=50, halves=0)

@@ -1,5 +1,6 @@
 """Inception and LPIPS as their references have them, from files of the standard layout; any CLIP; failures."""
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,22 +12,32 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from torchmetrics.functional.image import lpips as theirs
+from transformers import (
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+)
 
 from dalle_pytorch import load, save
 from dalle_pytorch.checkpoints import hub
+from dalle_pytorch.checkpoints.pretrained import load_encoder, load_inception, load_lpips
 from dalle_pytorch.evaluation.features import (
     blurred,
     caption_features,
     clip_extractor,
+    encoder_extractor,
     gaussian_blur,
     inception_extractor,
     inception_logits,
-    load_inception,
-    load_lpips,
     lpips_each,
+    lpips_extractor,
 )
-from dalle_pytorch.evaluation.inception import Inception
-from dalle_pytorch.evaluation.lpips import STAGES, WIDTHS
+from dalle_pytorch.models.inception import Inception
+from dalle_pytorch.models.lpips import NETWORKS
+from dalle_pytorch.models.mobilenet import MobileNetV2
 from dalle_pytorch.text import BPETokenizer
 
 
@@ -108,10 +119,10 @@ def test_inception_reads_pictures_of_any_size_and_does_not_depend_on_the_batch(i
 def vgg():
     """torchvision's vgg16().features, layer by layer."""
     layers, inputs = [], 3
-    for stage, width in zip(STAGES, WIDTHS, strict=True):
-        for _ in stage:
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-            inputs = width
+    for stage in NETWORKS["vgg"].stages:
+        for conv in stage:
+            layers += [nn.Conv2d(inputs, conv.width, 3, padding=1), nn.ReLU()]
+            inputs = conv.width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
 
@@ -131,7 +142,7 @@ def test_lpips_is_that_of_torchmetrics(vgg, vgg_file, monkeypatch):
     """With the published heads, which torchmetrics brings along, over the same VGG."""
     net = load_lpips(vgg_file)
     assert sum(parameter.numel() for parameter in net.features.parameters()) == 14_714_688  # of vgg16().features
-    assert [head.numel() for head in net.heads] == list(WIDTHS)
+    assert [head.numel() for head in net.heads] == NETWORKS["vgg"].widths
     assert all((head >= 0).all() for head in net.heads)
     monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *_: vgg)
     weights = Path(theirs.__file__).parent / "lpips_models" / "vgg.pth"
@@ -143,6 +154,92 @@ def test_lpips_is_that_of_torchmetrics(vgg, vgg_file, monkeypatch):
     torch.testing.assert_close(lpips_each(net, images, targets), expected, rtol=1e-3, atol=1e-5)
     assert expected.min() > 0.01
     assert lpips_each(net, images, images).tolist() == [0, 0, 0]
+
+
+def test_lpips_through_alexnet_is_that_of_torchmetrics(seeded, tmp_path, monkeypatch):
+    """torchvision's alexnet().features, layer by layer, from a file in its layout."""
+    layers = []
+    for source, width, kernel, stride, padding in ((3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1),
+                                                   (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)):  # fmt: skip
+        layers += [nn.Conv2d(source, width, kernel, stride, padding), nn.ReLU()]
+        if source in (3, 64) or len(layers) > 10:
+            layers.append(nn.MaxPool2d(3, 2))
+    alexnet = nn.Sequential(*layers)
+    state = {f"features.{name}": tensor for name, tensor in alexnet.state_dict().items()}
+    seeded.fill(state)
+    torch.save(state, tmp_path / "alexnet-owt-7be5be79.pth")
+    net = load_lpips(tmp_path / "alexnet-owt-7be5be79.pth")
+    assert net.name == "alex"
+    assert sum(parameter.numel() for parameter in net.features.parameters()) == 2_469_696  # of alexnet().features
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *_: alexnet)
+    reference = theirs._LPIPS(pretrained=False, net="alex")
+    weights = Path(theirs.__file__).parent / "lpips_models" / "alex.pth"
+    reference.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
+    images, targets = torch.rand(3, 3, 40, 36), torch.rand(3, 3, 40, 36)
+    expected = reference(images, targets, normalize=True).flatten()
+    assert expected.min() > 1e-4
+    torch.testing.assert_close(lpips_each(net, images, targets), expected, rtol=1e-3, atol=1e-6)
+    assert lpips_extractor(net).name == "alexnet with lpips heads 0.1"
+    with pytest.raises(ValueError, match="at least 31 pixels"):
+        net(torch.rand(1, 3, 30, 30), torch.rand(1, 3, 30, 30))
+
+
+def test_mobilenet_gives_what_that_of_transformers_gives(seeded, tmp_path):
+    """Its weights, renamed by their order, in the layout of mobilenet_v2-b0353104.pth."""
+    config = MobileNetV2Config(
+        tf_padding=False, image_size=224, layer_norm_eps=1e-5, finegrained_output=True, num_labels=1000
+    )
+    reference = MobileNetV2ForImageClassification(config).eval()
+    own = MobileNetV2()
+    assert sum(parameter.numel() for parameter in own.parameters()) == 3_504_872  # of torchvision's mobilenet_v2()
+    state = {name: tensor for name, tensor in reference.state_dict().items() if not name.endswith("tracked")}
+    for name, tensor in state.items():
+        fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
+        torch.nn.init.normal_(tensor, std=(2 / fan_in) ** 0.5) if tensor.ndim > 1 else tensor.fill_(1.0)
+        if name.endswith(("bias", "running_mean")):
+            torch.nn.init.normal_(tensor, std=0.1)
+    reference.load_state_dict(state, strict=False)
+    names = list(own.state_dict())
+    file = dict(zip(names[:-2], [state[name] for name in state][: len(names) - 2], strict=True))
+    file |= {f"classifier.1.{name}": state[f"classifier.{name}"] for name in ("weight", "bias")}
+    torch.save(file, tmp_path / "mobilenet_v2-b0353104.pth")
+    net = load_encoder(tmp_path / "mobilenet_v2-b0353104.pth")
+    extract, images = encoder_extractor(net), torch.rand(2, 3, 224, 224)
+    pixels = (images - net.mean) / net.std
+    with torch.no_grad():
+        expected = reference.mobilenet_v2(pixel_values=pixels).pooler_output
+    assert extract.name == "mobilenet"
+    assert extract(images).shape == (2, 1280)
+    torch.testing.assert_close(extract(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_any_vision_model_of_transformers_is_an_encoder(tmp_path):
+    """Resized and normalised as its folder says."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 24}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path)
+    asks = {"crop_size": {"height": 16, "width": 16}, "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(asks))
+    extract = encoder_extractor(load_encoder(tmp_path))
+    images = torch.rand(3, 3, 16, 16)
+    pixels = (images - torch.tensor(asks["image_mean"]).view(3, 1, 1)) / torch.tensor(asks["image_std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(tmp_path)(pixel_values=pixels).last_hidden_state[:, 0]
+    assert extract.name == "dinov2"
+    assert "16" in extract.protocol
+    torch.testing.assert_close(extract(images), expected, rtol=1e-3, atol=1e-5)
+    assert extract(torch.rand(2, 3, 40, 40)).shape == (2, 16)
+
+
+def test_what_is_no_image_encoder_is_refused(vgg_file, tmp_path):
+    with pytest.raises(ValueError, match=r"left over.*mobilenet_v2-b0353104"):
+        load_encoder(vgg_file)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it reads input_ids"):
+        load_encoder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no image encoder that transformers can load"):
+        load_encoder(tmp_path)
 
 
 def test_lpips_refuses_what_it_cannot_see(vgg_file):

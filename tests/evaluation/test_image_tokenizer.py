@@ -6,10 +6,10 @@ import torch
 from dalle_pytorch.evaluation import image_tokenizer as module
 from dalle_pytorch.evaluation.features import clip_extractor
 from dalle_pytorch.evaluation.image_tokenizer import evaluate_image_tokenizer, reconstruct
-from dalle_pytorch.evaluation.lpips import LPIPS
 from dalle_pytorch.evaluation.measure import Measure
 from dalle_pytorch.evaluation.page import Gallery, Table
 from dalle_pytorch.evaluation.reconstruction import psnr_each
+from dalle_pytorch.models.lpips import LPIPS
 
 MEASURE = Measure({"split": "val"}, rounds=50, halves=10)
 
@@ -23,7 +23,7 @@ def test_numbers_of_a_tokenizer(tiny_vae, tiny_clip, images):
     torch.manual_seed(1)
     lpips = LPIPS()
     metrics, sections = evaluate_image_tokenizer(
-        tiny_vae, images, MEASURE, lpips=lpips, extractors=[clip_extractor(tiny_clip)]
+        tiny_vae, images, MEASURE, lpips=[lpips], extractors=[clip_extractor(tiny_clip)]
     )
     with torch.no_grad():
         tokens = tiny_vae.encode(images)

@@ -8,17 +8,19 @@ import torch
 import dalle_pytorch
 from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.quantizers import LikeliestCode, NearestCode, to_grid, to_sequence
-from dalle_pytorch.models.vq_vae import QUANTIZERS, VQVAE, VQVAEConfig
+from dalle_pytorch.models.quantizers import CODEBOOKS, LikeliestCode, NearestCode, to_grid, to_sequence
+from dalle_pytorch.models.vq_vae import VQVAE, FSQConfig, VQVAEConfig
 
 SETTINGS = {
-    "vq": {"quantizer": "vq", "codebook_size": 30},
+    "ema": {"quantizer": "ema", "codebook_size": 30},
     "fsq": {"quantizer": "fsq", "levels": [5, 3], "codebook_size": 15},
     "ibq": {"quantizer": "ibq", "codebook_size": 30, "entropy": 0.0},
+    "lfq": {"quantizer": "lfq", "codebook_size": 32},
+    "bsq": {"quantizer": "bsq", "codebook_size": 32},
 }
 
 
-@pytest.fixture(params=QUANTIZERS)
+@pytest.fixture(params=CODEBOOKS)
 def vae(request):
     return make(request.param)
 
@@ -94,8 +96,46 @@ def test_training_sees_the_codes_of_encode_and_the_pictures_of_decode(vae, dtype
             assert torch.equal(vae.to_pixels(output), vae.decode(found.image_tokens))
 
 
+def test_a_checkpoint_of_an_earlier_version_calls_ema_vq():
+    assert VQVAEConfig(quantizer="vq").quantizer == "ema"
+
+
+def test_a_grid_fills_the_size_of_its_codebook():
+    assert FSQConfig().codebook_size == 1000
+    assert FSQConfig(levels=[3, 5]).codebook_size == 15
+
+
+@pytest.mark.parametrize("quantizer", ["lfq", "bsq"])
+def test_signs_are_codes(quantizer):
+    """As many as there are, each next to itself, each a corner of a cube."""
+    found = make(quantizer).eval().quantizer
+    tokens = torch.arange(32).view(1, -1)
+    codes = found.bits.indices_to_codes(tokens, project_out=False)
+    assert codes.shape == (1, 32, 5)
+    assert len(codes[0].unique(dim=0)) == 32
+    assert len(codes.abs().unique()) == 1
+    torch.testing.assert_close(codes.norm(dim=-1), torch.full((1, 32), 1.0 if quantizer == "bsq" else 5**0.5))
+    found.bits.project_in = torch.nn.Identity()
+    found.bits.dim = 5
+    assert torch.equal(found(codes).image_tokens, tokens)
+
+
+def test_the_activation_of_ifsq_is_the_authors():
+    """It makes normal numbers uniform, as they say; the levels are those of the formula."""
+    z, distance = torch.randn(1, 20_000, 2), {}
+    for activation in ("tanh", "ifsq"):
+        grid = make("fsq", activation=activation, levels=[5, 5], codebook_size=25).eval().quantizer
+        grid.grid.project_in = torch.nn.Identity()
+        bounded = torch.tanh(z) if activation == "tanh" else 2 * torch.sigmoid(1.6 * z) - 1
+        levels = (bounded * 2 * 1.001).round()  # five levels, -2 to 2; the library widens the range by 1e-3
+        assert torch.equal((levels[..., 0] + 2 + 5 * (levels[..., 1] + 2)).long(), grid(z).image_tokens)
+        ordered = bounded.flatten().sort().values
+        distance[activation] = (ordered - torch.linspace(-1, 1, len(ordered))).abs().max().item()
+    assert distance["ifsq"] < 0.05 < distance["tanh"]
+
+
 def test_a_batch_that_is_not_finite_leaves_the_codebook_as_it_was():
-    vae = make("vq").train()
+    vae = make("ema").train()
     before = {name: tensor.clone() for name, tensor in vae.quantizer.state_dict().items()}
     vae.encoder[0].bias.data.fill_(math.nan)
     vae.loss(torch.rand(4, 3, 16, 16))
@@ -149,7 +189,7 @@ def test_every_code_of_ibq_gets_a_gradient():
 
 
 def test_a_code_of_vq_is_nearest_to_itself():
-    quantizer = make("vq").eval().quantizer
+    quantizer = make("ema").eval().quantizer
     tokens = torch.arange(30).view(1, -1)
     assert torch.equal(quantizer(quantizer.vectors(tokens)).image_tokens, tokens)
 
@@ -158,7 +198,7 @@ def test_idle_codes_of_vq_move_to_the_data():
     used = {}
     for idle in (0.0, 1.0):
         torch.manual_seed(0)
-        vae = make("vq", idle=idle, decay=0.5).train()
+        vae = make("ema", idle=idle, decay=0.5).train()
         codebook = vae.quantizer.codes._codebook
         for table in (codebook.embed, codebook.embed_avg):
             table[:] = table[:, :1]  # all codes are one, and the first of equals is chosen
@@ -206,10 +246,14 @@ def test_a_checkpoint_comes_back(vae, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantizer": "lfq"}, "vq, fsq, ibq"),
+        ({"quantizer": "rvq"}, "ema, fsq, ibq"),
+        ({"quantizer": "lfq", "codebook_size": 1000}, "power of 2"),
+        ({"quantizer": "fsq", "levels": [8, 5], "codebook_size": 40, "activation": "relu"}, "tanh, ifsq"),
         ({"quantizer": "fsq"}, "8,5,5,5"),
         ({"quantizer": "fsq", "levels": [8, 5], "codebook_size": 41}, "40 codes"),
-        ({"quantizer": "vq", "levels": [8, 5]}, "leave them empty"),
+        ({"quantizer": "ema", "levels": [8, 5]}, "quantizer=fsq, and this is ema"),
+        ({"quantizer": "ibq", "idle": 0.5}, "quantizer=ema, and this is ibq"),
+        ({"quantizer": "ema", "entropy": 0.5}, "ibq or lfq or bsq"),
         ({"decay": 1.0}, "decay"),
         ({"commitment": -1.0}, "commitment"),
     ],

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import dalle_pytorch
 from dalle_pytorch.models import image_tokenizer
 from dalle_pytorch.models import vqgan as module
+from dalle_pytorch.models.image_tokenizer import Relaxation
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
 from dalle_pytorch.models.vqgan_layers import QUANTIZERS
 
@@ -26,7 +28,7 @@ def as_picture(pixels):
     return ((pixels + 1) / 2).clamp(0, 1)
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
 @pytest.mark.parametrize(
     ("image_size", "ch_mult", "levels", "channels"),
     [
@@ -64,7 +66,7 @@ def test_large_batches_are_worked_through_in_parts(monkeypatch):
         for got, want in zip(
             (vqgan.encode(images), vqgan.decode(tokens), vqgan.decode_grid(grids)), expected, strict=True
         ):
-            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             assert seen[: len(parts)] == parts
             del seen[: len(parts)]
     check = image_tokenizer.check_ids
@@ -134,9 +136,9 @@ def test_layout_in_memory_and_gradients_do_not_change_pixels(monkeypatch):
     grid = torch.randint(24, (2, 8, 8))
     with_gradient = vqgan.decode_grid(grid)
     with torch.no_grad():
-        torch.testing.assert_close(vqgan.decode_grid(grid), with_gradient)
+        torch.testing.assert_close(vqgan.decode_grid(grid), with_gradient, rtol=1e-4, atol=1e-4)
         monkeypatch.setattr(module, "in_fast_layout", lambda x: x.contiguous())
-        torch.testing.assert_close(vqgan.decode_grid(grid), with_gradient)
+        torch.testing.assert_close(vqgan.decode_grid(grid), with_gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_every_weight_gets_its_gradient():
@@ -209,11 +211,11 @@ def test_other_pictures_and_tokens_are_refused():
     ("settings", "message"),
     [
         ({"image_size": 24, "ch_mult": [1, 1, 1, 1, 1]}, r"image_size \(24\) must be a multiple of 16"),
-        ({"ch": 48}, r"ch \(48\) .* multiple of 32"),
-        ({"ch": 16, "ch_mult": [2, 4]}, "ch must be a multiple of 32, got 16"),
+        ({"ch": 48}, r"ch \(48\) .* multiple of norm_groups"),
+        ({"ch": 16, "ch_mult": [2, 4]}, r"ch must be a multiple of norm_groups \(32\), got 16"),
         ({"ch_mult": []}, "ch_mult"),
         ({"attention_levels": [2]}, r"attention_levels \(\[2\]\) must be levels of ch_mult, 0 to 1"),
-        ({"quantizer": "fsq"}, "quantizer must be one of vq, gumbel, got 'fsq'"),
+        ({"quantizer": "rvq"}, "quantizer must be one of vq, gumbel, ema, fsq, ibq, lfq, bsq, got 'rvq'"),
         ({"pixel_range": "bytes"}, "pixel_range must be one of minus_one_to_one, zero_to_one, got 'bytes'"),
         ({"quantizer": "gumbel", "normalize_codes": True}, "normalize_codes needs quantizer 'vq', got 'gumbel'"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0"),
@@ -223,3 +225,74 @@ def test_other_pictures_and_tokens_are_refused():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+SETTINGS = {"fsq": {"levels": [8, 3]}, "lfq": {"codebook_size": 32}, "bsq": {"codebook_size": 32}}
+
+
+def trainable(quantizer, **settings):
+    """Small and with fresh weights."""
+    sizes = {"image_size": 16, "ch": 16, "ch_mult": [1, 1], "num_res_blocks": 1, "attention_levels": []}
+    codes = {"norm_groups": 2, "z_channels": 8, "embed_dim": 6, "codebook_size": 24, "quantizer": quantizer}
+    return VQGAN(VQGANConfig(**{**sizes, **codes, **SETTINGS.get(quantizer, {}), **settings}))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_training_sees_the_codes_of_encode_and_the_images_of_decode(quantizer):
+    vqgan, images = trainable(quantizer).eval(), torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        found = vqgan.reconstruct(images)
+    assert torch.equal(vqgan.encode(images), found.image_tokens)
+    if quantizer != "gumbel":  # whose noise chooses another code
+        decoded = vqgan.decode(found.image_tokens)
+        torch.testing.assert_close(vqgan.to_pixels(found.output), decoded, rtol=1e-3, atol=1e-4)
+    assert found.output.shape == images.shape
+    assert found.codes_loss.shape == ()
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_parameter_of_a_training_gets_a_gradient(quantizer):
+    vqgan, images = trainable(quantizer).train(), torch.rand(4, 3, 16, 16)
+    found = vqgan.reconstruct(images, Relaxation(kl_weight=0.1, usage_weight=0.1))
+    (vqgan.reconstruction_error(found.output, images) + found.codes_loss).backward()
+    silent = [name for name, p in vqgan.named_parameters() if p.grad is None]
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "pixel_range"), [*((q, "minus_one_to_one") for q in QUANTIZERS), ("vq", "zero_to_one")]
+)
+def test_training_tells_quarters_of_colours_apart(quantizer, pixel_range, unchecked_shapes):
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 2, 2).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    vqgan = trainable(quantizer, pixel_range=pixel_range, likelihood="mse").train()
+    optimiser = torch.optim.Adam(vqgan.parameters(), lr=1e-3)
+    for step in range(120):
+        optimiser.zero_grad()
+        found = vqgan.reconstruct(images, Relaxation(gumbel_tau=max(0.1, 1 - step / 100)))
+        (vqgan.reconstruction_error(found.output, images) + found.codes_loss).backward()
+        torch.nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)
+        optimiser.step()
+    vqgan.eval()
+    error = (vqgan.decode(vqgan.encode(images)) - images).square().mean()
+    assert error < 0.4 * (images.mean(dim=0) - images).square().mean()
+
+
+def test_codes_of_length_one_are_learnt_at_length_one():
+    """As LlamaGen's: the loss compares unit vectors, whatever the latents' length."""
+    vqgan, images = trainable("vq", normalize_codes=True).train(), torch.rand(2, 3, 16, 16)
+    loss = vqgan.reconstruct(images).codes_loss
+    with torch.no_grad():
+        vqgan.quant_conv.weight *= 7
+        vqgan.quant_conv.bias *= 7
+        vqgan.codebook.weight *= 3
+    torch.testing.assert_close(vqgan.reconstruct(images).codes_loss, loss)
+
+
+def test_a_trained_one_comes_back(tmp_path):
+    for quantizer in QUANTIZERS:
+        vqgan, images = trainable(quantizer), torch.rand(2, 3, 16, 16)
+        vqgan.train().reconstruct(images)
+        dalle_pytorch.save(vqgan.eval(), tmp_path / f"{quantizer}.safetensors")
+        loaded = dalle_pytorch.load(tmp_path / f"{quantizer}.safetensors", kind="vae")
+        assert torch.equal(loaded.encode(images), vqgan.encode(images))

@@ -9,6 +9,7 @@ from PIL import Image
 
 import dalle_pytorch
 from dalle_pytorch.data.shards import ShardWriter
+from dalle_pytorch.models.lpips import LPIPS
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220)}
 
@@ -47,6 +48,24 @@ def vae_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
     torch.manual_seed(0)
     dalle_pytorch.save(dalle_pytorch.DiscreteVAE(config), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lpips():
+    """Of random weights, with heads that are not negative, as the published ones."""
+    torch.manual_seed(0)
+    net = LPIPS()
+    for head in net.heads:
+        torch.nn.init.uniform_(head, 0, 1 / head.numel())
+    return net.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def vgg_file(lpips, tmp_path_factory):
+    """In the layout of torchvision's vgg16-397923af.pth."""
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save({name: value for name, value in lpips.state_dict().items() if name.startswith("features")}, path)
     return path
 
 

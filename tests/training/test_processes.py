@@ -160,6 +160,25 @@ def test_two_processes_learn_one_codebook(odd_shards, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_against_one_adversary(odd_shards, vgg_file, tmp_path, strategy):
+    """That begins with the third step, its weight measured over both."""
+    sizes = (f"model.{each}" for each in ("image_size=16", "num_layers=2", "hidden_dim=16", "num_resnet_blocks=1"))
+    more = [
+        "model=fsq", *sizes, "adversary.weight=0.5", "adversary.start=2", "adversary.r1=0.1", "adversary.r1_every=2",
+        "adversary.discriminator.width=8", "adversary.discriminator.num_layers=1", "perceptual.weight=0.1",
+        f"perceptual.network={vgg_file}",
+    ]  # fmt: skip
+    for name, processes in (("one", ["trainer=cpu"]), ("two", [f"trainer={strategy}", *TWO])):
+        arguments = settings(odd_shards, tmp_path / name, *more, *processes)
+        train("train_vae", *[item for item in arguments if item != "model=tiny"])
+    for name in ("loss", "lpips", "discriminator", "adversary_weight", "discriminator_grad_norm"):
+        a, b = (losses(tmp_path / run, f"train/{name}") for run in ("two", "one"))
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5), name
+    a, b = (dalle_pytorch.load(tmp_path / name / "vae.safetensors").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
 def test_compressed_gradients_stay_near(odd_shards, dalle, one, tmp_path):
     """Of rank 8 where the widest matrices have 32: another path, not another training."""
     power = ["trainer=powersgd", "trainer.strategy.rank=8", "trainer.strategy.start_step=2"]
