@@ -104,7 +104,7 @@ def subprocess_case(interpreter: str, script: str, case: dict[str, Any], **more:
     """A case in a process of its own, with more environment variables."""
     path = str(Path(__file__).with_name(script))
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or interpreter == sys.executable}
-    arguments = [interpreter, path, *(["--case"] if script == "training.py" else []), json.dumps(case)]
+    arguments = [interpreter, path, *([] if script.startswith("peer_") else ["--case"]), json.dumps(case)]
     done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env={**clean, **more})
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -87,7 +87,7 @@ def test_every_option_of_every_group_composes(name, choice):
     overrides = [*NEEDED.get(name, []), *([choice] if choice else [])]
     if name == "replicate" and choice:
         overrides = [choice]
-    if choice == "data=folder":
+    if choice in ("data=folder", "experiment=vqgan_f16", "experiment=vqgan_f8"):
         overrides.append("data.path=x")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = typed(compose(name, overrides=overrides), COMMANDS[name][1])
@@ -97,12 +97,13 @@ def test_every_option_of_every_group_composes(name, choice):
 
 
 def test_the_same_experiments_exist_for_every_stage():
-    """But for what is of the DALLE alone, the paper's recipes and second parts, and the arms of replications."""
+    """But for what is of one stage alone (the paper's DALLEs, second parts, VQGANs) and the arms of replications."""
     shared = sorted([*options("generate/experiment"), "replicate"])
     experiments = {name: options(f"{name}/experiment") for name in TRAININGS}
     experiments["train_dalle"] = [
         name for name in experiments["train_dalle"] if not name.startswith("paper_") and not name.endswith("_contrast")
     ]
+    experiments["train_vae"] = [name for name in experiments["train_vae"] if not name.startswith("vqgan_")]
     assert experiments == dict.fromkeys(TRAININGS, shared)
 
 

@@ -24,6 +24,7 @@ from dalle_pytorch.evaluation.samples import chosen, read_samples
 from dalle_pytorch.images import to_pil
 from dalle_pytorch.models.inception import Inception
 from dalle_pytorch.models.lpips import LPIPS
+from dalle_pytorch.models.mobilenet import MobileNetV2
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.text import BPETokenizer
 
@@ -399,6 +400,16 @@ def test_standard_weight_files_bring_the_plain_names(place, call):
     assert code == 0, error
     metrics = read(place / "vae_out" / "metrics.json").metrics
     assert metrics["lpips_vgg"].extractor == "vgg16 with lpips heads 0.1 (own size)"
+    torch.save(MobileNetV2().state_dict(), place / "mobilenet.pth")
+    distances = [f"encoder={place}/mobilenet.pth", "codecs=false", "max_samples=4"]
+    code, error = call(*common(place, "vae", "encoder_out"), *distances)
+    assert code == 0, error
+    metrics = read(place / "encoder_out" / "metrics.json").metrics
+    assert {"rfid_mobilenet", "rkid_mobilenet"} <= set(metrics)
+    assert "bilinear to 224" in metrics["rfid_mobilenet"].extractor
+    code, error = call(*common(place, "vae", "exchanged"), f"alexnet={place}/vgg16.pth")
+    assert code == 1
+    assert "exchange vgg= and alexnet=" in error
     given = [f"inception={place}/inception.pth", "num_prompts=2", "num_candidates=2", "max_samples=4", "blurs=[0,1]"]
     code, error = call(*common(place, "dalle", "dalle_out"), *given)
     assert code == 0, error

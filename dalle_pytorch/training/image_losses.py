@@ -70,6 +70,8 @@ class AdversaryConfig:
     """Scale by the ratio of the gradients' norms at the decoder's output."""
     start: int = 0
     """Step at which both begin."""
+    warmup_steps: int = 0
+    """Steps from there over which the weight grows from 0, while the discriminator learns already."""
     loss: str = "hinge"
     """"hinge" or "non_saturating"."""
     r1: float = 0.0
@@ -89,7 +91,7 @@ class AdversaryConfig:
         Raises:
             UserError: a field is out of range; names it.
         """
-        not_negative(self, "weight", "start", "r1")
+        not_negative(self, "weight", "start", "warmup_steps", "r1")
         at_least_one(self, "r1_every")
         if self.loss not in LOSSES:
             raise UserError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
@@ -199,7 +201,7 @@ class ImageLosses(nn.Module):
                 real, fake = self.discriminator(images).float(), self.discriminator(copies).float()
                 adversarial = generator_loss(fake, self.adversary.loss)
                 (against,) = torch.autograd.grad(adversarial, leaf, retain_graph=True)
-                weight = self._weight(gradient, against)
+                weight = self._weight(gradient, against, step)
                 gradient, value = gradient + weight * against, value + weight * adversarial.detach()
                 learnt = discriminator_loss(real, fake, self.adversary.loss)
                 parts |= {"adversarial": adversarial.detach(), "adversary_weight": weight}
@@ -228,15 +230,18 @@ class ImageLosses(nn.Module):
         return slope.square().sum(dim=(1, 2, 3)).mean()
 
     def _weight(
-        self, gradient: Float[Tensor, "b maps H W"], against: Float[Tensor, "b maps H W"]
+        self, gradient: Float[Tensor, "b maps H W"], against: Float[Tensor, "b maps H W"], step: int
     ) -> Float[Tensor, ""] | float:
         """The adversary's weight in this step; notes the norms for those after it."""
+        weight = self.adversary.weight
+        if step < self.adversary.start + self.adversary.warmup_steps:
+            weight *= (step - self.adversary.start) / self.adversary.warmup_steps
         if not self.adversary.adaptive:
-            return self.adversary.weight
+            return weight
         self.sums += torch.stack([gradient.square().sum(), against.square().sum()])
         near, far = self.norms
         scale = torch.where(far > 0, (near / far.clamp_min(1e-30)).sqrt(), 0).clamp(max=MAX_SCALE)
-        return self.adversary.weight * scale
+        return weight * scale
 
     @torch.no_grad()
     def end_step(self, step: int, reduce: Callable[[Tensor], Tensor] | None, *, apart: bool = False) -> None:

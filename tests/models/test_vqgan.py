@@ -9,7 +9,7 @@ from dalle_pytorch.models import image_tokenizer
 from dalle_pytorch.models import vqgan as module
 from dalle_pytorch.models.image_tokenizer import Relaxation
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
-from dalle_pytorch.models.vqgan_layers import QUANTIZERS
+from dalle_pytorch.models.vqgan_layers import QUANTIZERS, Up
 
 
 def make(**settings) -> VQGAN:
@@ -276,6 +276,20 @@ def test_training_tells_quarters_of_colours_apart(quantizer, pixel_range, unchec
     vqgan.eval()
     error = (vqgan.decode(vqgan.encode(images)) - images).square().mean()
     assert error < 0.4 * (images.mean(dim=0) - images).square().mean()
+
+
+def test_a_compiled_level_has_the_gradients_of_a_plain_one(unchecked_shapes):
+    """Inductor of torch 2.13 loses those of nearest upsampling in bfloat16, in a network as large as this."""
+    level = Up(VQGANConfig(ch=32, norm_groups=8, num_res_blocks=1, attention_levels=[]), 1, 128, 64)
+    x, gradients = torch.randn(4, 128, 32, 32), []
+    for run in (level, torch.compile(level)):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(given).float()
+        (gradient,) = torch.autograd.grad((found * torch.linspace(0, 1, found.numel()).view_as(found)).sum(), given)
+        gradients.append(gradient)
+    assert gradients[0].norm() > 0
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
 
 
 def test_codes_of_length_one_are_learnt_at_length_one():
