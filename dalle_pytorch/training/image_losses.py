@@ -126,9 +126,9 @@ class ImageLosses(nn.Module):
         StyleGAN2.
     """
 
-    scale: Tensor
     norms: Tensor
     sums: Tensor
+    """Squared lengths of the gradients of the other losses and of the adversary: averages, and of this step so far."""
 
     def __init__(
         self, perceptual: PerceptualConfig, adversary: AdversaryConfig, *, lpips: LPIPS | None = None, channels: int = 3
@@ -184,34 +184,51 @@ class ImageLosses(nn.Module):
         if self.off:
             error = net.reconstruction_error(output, images)
             return ImageLoss(error, {"reconstruction": error})
-        leaf = output.detach().requires_grad_()
-        copies = net.to_pixels(leaf.view_as(leaf), clamp=False)  # torch's counter of arithmetic wants no leaves
-        value = error = net.reconstruction_error(leaf, images)
-        parts: dict[str, Tensor | float] = {"reconstruction": error.detach()}
         with self._precision(images.device.type):
-            if self.lpips is not None:
-                distance = self.lpips.net(copies, images).mean()
-                value = value + self.perceptual.weight * distance
-                parts["lpips"] = distance.detach()
-            (gradient,) = torch.autograd.grad(value, leaf, retain_graph=True)
-            value, learnt = value.detach(), output.new_zeros(())
-            if self.discriminator is None:
-                pass
-            elif self.active(step):
-                real, fake = self.discriminator(images).float(), self.discriminator(copies).float()
-                adversarial = generator_loss(fake, self.adversary.loss)
-                (against,) = torch.autograd.grad(adversarial, leaf, retain_graph=True)
+            gradient, value, parts = self._near(net, output, images)
+            learnt = output.new_zeros(())
+            if self.discriminator is not None and self.active(step):
+                against, adversarial, learnt, more = self._judged(net, output, images, step)
                 weight = self._weight(gradient, against, step)
-                gradient, value = gradient + weight * against, value + weight * adversarial.detach()
-                learnt = discriminator_loss(real, fake, self.adversary.loss)
-                parts |= {"adversarial": adversarial.detach(), "adversary_weight": weight}
-                parts |= {"discriminator": learnt.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
-                if self.adversary.r1 and step % self.adversary.r1_every == 0:
-                    parts["r1"] = penalty = self._slope(images)
-                    learnt = learnt + self.adversary.r1 / 2 * self.adversary.r1_every * penalty
-            else:  # DDP waits for a gradient of every parameter
+                gradient, value = gradient + weight * against, value + weight * adversarial
+                parts |= {**more, "adversary_weight": weight}
+            elif self.discriminator is not None:  # DDP waits for a gradient of every parameter
                 learnt = 0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         return ImageLoss(_WithGradient.apply(output, gradient, value) + learnt, parts)
+
+    def _near(
+        self, net: TrainableTokenizer, output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"]
+    ) -> tuple[Float[Tensor, "b maps H W"], Float[Tensor, ""], dict[str, Tensor | float]]:
+        """Gradient and value of the losses that compare images, and their parts."""
+        leaf, copies = _leaf(net, output)
+        loss = error = net.reconstruction_error(leaf, images)
+        parts: dict[str, Tensor | float] = {"reconstruction": error.detach()}
+        if self.lpips is not None:
+            distance = self.lpips.net(copies, images).mean()
+            loss = loss + self.perceptual.weight * distance
+            parts["lpips"] = distance.detach()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient, loss.detach(), parts
+
+    def _judged(
+        self, net: TrainableTokenizer, output: Float[Tensor, "b maps H W"], images: Float[Tensor, "b c H W"], step: int
+    ) -> tuple[Float[Tensor, "b maps H W"], Float[Tensor, ""], Float[Tensor, ""], dict[str, Tensor | float]]:
+        """Gradient and value of the adversarial loss, the discriminator's own loss, and their parts."""
+        assert self.discriminator is not None
+        leaf, copies = _leaf(net, output)
+        real, fake = self.discriminator(images).float(), self.discriminator(copies).float()
+        adversarial = generator_loss(fake, self.adversary.loss)
+        (against,) = torch.autograd.grad(adversarial, leaf, retain_graph=True)
+        learnt = discriminator_loss(real, fake, self.adversary.loss)
+        parts: dict[str, Tensor | float] = {
+            "adversarial": adversarial.detach(), "discriminator": learnt.detach(),
+            "real": real.detach().mean(), "fake": fake.detach().mean(),
+        }  # fmt: skip
+        if self.adversary.r1 and step % self.adversary.r1_every == 0:
+            penalty = self._slope(images)
+            learnt = learnt + self.adversary.r1 / 2 * self.adversary.r1_every * penalty
+            parts["r1"] = penalty.detach()
+        return against, adversarial.detach(), learnt, parts
 
     @staticmethod
     def _precision(device_type: str) -> AbstractContextManager[Any]:
@@ -269,6 +286,14 @@ class ImageLosses(nn.Module):
         if sums.isfinite().all():
             self.norms.copy_(sums if not self.norms.any() else torch.lerp(sums, self.norms, MEMORY))
         self.sums.zero_()
+
+
+def _leaf(
+    net: TrainableTokenizer, output: Float[Tensor, "b maps H W"]
+) -> tuple[Float[Tensor, "b maps H W"], Float[Tensor, "b c H W"]]:
+    """The decoder's output apart from the network, and its images."""
+    leaf = output.detach().requires_grad_()
+    return leaf, net.to_pixels(leaf.view_as(leaf), clamp=False)  # torch's counter of arithmetic wants no leaves
 
 
 class _WithGradient(torch.autograd.Function):

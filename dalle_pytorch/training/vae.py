@@ -115,8 +115,8 @@ def make_perturbation(config: TrainVAEConfig, vae: AnyVAE) -> Perturbation | Non
     return Perturbation(settings, vae, None if settings.dalle is None else load_dalle(settings.dalle, vae))
 
 
-def start_from(config: TrainVAEConfig, explicit: Set[str]) -> AnyVAE:
-    """The network that a training begins with: new, or ``config.init``, the settings of which become ``config.model``.
+def start_from(config: TrainVAEConfig, explicit: Set[str]) -> AnyVAE | None:
+    """The network of ``config.init``, its settings now ``config.model``; None where a training begins with a new one.
 
     Args:
         config: settings; changed where ``init`` is given.
@@ -129,7 +129,7 @@ def start_from(config: TrainVAEConfig, explicit: Set[str]) -> AnyVAE:
     if config.init is None:
         if config.perturbation.share:
             raise ConfigError("perturbation trains the decoder of a trained image tokenizer: say which with init=")
-        return make_vae(config.model)
+        return None
     if given := sorted(name for name in explicit if name.partition(".")[0] == "model"):
         raise ConfigError(f"init={config.init} brings its settings of the model: leave {given[0]} out")
     vae = load_vae(config.init)

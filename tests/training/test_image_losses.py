@@ -170,7 +170,9 @@ def test_an_accumulated_step_is_one_step(shards, all_losses, tmp_path, run_comma
     for state in (a, b):  # gradients of a part's mean are longer, both kinds of them
         state["losses.norms"] = state["losses.norms"][:1] / state["losses.norms"][1]
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4, msg=name)
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert logged(tmp_path / "parts", "train/adversary_weight")[-1] > 0
 
 
