@@ -63,9 +63,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     for group in losses.groups():
         optimizer.add_param_group(group)
     if case["compile"]:
-        for part in (net.encoder, net.decoder, losses.discriminator, lpips):
-            if part is not None:
-                part.compile()
+        for part in (net.encoder, net.decoder, *losses.compilable):
+            part.compile()
     images, times = torch.rand(case["batch"], 3, size, size), []
     for step in range(case["steps"]):
         start = time.perf_counter()

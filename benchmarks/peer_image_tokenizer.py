@@ -49,8 +49,8 @@ before = reset_peak()
 # counting codes in use changes a parameter in place, which torch refuses by now
 net = VQ_models["VQ-16"](codebook_size=16384, codebook_embed_dim=8, codebook_show_usage=False).train()
 losses = VQLoss(disc_start=0, disc_weight=0.5, disc_adaptive_weight=True).train()
-optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=5e-2)
-other = torch.optim.AdamW(losses.discriminator.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=5e-2)
+optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.95))
+other = torch.optim.Adam(losses.discriminator.parameters(), lr=1e-4, betas=(0.9, 0.95))
 images, times = 2 * torch.rand(case["batch"], 3, 256, 256) - 1, []
 autocast = torch.autocast("cpu", torch.bfloat16, enabled=case["precision"] == "bf16")
 for step in range(1, case["steps"] + 1):

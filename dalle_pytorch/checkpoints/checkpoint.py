@@ -7,7 +7,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -188,14 +188,40 @@ def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
         known["quantizer"] = "vq"  # its first name
     settings = json.dumps(known, sort_keys=True)
     sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
-    hashes = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest(), "weights_sha256": weights_sha256(vae)}
+    decoding = {id(part) for module in getattr(vae, "decoding_parts", []) for part in _tensors(module)}
+    hashes = {
+        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+        "weights_sha256": weights_sha256(vae),
+        "tokens_sha256": weights_sha256(vae, without=decoding),
+    }
     return {"kind": head["kind"], **hashes, **sizes}
 
 
-def weights_sha256(net: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and numbers of a network's weights, whatever file they come from."""
+def token_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """In what two image tokenizers, as ``describe_tokenizer`` says them, make or mean other tokens; [] = in nothing.
+
+    They may have different decoders, unless ``stored`` is from a version that noted no hash without them.
+    """
+    other = "weights_sha256" if "tokens_sha256" in stored else "tokens_sha256"
+    names = [name for name in given if name != other]
+    return [f"{name} is {stored.get(name)}, not {given[name]}" for name in names if stored.get(name) != given[name]]
+
+
+def _tensors(net: nn.Module) -> list[Tensor]:
+    return list(net.state_dict(keep_vars=True).values())
+
+
+def weights_sha256(net: nn.Module, *, without: Set[int] = frozenset()) -> str:
+    """SHA-256 of names, types, shapes and numbers of a network's weights, whatever file they come from.
+
+    Args:
+        net: the network.
+        without: ids of parameters and buffers that are left out.
+    """
     weights = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
+    for name, tensor in sorted(net.state_dict(keep_vars=True).items()):
+        if id(tensor) in without:
+            continue
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return weights.hexdigest()

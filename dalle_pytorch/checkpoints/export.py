@@ -122,7 +122,7 @@ def put_vae(dalle: nn.Module, weights: str, dtype: torch.dtype | None) -> None:
     decoding = {id(tensor) for part in vae.decoding_parts for tensor in part.state_dict(keep_vars=True).values()}
     own = dalle.vae.state_dict()
     for name, tensor in vae.state_dict(keep_vars=True).items():
-        if id(tensor) not in decoding and not torch.equal(tensor.float(), own[name].float()):
+        if id(tensor) not in decoding and not torch.equal(tensor.to(own[name].dtype), own[name]):
             raise UserError(f"vae={weights} makes other tokens than the DALLE knows: it differs in {name}")
     dalle.vae = vae
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle_pytorch.checkpoints import checkpoint, hub
 from dalle_pytorch.checkpoints.importers.table import Table, rename
 from dalle_pytorch.checkpoints.reader import read
-from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.errors import UserError, first_line, some
 from dalle_pytorch.models.inception import Inception
 from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD, MobileNetV2
@@ -109,18 +109,24 @@ def load_encoder(weights: str | Path) -> MobileNetV2 | PretrainedEncoder:
 
     hint = f"{weights} is no image encoder that transformers can load from its safetensors"
     try:
-        net = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        net, info = AutoModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{hint}: {first_line(error)}") from error
     net = getattr(net, "vision_model", net)  # of two towers the one for images
     if net.main_input_name != "pixel_values":
         raise UserError(f"{hint}: it reads {net.main_input_name}")
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing or net.config.model_type == "vit_mae":  # which masks patches at random
+        raise UserError(f"{hint}: {'it has no ' + some(missing) if missing else 'its features are random'}")
     path = folder / "preprocessor_config.json"
     asks = json.loads(path.read_text()) if path.is_file() else {}
     size = asks.get("crop_size") or asks.get("size") or getattr(net.config, "image_size", 224)
     side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
     mean, std = asks.get("image_mean", IMAGENET_MEAN), asks.get("image_std", IMAGENET_STD)
-    return PretrainedEncoder(net, net.config.model_type, side, mean, std).requires_grad_(False).eval()
+    pooled = not info["missing_keys"]
+    return PretrainedEncoder(net, net.config.model_type, side, mean, std, pooled=pooled).requires_grad_(False).eval()
 
 
 def _state(weights: str | Path, table: Table, hint: str) -> dict[str, Tensor]:

@@ -4,14 +4,14 @@ from dalle_pytorch.compat.flags import TRAIN_VAE
 from dalle_pytorch.config import entry, explicit_overrides
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.training.run import Run
-from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig, check_schedules, make_vae, start_from
+from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig, check_settings, make_vae, start_from
 
 
 @entry("train_vae", TrainVAEConfig, flags=TRAIN_VAE)
 def main(config: TrainVAEConfig) -> float | None:
     """Train; the result is <out>/vae.safetensors, the score its PSNR on the validation split."""
     source = start_from(config, explicit_overrides())
-    check_schedules(config, explicit_overrides())
+    check_settings(config, explicit_overrides())
     run = Run("vae", config, config.schema)
     data = TextImageDataModule(
         config.data, image_size=config.model.image_size, seed=config.seed, validate=config.validates

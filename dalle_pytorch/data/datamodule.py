@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dalle_pytorch.checkpoints.checkpoint import token_differences
 from dalle_pytorch.data.batches import Batch, EpochBatches, ResumableLoader, divide
 from dalle_pytorch.data.config import DataConfig
 from dalle_pytorch.data.index import read_index
@@ -125,10 +126,7 @@ class TextImageDataModule(pl.LightningDataModule):
             ValueError: they differ; names what, and the mend.
         """
         for shards in self._token_shards():
-            stored = shards.tokenizer
-            different = [
-                f"{key} is {stored.get(key)}, not {given[key]}" for key in given if stored.get(key) != given[key]
-            ]
+            different = token_differences(shards.tokenizer, given)
             if different:
                 raise UserError(
                     f"the tokens of {shards.folder} are not of {name}: {'; '.join(different)}. Train with the vae= "

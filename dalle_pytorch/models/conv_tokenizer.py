@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -208,10 +207,10 @@ class ConvTokenizer(TrainableTokenizer):
         output, first, size = self.decoder(vectors), self.margin[0], self.image_size
         return output[..., first : first + size, first : first + size] if any(self.margin) else output
 
-    def output(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b maps H W"]:
-        """The decoder's output for tokens."""
-        vectors = F.embedding(image_tokens, self.code_vectors())
-        return self.decoded(rearrange(vectors, "b (h w) d -> b d h w", h=self.grid_size)).float()
+    def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
+        """Images in [0, 1]."""
+        self.check_tokens(image_tokens)
+        return self.to_pixels(self.output(image_tokens))
 
     @property
     def decoding_parts(self) -> list[nn.Module]:

@@ -89,11 +89,9 @@ class DiscreteVAE(ConvTokenizer):
         with torch.autocast(images.device.type, enabled=False):  # the same codes in training as when cached or sampled
             return self.encode_logits(images).argmax(dim=1).flatten(1)
 
-    def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
-        """Pictures in [0, 1]."""
-        self.check_tokens(image_tokens)
-        codes = rearrange(self.codebook(image_tokens), "b (h w) d -> b d h w", h=self.grid_size)
-        return self.to_pixels(self.decoded(codes))
+    def output(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b maps H W"]:
+        """The decoder's output for tokens."""
+        return self.decoded(rearrange(self.codebook(image_tokens), "b (h w) d -> b d h w", h=self.grid_size))
 
     def code_vectors(self) -> Float[Tensor, "k d"]:
         """Of all codes."""

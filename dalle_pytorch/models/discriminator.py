@@ -30,6 +30,11 @@ class DiscriminatorConfig:
     """"group" (GroupNorm, where the papers have batch norm, which would make a step depend on how its batch is split),
     "spectral" (spectral normalisation of the weights) or "none"."""
 
+    @property
+    def least_size(self) -> int:
+        """Pixels along a side, below which there is no patch."""
+        return 3 * 2**self.num_layers
+
     def __post_init__(self) -> None:
         """Validate.
 

@@ -134,7 +134,7 @@ class TrainableTokenizer(ImageTokenizer):
 
     @abstractmethod
     def output(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b maps H W"]:
-        """The decoder's output for tokens, in fp32, before it becomes pixels."""
+        """The decoder's output for tokens, before it becomes pixels."""
 
     @abstractmethod
     def code_vectors(self) -> Float[Tensor, "k d"]:

@@ -1,6 +1,6 @@
 """Between encoder and decoder: vectors to the nearest codes, with gradients in spite of it.
 
-VectorQuantize, FSQ and LFQ are those of vector-quantize-pytorch (MIT), behind the interface that VQVAE reads. Their
+VectorQuantize and FSQ are those of vector-quantize-pytorch (MIT), behind the interface that VQVAE and VQGAN read. Their
 import takes half a second, which every command would pay: so it is where they are used.
 
 Axes: b batch, d codebook_dim, h w token grid, n = h * w in raster order, k codebook_size.
@@ -82,11 +82,11 @@ class CodebookConfig:
             size = math.prod(self.levels)
             if self.codebook_size not in (0, size):
                 raise UserError(
-                    f"levels {list(self.levels)} make {size} codes, and codebook_size is {self.codebook_size}: leave "
-                    "it out, or say 0"
+                    f"levels {list(self.levels)} make {size} codes, and codebook_size is {self.codebook_size}: set "
+                    "codebook_size=0, which is filled from them"
                 )
             self.codebook_size = size
-        if self.quantizer in ("lfq", "bsq") and self.codebook_size.bit_count() != 1:
+        if self.quantizer in ("lfq", "bsq") and (self.codebook_size < 2 or self.codebook_size.bit_count() != 1):
             raise UserError(f"codebook_size must be a power of 2 with {self.quantizer}, got {self.codebook_size}")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
@@ -195,14 +195,15 @@ class ScalarGrid(Quantizer):
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors."""
-        coordinates = self.slope * self.grid.project_in(z)
-        codes = self.grid.quantize(coordinates)
+        codes = self.grid.quantize(self.slope * self.grid.project_in(z).float())
         tokens = self.grid.codes_to_indices(codes)
-        return Quantized(self.grid.project_out(codes), tokens.long(), z.new_zeros(()))
+        return Quantized(self.grid.project_out(codes.to(z.dtype)), tokens.long(), z.new_zeros(()))
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The codes' vectors."""
-        return self.grid.indices_to_codes(image_tokens)
+        codes = self.grid.implicit_codebook[image_tokens]
+        like = next(self.grid.project_out.parameters(), codes)  # none where a vector has as many coordinates
+        return self.grid.project_out(codes.to(like.dtype))
 
 
 class LikeliestCode(Quantizer):
@@ -232,13 +233,10 @@ class LikeliestCode(Quantizer):
         tokens = logits.argmax(dim=-1)
         if not self.training:
             return Quantized(self.vectors(tokens), tokens, z.new_zeros(()))
-        p, log_sharp = logits.softmax(dim=-1), (SHARPNESS * logits).log_softmax(dim=-1)
-        sharp = log_sharp.exp()
+        p = logits.softmax(dim=-1)
         vectors = (F.one_hot(tokens, len(self.codes)) - p.detach() + p) @ self.codes
         distance = F.mse_loss(vectors, z.detach()) + self.commitment * F.mse_loss(z, vectors.detach())
-        of_each = -(sharp * log_sharp).sum(dim=-1).mean()
-        of_all = torch.special.entr(sharp.mean(dim=(0, 1))).sum()
-        return Quantized(vectors, tokens, distance + self.entropy * (of_each - of_all))
+        return Quantized(vectors, tokens, distance + self.entropy * choice_entropy(logits))
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The codes' vectors."""
@@ -257,27 +255,44 @@ class SignBits(Quantizer):
 
     Source:
         Yu et al. 2023 (LFQ), https://arxiv.org/abs/2310.05737, section 3.1; Zhao et al. 2024 (BSQ),
-        https://arxiv.org/abs/2406.07548, section 3.2.
+        https://arxiv.org/abs/2406.07548, section 3.2. (The LFQ of vector-quantize-pytorch 1.32 divides the entropy of
+        all choices by the number of processes.)
     """
 
-    def __init__(self, codebook_size: int, dim: int, *, spherical: bool, commitment: float, entropy: float) -> None:
-        from vector_quantize_pytorch import LFQ
+    table: Tensor
 
+    def __init__(self, codebook_size: int, dim: int, *, spherical: bool, commitment: float, entropy: float) -> None:
         super().__init__()
-        with torch.device("cpu"):  # as for FSQ
-            self.bits = LFQ(
-                dim=dim, codebook_size=codebook_size, spherical=spherical, commitment_loss_weight=commitment,
-                entropy_loss_weight=entropy,
-            )  # fmt: skip
+        self.spherical, self.commitment, self.entropy = spherical, commitment, entropy
+        bits = codebook_size.bit_length() - 1
+        self.project_in, self.project_out = nn.Linear(dim, bits), nn.Linear(bits, dim)
+        signs = 2 * (torch.arange(codebook_size)[:, None] >> torch.arange(bits) & 1) - 1
+        self.register_buffer("table", signs / bits**0.5 if spherical else signs.float(), persistent=False)
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
         """The codes of vectors."""
-        vectors, tokens, loss = self.bits(z)
-        return Quantized(vectors, tokens.long(), loss if self.training else z.new_zeros(()))
+        z = self.project_in(z)
+        z = F.normalize(z, dim=-1) if self.spherical else z
+        tokens = ((z > 0).long() << torch.arange(z.shape[-1], device=z.device)).sum(dim=-1)
+        codes = self.table[tokens].to(z.dtype)
+        vectors = self.project_out(z + (codes - z).detach())
+        if not self.training:
+            return Quantized(vectors, tokens, z.new_zeros(()))
+        loss = self.commitment * F.mse_loss(z, codes)
+        return Quantized(vectors, tokens, loss + self.entropy * choice_entropy(2 * z @ self.table.T.to(z.dtype)))
 
     def vectors(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The codes' vectors."""
-        return self.bits.indices_to_codes(image_tokens)
+        return self.project_out(self.table[image_tokens].to(self.project_out.weight.dtype))
+
+
+def choice_entropy(logits: Float[Tensor, "b n k"]) -> Float[Tensor, ""]:
+    """Mean entropy of each choice among codes less that of all choices of the batch together, in nats."""
+    log_sharp = (SHARPNESS * logits).log_softmax(dim=-1)
+    sharp = log_sharp.exp()
+    of_each = -(sharp * log_sharp).sum(dim=-1).mean()
+    share = sharp.mean(dim=(0, 1)).clamp_min(1e-20)  # the entropy's slope at 0 is infinite
+    return of_each - torch.special.entr(share).sum()
 
 
 def make_quantizer(config: CodebookConfig, dim: int) -> Quantizer:

@@ -105,10 +105,9 @@ class VQVAE(ConvTokenizer):
         with torch.autocast(images.device.type, enabled=False), eval_mode(self.quantizer):
             return self.quantizer(to_sequence(self.encoded(images))).image_tokens
 
-    def decode(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
-        """Pictures in [0, 1]."""
-        self.check_tokens(image_tokens)
-        return self.to_pixels(self.decoded(to_grid(self.quantizer.vectors(image_tokens), self.grid_size)))
+    def output(self, image_tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b maps H W"]:
+        """The decoder's output for tokens."""
+        return self.decoded(to_grid(self.quantizer.vectors(image_tokens), self.grid_size))
 
     def code_vectors(self) -> Float[Tensor, "k d"]:
         """Of all codes."""

@@ -52,7 +52,10 @@ class VQGAN(TrainableTokenizer):
         self.quantizer = make_quantizer(config, config.embed_dim) if own else None
         self.codebook = None if own else nn.Embedding(config.codebook_size, config.embed_dim)
         if self.codebook is not None:
-            nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
+            if config.normalize_codes:
+                nn.init.normal_(self.codebook.weight, std=config.embed_dim**-0.5)  # of length 1 or so, as when read
+            else:
+                nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
@@ -82,7 +85,7 @@ class VQGAN(TrainableTokenizer):
                     found = self.nearest(rearrange(latents, "b d h w -> (b h w) d"))
                 else:
                     with eval_mode(self.quantizer):
-                        found = self.quantizer(to_sequence(latents.float())).image_tokens
+                        found = self.quantizer(to_sequence(latents)).image_tokens
                 codes.append(found.view(len(part), -1))
         return torch.cat(codes)
 
@@ -108,7 +111,7 @@ class VQGAN(TrainableTokenizer):
     ) -> Reconstruction:
         """Images through codes: of "vq" learnt by gradients as in VQ-VAE, of "gumbel" relaxed, else the quantiser's."""
         self.check_images(images)
-        latents = self._latents(images).float()
+        latents = self._latents(images).to(self.post_quant_conv.weight.dtype)
         with torch.autocast(images.device.type, enabled=False):  # the codes of encode, also in mixed precision
             vectors, loss, parts, tokens = self._quantized(latents, images.numel(), relaxation, generator)
         return Reconstruction(self._decoded(vectors), loss, parts, tokens)

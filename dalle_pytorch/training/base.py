@@ -38,9 +38,13 @@ class LitBase(pl.LightningModule, Generic[Net]):
             goes on as if it had not stopped.
     """
 
-    monitor: ClassVar[str]
+    monitor: str
     """The validation metric that says which checkpoint is best."""
-    monitor_mode: ClassVar[str] = "min"
+    monitor_mode: str = "min"
+    gathers_bf16: ClassVar[bool] = True
+    """Whether sharded weights are gathered in bfloat16 under bf16-mixed."""
+    forward_alone: bool = True
+    """Whether a step has no backward pass before Lightning's, so that its arithmetic can be counted by the forward."""
 
     def __init__(self, net: Net, optim: OptimConfig, seed: int) -> None:
         super().__init__()
@@ -121,7 +125,7 @@ class LitBase(pl.LightningModule, Generic[Net]):
         """Shard the weights, if the strategy wants it; called by Lightning before the optimiser is made."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
             assert self.device_mesh is not None  # the strategy has set it
-            shard(self.net, self.device_mesh, bf16=str(self.trainer.precision) == "bf16-mixed")
+            shard(self.net, self.device_mesh, bf16=self.gathers_bf16 and str(self.trainer.precision) == "bf16-mixed")
             self.sharded = True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -23,6 +23,10 @@ class Frozen(nn.Module, Generic[Net]):
         """The network."""
         return self._held[0]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen[Net]":
+        """Shares the network: Lightning's averages copy the module."""
+        return Frozen(self.net)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the network to another device or type."""
         self.net._apply(fn, recurse)

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle_pytorch.errors import UserError, at_least_one, not_negative
+from dalle_pytorch.errors import UserError, at_least_one, finite, not_negative
 from dalle_pytorch.models.discriminator import Discriminator, DiscriminatorConfig, discriminator_loss, generator_loss
 from dalle_pytorch.models.image_tokenizer import TrainableTokenizer
 from dalle_pytorch.models.lpips import LPIPS
@@ -52,6 +52,7 @@ class PerceptualConfig:
         Raises:
             UserError: a field is out of range, or a weight without a network.
         """
+        finite(self)
         not_negative(self, "weight")
         if self.weight and self.network is None:
             raise UserError(
@@ -91,6 +92,7 @@ class AdversaryConfig:
         Raises:
             UserError: a field is out of range; names it.
         """
+        finite(self)
         not_negative(self, "weight", "start", "warmup_steps", "r1")
         at_least_one(self, "r1_every")
         if self.loss not in LOSSES:
@@ -145,6 +147,13 @@ class ImageLosses(nn.Module):
     def off(self) -> bool:
         """Whether there is nothing but the pixels' error."""
         return self.lpips is None and self.discriminator is None
+
+    @property
+    def compilable(self) -> list[nn.Module]:
+        """Networks that torch.compile takes: R1 differentiates twice, which it cannot."""
+        discriminator = None if self.adversary.r1 else self.discriminator
+        networks = (discriminator, None if self.lpips is None else self.lpips.net)
+        return [network for network in networks if network is not None]
 
     def active(self, step: int) -> bool:
         """Whether the adversary takes part in a step."""
@@ -242,7 +251,7 @@ class ImageLosses(nn.Module):
         assert self.discriminator is not None
         with torch.autocast(images.device.type, enabled=False):
             images = images.detach().requires_grad_()
-            scores = self.discriminator(images.view_as(images)).mean(dim=(1, 2, 3))
+            scores = self.discriminator(images).mean(dim=(1, 2, 3))
             (slope,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
         return slope.square().sum(dim=(1, 2, 3)).mean()
 
@@ -262,12 +271,12 @@ class ImageLosses(nn.Module):
 
     @torch.no_grad()
     def end_step(self, step: int, reduce: Callable[[Tensor], Tensor] | None, *, apart: bool = False) -> None:
-        """What follows the gradients of an optimiser step.
+        """Finish the gradients of an optimiser step, before they are clipped.
 
         Args:
             step: its number.
             reduce: averages a tensor over the processes; None where there is one.
-            apart: each process has gradients of its own part of the batch still.
+            apart: the gradients are not averaged over the processes yet.
         """
         if self.discriminator is None:
             return
@@ -293,7 +302,7 @@ def _leaf(
 ) -> tuple[Float[Tensor, "b maps H W"], Float[Tensor, "b c H W"]]:
     """The decoder's output apart from the network, and its images."""
     leaf = output.detach().requires_grad_()
-    return leaf, net.to_pixels(leaf.view_as(leaf), clamp=False)  # torch's counter of arithmetic wants no leaves
+    return leaf, net.to_pixels(leaf, clamp=False)
 
 
 class _WithGradient(torch.autograd.Function):

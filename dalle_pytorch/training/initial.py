@@ -3,7 +3,7 @@
 from collections.abc import Set
 from dataclasses import asdict, fields, replace
 
-from dalle_pytorch.checkpoints.checkpoint import Header, config_of, describe_tokenizer
+from dalle_pytorch.checkpoints.checkpoint import Header, config_of, describe_tokenizer, token_differences
 from dalle_pytorch.checkpoints.loading import read_header
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import ConfigError
@@ -48,7 +48,8 @@ def check_can_encode(vae: ImageTokenizer, data: TextImageDataModule, origin: str
     Raises:
         ConfigError: it has no encoder, and the data are no token shards of it; names the correction.
     """
-    if getattr(vae, "can_encode", True) or data.tokenizer == describe_tokenizer(vae):
+    known = data.tokenizer is not None and not token_differences(data.tokenizer, describe_tokenizer(vae))
+    if getattr(vae, "can_encode", True) or known:
         return
     what = "pictures" if data.tokenizer is None else "tokens of another image tokenizer"
     raise ConfigError(

@@ -15,13 +15,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
+from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer, token_differences
 from dalle_pytorch.checkpoints.loading import load
 from dalle_pytorch.errors import UserError, at_least_one, finite
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.models.image_tokenizer import TrainableTokenizer
 from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.training.frozen import Frozen
+
+ROWS = 1024
+"""Rows of a matrix of distances computed at once."""
 
 
 @dataclass(kw_only=True)
@@ -99,9 +102,12 @@ class Perturbation(nn.Module):
 
 def nearest_codes(vectors: Float[Tensor, "k d"], count: int) -> Int[Tensor, "k m"]:
     """The nearest other codes of every code."""
-    distances = torch.cdist(vectors.float(), vectors.float())
-    distances.fill_diagonal_(torch.inf)
-    return distances.topk(count, largest=False).indices
+    found = []
+    for rows in torch.arange(len(vectors), device=vectors.device).split(ROWS):
+        distances = torch.cdist(vectors[rows].float(), vectors.float())
+        distances[torch.arange(len(rows)), rows] = torch.inf
+        found.append(distances.topk(count, largest=False).indices)
+    return torch.cat(found)
 
 
 def load_dalle(path: str, vae: TrainableTokenizer) -> TextToImage:
@@ -112,7 +118,7 @@ def load_dalle(path: str, vae: TrainableTokenizer) -> TextToImage:
         UserError: it is no DALLE, or has another image tokenizer or no text tokenizer.
     """
     dalle = load(path, kind="dalle")
-    if describe_tokenizer(dalle.vae) != describe_tokenizer(vae):
+    if token_differences(describe_tokenizer(dalle.vae), describe_tokenizer(vae)):
         raise UserError(
             f"perturbation.dalle={path} has another image tokenizer than the one that is trained: take it from there, "
             f"init={path}"

@@ -317,7 +317,12 @@ def make_trainer(
     check_strategy(section, lit.net.config, config.optim.kind)
     sharded = is_sharded(section)
     callbacks = make_callbacks(
-        config.callbacks, out, lit, validates=config.validates, sharded=sharded, count=not config.compile
+        config.callbacks,
+        out,
+        lit,
+        validates=config.validates,
+        sharded=sharded,
+        count=lit.forward_alone and not config.compile,
     )
     if section.get("enable_progress_bar", True):
         callbacks.append(StepBar())

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from dalle_pytorch.models.blocks import BLOCKS
 
-FORWARD_METHODS = ("loss", "reconstruct", "encode", "decode", "encode_text", "encode_image")
+FORWARD_METHODS = ("loss", "reconstruct", "output", "encode", "decode", "encode_text", "encode_image")
 """Methods by which a training calls its network, in place of ``forward``."""
 
 

@@ -42,7 +42,7 @@ MODELS: dict[str, type] = {
 """Schemas of the options of model=."""
 for _name, _config in MODELS.items():
     register(_name, _config, group="model")
-RENAMED["vq"] = "say model.NAME=, with model=vq, model=fsq or model=ibq"
+RENAMED["vq"] = "say model.NAME=, with model=vq, fsq, ibq, lfq or bsq"
 RENAMED["network"] = "model=NAME chooses the network, as model=vq or model=dalle_mini"
 
 
@@ -51,8 +51,8 @@ class TrainVAEConfig(RunConfig):
     """Settings of train_vae.py."""
 
     model: Any = MISSING
-    """Sizes and codebook; model=base, paper and tiny are a DiscreteVAE's, model=vq, fsq and ibq have other codebooks in
-    the same convolutions."""
+    """Sizes and codebook; model=base, paper and tiny are a DiscreteVAE's, model=vq, fsq, ibq, lfq and bsq have other
+    codebooks in the same convolutions, model=vqgan has VQGAN's network."""
     gumbel_tau: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=1.0, end=0.0625))
     """Temperature of the relaxation (paper: 1 to 1/16)."""
     kl_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=6.6))
@@ -87,20 +87,34 @@ def has_logits(config: DiscreteVAEConfig | VQVAEConfig | VQGANConfig) -> bool:
     return isinstance(config, DiscreteVAEConfig) or config.quantizer == "gumbel"
 
 
-def make_losses(config: TrainVAEConfig, channels: int) -> ImageLosses:
+def make_losses(config: TrainVAEConfig, net: AnyVAE) -> ImageLosses:
     """The losses of a training.
 
     Raises:
         FileNotFoundError: no such file of LPIPS' network.
-        UserError: weights of another network, or LPIPS for images that are not RGB.
+        UserError: weights of another network, LPIPS for images that are not RGB, or images that are too small.
     """
     lpips = None
     if config.perceptual.weight:
-        if channels != 3:
-            raise UserError(f"LPIPS looks at RGB images, and model.channels is {channels}: set perceptual.weight=0")
+        if net.channels != 3:
+            raise UserError(f"LPIPS looks at RGB images, and model.channels is {net.channels}: set perceptual.weight=0")
         assert config.perceptual.network is not None
         lpips = load_lpips(config.perceptual.network, config.perceptual.heads)
-    return ImageLosses(config.perceptual, config.adversary, lpips=lpips, channels=channels)
+        check_size(net, lpips.network.least_size, "perceptual.network", "set perceptual.weight=0")
+    if config.adversary.weight:
+        least = config.adversary.discriminator.least_size
+        check_size(net, least, "adversary.discriminator", "lower adversary.discriminator.num_layers")
+    return ImageLosses(config.perceptual, config.adversary, lpips=lpips, channels=net.channels)
+
+
+def check_size(net: AnyVAE, least: int, what: str, mend: str) -> None:
+    """Refuse images that a network of the losses cannot look at.
+
+    Raises:
+        UserError: names the setting, both sizes and the mend.
+    """
+    if net.image_size < least:
+        raise UserError(f"{what} needs images of at least {least} pixels, and they have {net.image_size}: {mend}")
 
 
 def make_perturbation(config: TrainVAEConfig, vae: AnyVAE) -> Perturbation | None:
@@ -139,8 +153,8 @@ def start_from(config: TrainVAEConfig, explicit: Set[str]) -> AnyVAE | None:
     return vae
 
 
-def check_schedules(config: TrainVAEConfig, explicit: Set[str]) -> None:
-    """Refuse schedules of a DiscreteVAE's loss for another network.
+def check_settings(config: TrainVAEConfig, explicit: Set[str]) -> None:
+    """Refuse settings that nothing reads: of losses that are off, or of a DiscreteVAE's loss for another network.
 
     Args:
         config: says what is trained.
@@ -149,8 +163,16 @@ def check_schedules(config: TrainVAEConfig, explicit: Set[str]) -> None:
     Raises:
         ConfigError: names the setting.
     """
+    for group, weight in (("perceptual", config.perceptual.weight), ("adversary", config.adversary.weight)):
+        off = sorted(name for name in explicit if name.startswith(f"{group}.") and name != f"{group}.weight")
+        if off and not weight:
+            raise ConfigError(f"{off[0]} changes nothing while {group}.weight is 0: set that, too")
+    if "perturbation.neighbours" in explicit and (config.perturbation.dalle or not config.perturbation.share):
+        raise ConfigError("perturbation.neighbours is for perturbation.share without a dalle: leave it out")
     schedules = ("gumbel_tau", "kl_weight", "usage_weight")
     given = sorted(name for name in explicit if name.partition(".")[0] in schedules)
+    if given and config.perturbation.share:
+        raise ConfigError(f"{given[0]} is a setting of the codes, and these rest in post-training: leave it out")
     if given and not has_logits(config.model):
         raise ConfigError(
             f"{given[0]} is a setting of a DiscreteVAE's loss, and model={config.schema} has none: leave it out"
@@ -158,25 +180,27 @@ def check_schedules(config: TrainVAEConfig, explicit: Set[str]) -> None:
 
 
 class LitVAE(LitBase[AnyVAE]):
-    """Trains a DiscreteVAE or a VQVAE.
+    """Trains an image tokenizer.
 
-    The best checkpoint is the one of the highest PSNR: the loss itself grows with the KL weight's schedule.
+    The best checkpoint is the one of the highest PSNR (the loss itself grows with the KL weight's schedule), or of the
+    lowest LPIPS where that is part of the loss. In post-training both are of images decoded from replaced tokens.
     """
 
-    monitor = "val/psnr"
-    monitor_mode = "max"
+    gathers_bf16 = False  # codes are found in fp32, apart from the rest
 
     def __init__(self, net: AnyVAE, config: TrainVAEConfig) -> None:
         super().__init__(net, config.optim, config.seed)
         self.gumbel_tau, self.kl_weight, self.usage_weight = config.gumbel_tau, config.kl_weight, config.usage_weight
-        self.losses = make_losses(config, net.channels)
+        self.losses = make_losses(config, net)
+        self.forward_alone = self.losses.off
+        self.monitor, self.monitor_mode = ("val/psnr", "max") if self.losses.lpips is None else ("val/lpips", "min")
         self.perturbation = make_perturbation(config, net)
         if self.perturbation is not None:
             net.requires_grad_(False)
             for part in net.decoding_parts:
                 part.requires_grad_(True)
         self.usage = torch.zeros(net.codebook_size)
-        self.squared_error, self.subpixels = 0.0, 0
+        self.squared_error, self.subpixels, self.distance, self.images = 0.0, 0, 0.0, 0
 
     def on_fit_start(self) -> None:
         """Several processes learn one codebook."""
@@ -185,8 +209,7 @@ class LitVAE(LitBase[AnyVAE]):
 
     def compile_parts(self) -> None:
         """Compile the networks of a training step; validation, whose shapes and types are others, is not compiled."""
-        lpips = None if self.losses.lpips is None else self.losses.lpips.net
-        for part in (self.net.encoder, self.net.decoder, self.losses.discriminator, lpips):
+        for part in (self.net.encoder, self.net.decoder, *self.losses.compilable):
             if part is not None:
                 part.compile()
 
@@ -212,7 +235,7 @@ class LitVAE(LitBase[AnyVAE]):
         else:
             tokens = self.net.encode(images)
             tokens = self.perturbation(tokens, batch["captions"], self.step_generator(batch_idx, "cpu"))
-            found = Reconstruction(self.net.output(tokens), images.new_zeros(()), {}, tokens)
+            found = Reconstruction(self.net.output(tokens).float(), images.new_zeros(()), {}, tokens)
         loss, parts = self.losses(self.net, found.output, images, self.global_step)
         loss = loss + found.codes_loss
         parts |= {"loss": loss, **found.parts}
@@ -224,27 +247,49 @@ class LitVAE(LitBase[AnyVAE]):
     def on_validation_epoch_start(self) -> None:
         """Start the counts."""
         self.usage = torch.zeros(self.net.codebook_size, device=self.device)
-        self.squared_error, self.subpixels = 0.0, 0
+        self.squared_error, self.subpixels, self.distance, self.images = 0.0, 0, 0.0, 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Reconstruct from hard codes, as DALLE will."""
         images = batch["images"]
         with torch.compiler.set_stance("force_eager"):
             tokens = self.net.encode(images)
-            error = (self.net.decode(tokens) - images).float().square()
-        self.squared_error += float(error.sum())
-        self.subpixels += error.numel()
-        self.usage += count_codes(tokens, self.net.codebook_size)
+            self.usage += count_codes(tokens, self.net.codebook_size)
+            if self.perturbation is not None:
+                tokens = self.perturbation(tokens, batch["captions"], torch.Generator().manual_seed(batch_idx))
+            copies = self.net.decode(tokens).float()
+            if self.losses.lpips is not None:
+                self.distance += float(self.losses.lpips.net(copies, images).sum())
+        self.squared_error += float((copies - images).square().sum())
+        self.subpixels += images.numel()
+        self.images += len(images)
 
     def on_validation_epoch_end(self) -> None:
-        """Log PSNR (of the mean squared error over the split), share of codes used, perplexity."""
-        totals = torch.tensor([self.squared_error, float(self.subpixels)], device=self.device)
+        """Log PSNR (of the mean squared error over the split), LPIPS, share of codes used, perplexity."""
+        sums = [self.squared_error, float(self.subpixels), self.distance, float(self.images)]
+        totals = torch.tensor(sums, device=self.device)
         if self.trainer.world_size > 1:
             totals, self.usage = (self.trainer.strategy.reduce(x, reduce_op="sum") for x in (totals, self.usage))
         # All processes have the same values here; sync_dist keeps Lightning from doubting it.
         self.log("val/psnr", -10 * (totals[0] / totals[1]).clamp_min(1e-12).log10(), prog_bar=True, sync_dist=True)
+        if self.losses.lpips is not None:
+            self.log("val/lpips", totals[2] / totals[3], prog_bar=True, sync_dist=True)
         self.log("val/codebook_usage", (self.usage > 0).float().mean(), prog_bar=True, sync_dist=True)
         self.log("val/perplexity", perplexity(self.usage), sync_dist=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse one with another adversary.
+
+        Raises:
+            UserError: one of the two has a discriminator, or an adaptive weight, and the other has not.
+        """
+        saved = {name for name in checkpoint["state_dict"] if name.startswith("losses.")}
+        if saved != {f"losses.{name}" for name in self.losses.state_dict()}:
+            raise UserError(
+                "the run was begun with other settings of adversary: resume with those, or start a new run from its "
+                "weights with init= and another out="
+            )
+        super().on_load_checkpoint(checkpoint)
 
     def pictures(self, batch: Batch) -> Float[Tensor, "3 H W"]:
         """Originals above their reconstructions."""

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from vector_quantize_pytorch import LFQ
 
 import dalle_pytorch
 from dalle_pytorch.models.image_tokenizer import margin_of, token_edges
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.quantizers import CODEBOOKS, LikeliestCode, NearestCode, to_grid, to_sequence
+from dalle_pytorch.models.quantizers import CODEBOOKS, LikeliestCode, NearestCode, SignBits, to_grid, to_sequence
 from dalle_pytorch.models.vq_vae import VQVAE, FSQConfig, VQVAEConfig
 
 SETTINGS = {
@@ -107,17 +108,31 @@ def test_a_grid_fills_the_size_of_its_codebook():
 
 @pytest.mark.parametrize("quantizer", ["lfq", "bsq"])
 def test_signs_are_codes(quantizer):
-    """As many as there are, each next to itself, each a corner of a cube."""
+    """As many as there are, each its own nearest, each a corner of a cube."""
     found = make(quantizer).eval().quantizer
     tokens = torch.arange(32).view(1, -1)
-    codes = found.bits.indices_to_codes(tokens, project_out=False)
+    codes = found.table[tokens]
     assert codes.shape == (1, 32, 5)
     assert len(codes[0].unique(dim=0)) == 32
-    assert len(codes.abs().unique()) == 1
     torch.testing.assert_close(codes.norm(dim=-1), torch.full((1, 32), 1.0 if quantizer == "bsq" else 5**0.5))
-    found.bits.project_in = torch.nn.Identity()
-    found.bits.dim = 5
-    assert torch.equal(found(codes).image_tokens, tokens)
+    found.project_in = torch.nn.Identity()
+    assert torch.equal(found(3 * codes).image_tokens, tokens)
+    torch.testing.assert_close(found(3 * codes).vectors, found.vectors(tokens))
+
+
+def test_lfq_is_that_of_vector_quantize_pytorch():
+    """Codes, gradients and loss, in one process."""
+    own = SignBits(32, 8, spherical=False, commitment=0.3, entropy=0.7).train()
+    theirs = LFQ(dim=8, codebook_size=32, commitment_loss_weight=0.3, entropy_loss_weight=0.7).train()
+    for name in ("project_in", "project_out"):
+        getattr(theirs, name).load_state_dict(getattr(own, name).state_dict())
+    z = [torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    found, (vectors, _, loss) = own(z[0]), theirs(z[1])
+    torch.testing.assert_close(found.vectors, vectors)
+    torch.testing.assert_close(found.loss, loss, rtol=1e-3, atol=1e-4)  # theirs cuts logarithms off
+    (found.vectors.square().sum() + found.loss).backward()
+    (vectors.square().sum() + loss).backward()
+    torch.testing.assert_close(z[0].grad, z[1].grad, rtol=1e-2, atol=1e-3)
 
 
 def test_the_activation_of_ifsq_is_the_authors():

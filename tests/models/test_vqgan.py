@@ -251,6 +251,19 @@ def test_training_sees_the_codes_of_encode_and_the_images_of_decode(quantizer):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_every_codebook_works_in_other_precisions(quantizer, dtype):
+    vqgan, images = trainable(quantizer).eval().to(dtype), torch.rand(2, 3, 16, 16)
+    assert vqgan.decode(vqgan.encode(images)).shape == images.shape
+
+
+def test_a_grid_fills_the_size_of_the_codebook():
+    assert VQGANConfig(quantizer="fsq", levels=[8, 5, 5, 5], codebook_size=0).codebook_size == 1000
+    with pytest.raises(ValueError, match="set codebook_size=0"):
+        VQGANConfig(quantizer="fsq", levels=[8, 5, 5, 5])
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_parameter_of_a_training_gets_a_gradient(quantizer):
     vqgan, images = trainable(quantizer).train(), torch.rand(4, 3, 16, 16)
     found = vqgan.reconstruct(images, Relaxation(kl_weight=0.1, usage_weight=0.1))

@@ -1,11 +1,13 @@
 """LPIPS and an adversary: one backward pass does what two would; trainings stop, split and go on exactly."""
 
+import copy
 import csv
 
 import pytest
 import torch
 
 import dalle_pytorch
+from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.commands import train_vae
 from dalle_pytorch.models.discriminator import Discriminator, DiscriminatorConfig, discriminator_loss, generator_loss
 from dalle_pytorch.models.vq_vae import FSQConfig
@@ -176,6 +178,30 @@ def test_an_accumulated_step_is_one_step(shards, all_losses, tmp_path, run_comma
     assert logged(tmp_path / "parts", "train/adversary_weight")[-1] > 0
 
 
+def test_a_run_is_not_resumed_with_another_adversary(shards, all_losses, tmp_path, run_command, unchecked_shapes):
+    arguments = settings(shards, tmp_path / "run", *all_losses, "trainer.max_steps=2")
+    run_command(train_vae.main, *arguments)
+    code, error = run_command(
+        train_vae.main, *arguments, "resume=true", "trainer.max_steps=4", "adversary.adaptive=false"
+    )
+    assert code == 1
+    assert "begun with other settings of adversary" in error
+    assert "init=" in error
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_lpips(shards, all_losses, tmp_path, run_command, unchecked_shapes):
+    more = ["trainer.val_check_interval=3", "callbacks.keep=best"]
+    run_command(train_vae.main, *settings(shards, tmp_path / "run", *all_losses, *more))
+    kept = checkpoint.read_header(tmp_path / "run/vae.safetensors")["training"]
+    assert kept["val/lpips"] == pytest.approx(min(logged(tmp_path / "run", "val/lpips")))
+
+
+def test_what_a_training_looks_through_is_not_copied_with_it(lpips):
+    """Averages are made of a copy."""
+    _, losses = make(lpips)
+    assert copy.deepcopy(losses).lpips.net is losses.lpips.net
+
+
 def test_the_adversary_begins_at_its_step(shards, all_losses, tmp_path, run_command, unchecked_shapes):
     """Until then its weights rest, and so do the moments of its optimiser."""
     run_command(train_vae.main, *settings(shards, tmp_path / "run", *all_losses))
@@ -195,6 +221,9 @@ def test_the_adversary_begins_at_its_step(shards, all_losses, tmp_path, run_comm
         (["perceptual.weight=1", "perceptual.network=x", "model.channels=1"], "perceptual.weight=0"),
         (["adversary.weight=-1"], "weight"),
         (["adversary.loss=wgan"], "hinge, non_saturating"),
+        (["adversary.weight=nan"], "finite"),
+        (["adversary.start=5"], "adversary.start changes nothing while adversary.weight is 0"),
+        (["adversary.weight=1"], "adversary.discriminator needs images of at least 24 pixels, and they have 16"),
         (["adversary.discriminator.norm=batch"], "group, spectral, none"),
         (["adversary.discriminator.width=12"], "multiple of 8"),
         (["adversary.betas=[0.5]"], "betas"),

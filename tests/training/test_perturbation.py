@@ -81,7 +81,7 @@ def test_post_training_leaves_encoder_and_codes_as_they_are(shards, files, tmp_p
     more = [f"perturbation.dalle={files}/dalle.safetensors"] if by_dalle else []
     source = "dalle" if by_dalle else "vae"
     arguments = settings(shards, tmp_path / "run", f"init={files}/{source}.safetensors", "perturbation.share=0.5")
-    run_command(train_vae.main, *arguments, "perturbation.neighbours=4", *more)
+    run_command(train_vae.main, *arguments, *([] if by_dalle else ["perturbation.neighbours=4"]), *more)
     before = dalle_pytorch.load(files / "vae.safetensors").state_dict()
     vae = dalle_pytorch.load(tmp_path / "run/vae.safetensors")
     for name, tensor in vae.state_dict().items():
@@ -114,6 +114,8 @@ def test_a_dalle_takes_the_decoder_over(shards, files, tmp_path, run_command):
         (["perturbation.share=0.5"], "say which with init="),
         (["perturbation.share=2"], "share must lie in [0, 1]"),
         (["perturbation.dalle=x"], "while share is 0"),
+        (["perturbation.neighbours=4"], "leave it out"),
+        (["init=VAE", "perturbation.share=0.5", "kl_weight.end=1"], "rest in post-training"),
         (["init=VAE", "perturbation.share=0.5", "perturbation.neighbours=25"], "must be below the 25 codes"),
         (["init=VAE", "model.hidden_dim=8"], "leave model.hidden_dim out"),
         (["init=nothing.safetensors"], "nothing.safetensors"),
@@ -124,6 +126,14 @@ def test_settings_that_make_no_sense_are_refused(shards, files, tmp_path, run_co
     code, error = run_command(train_vae.main, *settings(shards, tmp_path / "run", *more))
     assert code != 0
     assert message in error
+
+
+def test_a_second_round_begins_with_the_first_ones_decoder(files):
+    """The DALLE still has the old one, whose tokens are the same."""
+    vae = dalle_pytorch.load(files / "vae.safetensors")
+    with torch.no_grad():
+        vae.decoder[0].weight.add_(1)
+    assert load_dalle(str(files / "dalle.safetensors"), vae).text_tokenizer is not None
 
 
 def test_a_dalle_of_other_tokens_is_refused(files):

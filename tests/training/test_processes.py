@@ -19,7 +19,9 @@ from torch import distributed
 
 import dalle_pytorch
 from dalle_pytorch.commands import train_vae
+from dalle_pytorch.models.vq_vae import FSQConfig
 from dalle_pytorch.training.strategies import SHARDED, PowerSGDStrategy, check_strategy
+from dalle_pytorch.training.vae import make_vae
 
 STEPS = 8
 PHRASES = "contrast_phrases=[red,green,blue]"
@@ -177,6 +179,18 @@ def test_two_processes_train_against_one_adversary(odd_shards, vgg_file, tmp_pat
         assert a == pytest.approx(b, rel=2e-3, abs=1e-5), name
     a, b = (dalle_pytorch.load(tmp_path / name / "vae.safetensors").state_dict() for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_sharded_weights_learn_in_post_training(odd_shards, tmp_path):
+    """All of the decoder, and nothing else."""
+    torch.manual_seed(0)
+    vae = make_vae(FSQConfig(image_size=16, num_layers=2, hidden_dim=16, num_resnet_blocks=1)).eval()
+    dalle_pytorch.save(vae, tmp_path / "vae.safetensors")
+    more = [f"init={tmp_path}/vae.safetensors", "perturbation.share=0.5", "trainer=fsdp", *TWO]
+    arguments = settings(odd_shards, tmp_path / "run", *more)
+    train("train_vae", *[item for item in arguments if item != "model=tiny"])
+    for name, tensor in dalle_pytorch.load(tmp_path / "run/vae.safetensors").state_dict().items():
+        assert torch.equal(tensor, vae.state_dict()[name]) != name.startswith("decoder."), name
 
 
 def test_compressed_gradients_stay_near(odd_shards, dalle, one, tmp_path):

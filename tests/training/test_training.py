@@ -100,7 +100,7 @@ def test_train_dalle_without_cached_tokens(shards, vae_file, tmp_path, run_comma
         (["model=tiny", "model.levels=[5,5]"], "model.levels is no setting"),
         (["model=vq", "model.entropy=0.1"], "entropy is a setting of quantizer=ibq or lfq or bsq"),
         (["model=fsq", "model.codebook_size=999"], "make 1000 codes, and codebook_size is 999"),
-        (["vq.codebook_size=8"], "vq is no setting any more; say model.NAME=, with model=vq"),
+        (["vq.codebook_size=8"], "vq is no setting any more; say model.NAME=, with model=vq, fsq"),
         (["network=vq"], "network is no setting any more; model=NAME chooses the network"),
         (["launcher.timeout_min=3"], "hydra.launcher"),
         (["trainer.accumulate_grad_batches=2"], "data.batch_size=128 data.micro_batch_size=64"),
