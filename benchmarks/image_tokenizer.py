@@ -32,7 +32,7 @@ from dalle_pytorch.training.vae import make_vae
 
 MODELS: dict[str, ConvConfig | VQGANConfig] = {
     "`model=base`": DiscreteVAEConfig(),
-    "`experiment=emoji`": FSQConfig(
+    "FSQ, 16 x 16 tokens": FSQConfig(
         num_layers=2, hidden_dim=192, num_resnet_blocks=2, fine_blocks=2, taper=True, levels=[8, 5, 5, 5]
     ),
     "`model=vqgan`, narrow": VQGANConfig(
