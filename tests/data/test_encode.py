@@ -149,7 +149,7 @@ def test_damaged_or_foreign_tokens_are_refused_by_name(pictures, vae_path, tiny_
     data = TextImageDataModule(config, image_size=16, seed=0, tokens=True)
     with torch.no_grad():
         tiny_vae.codebook.weight.mul_(2)
-    with pytest.raises(ValueError, match=r"not of mine\.safetensors: weights_sha256.*encode"):
+    with pytest.raises(ValueError, match=r"not of mine\.safetensors: tokens_sha256.*encode"):
         data.check_tokenizer(describe_tokenizer(tiny_vae), "mine.safetensors")
     with pytest.raises(ValueError, match=r"16 pixels.*32"):
         TextImageDataModule(config, image_size=32, seed=0, tokens=True)
