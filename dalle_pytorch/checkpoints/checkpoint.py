@@ -188,11 +188,10 @@ def describe_tokenizer(vae: nn.Module) -> dict[str, Any]:
         known["quantizer"] = "vq"  # its first name
     settings = json.dumps(known, sort_keys=True)
     sizes = {name: getattr(vae, name) for name in ("codebook_size", "grid_size", "image_size")}
-    decoding = {id(part) for module in getattr(vae, "decoding_parts", []) for part in _tensors(module)}
     hashes = {
         "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
         "weights_sha256": weights_sha256(vae),
-        "tokens_sha256": weights_sha256(vae, without=decoding),
+        "tokens_sha256": weights_sha256(vae, without=decoding_tensors(vae)),
     }
     return {"kind": head["kind"], **hashes, **sizes}
 
@@ -207,8 +206,10 @@ def token_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> li
     return [f"{name} is {stored.get(name)}, not {given[name]}" for name in names if stored.get(name) != given[name]]
 
 
-def _tensors(net: nn.Module) -> list[Tensor]:
-    return list(net.state_dict(keep_vars=True).values())
+def decoding_tensors(vae: nn.Module) -> Set[int]:
+    """Ids of the parameters and buffers that only make images of tokens; none where the network does not tell."""
+    parts = getattr(vae, "decoding_parts", [])
+    return {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
 
 
 def weights_sha256(net: nn.Module, *, without: Set[int] = frozenset()) -> str:

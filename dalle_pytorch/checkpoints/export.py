@@ -119,8 +119,7 @@ def put_vae(dalle: nn.Module, weights: str, dtype: torch.dtype | None) -> None:
     vae = load(weights, kind="vae", dtype=dtype)
     if not isinstance(vae, TrainableTokenizer) or vae.config != dalle.vae.config:
         raise UserError(f"vae={weights} has other settings than the image tokenizer of the DALLE: other tokens")
-    decoding = {id(tensor) for part in vae.decoding_parts for tensor in part.state_dict(keep_vars=True).values()}
-    own = dalle.vae.state_dict()
+    decoding, own = checkpoint.decoding_tensors(vae), dalle.vae.state_dict()
     for name, tensor in vae.state_dict(keep_vars=True).items():
         if id(tensor) not in decoding and not torch.equal(tensor.to(own[name].dtype), own[name]):
             raise UserError(f"vae={weights} makes other tokens than the DALLE knows: it differs in {name}")

@@ -9,7 +9,11 @@ from dalle_pytorch.training.vae import LitVAE, TrainVAEConfig, check_settings, m
 
 @entry("train_vae", TrainVAEConfig, flags=TRAIN_VAE)
 def main(config: TrainVAEConfig) -> float | None:
-    """Train; the result is <out>/vae.safetensors, the score its PSNR on the validation split."""
+    """Train; the result is <out>/vae.safetensors.
+
+    Returns:
+        Its PSNR on the validation split, or its LPIPS, where lower is better, if that is part of the loss.
+    """
     source = start_from(config, explicit_overrides())
     check_settings(config, explicit_overrides())
     run = Run("vae", config, config.schema)

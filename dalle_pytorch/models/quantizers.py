@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import UserError, not_negative
 
 SHARPNESS = 100.0
-"""IBQ's entropies are of softmaxes so much sharper (its authors' temperature 0.01): over short vectors a softmax is
-almost uniform, and then the entropy of all choices is high although one code is chosen everywhere."""
-
+"""Entropies of ibq, lfq and bsq are of softmaxes so much sharper (the authors' temperature 0.01): over short vectors a
+softmax is almost uniform, and then the entropy of all choices is high although one code is chosen everywhere."""
 
 CODEBOOKS = ("ema", "fsq", "ibq", "lfq", "bsq")
 """Kinds of ``make_quantizer``."""

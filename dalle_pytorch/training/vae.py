@@ -58,8 +58,8 @@ class TrainVAEConfig(RunConfig):
     kl_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=6.6))
     """Weight of the KL term, the paper's beta (0 to 6.6 for 8 x 8 patches)."""
     usage_weight: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=0.0))
-    """Weight of the usage term, which keeps codes alive; 0 = off, as in the paper. These three are a DiscreteVAE's."""
-
+    """Weight of the usage term, which keeps codes alive; 0 = off, as in the paper. These three are for Gumbel-softmax
+    codes: a DiscreteVAE's, or a VQGAN's of quantizer=gumbel."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """LPIPS as a loss."""
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
