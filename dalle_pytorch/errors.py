@@ -25,14 +25,15 @@ class ConfigError(UserError):
 
 
 def at_least_one(config: object, *names: str) -> None:
-    """Refuse sizes and counts below 1.
+    """Refuse sizes and counts below 1. None is none given.
 
     Raises:
         UserError: names the first field, and its value.
     """
     for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
 
 
 def not_negative(config: object, *names: str) -> None:

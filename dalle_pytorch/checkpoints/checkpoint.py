@@ -7,7 +7,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle_pytorch.checkpoints.reader import mmap_scope, read, release, safetensors_notes
+from dalle_pytorch.checkpoints.text_encoder import build_text_encoder
 from dalle_pytorch.errors import UserError, first_line, some
 from dalle_pytorch.files import atomic
 from dalle_pytorch.models.clip import CLIP, CLIPConfig
@@ -27,6 +28,7 @@ from dalle_pytorch.models.openai_dvae import OpenAIDVAE, OpenAIDVAEConfig
 from dalle_pytorch.models.pretrained_clip import PretrainedCLIP, PretrainedCLIPConfig
 from dalle_pytorch.models.probe import Probe, ProbeConfig
 from dalle_pytorch.models.skeleton import skeleton
+from dalle_pytorch.models.text_encoder import TextEncoderConfig
 from dalle_pytorch.models.transformer import ForeignConfig, TransformerConfig
 from dalle_pytorch.models.vq_vae import VQVAE, VQVAEConfig
 from dalle_pytorch.models.vqgan import VQGAN, VQGANConfig
@@ -39,16 +41,16 @@ Device: TypeAlias = str | torch.device
 METADATA_KEY = "dalle_pytorch"
 SHARDED_META = "meta.pt"  # Lightning's name of what is not sharded
 HUB_FILE = "model.safetensors"  # what the hub calls the weights of a repository
-HEADER_KEYS = ("kind", "version", "config", "text_tokenizer", "vae", "training")
+HEADER_KEYS = ("kind", "version", "config", "text_tokenizer", "text_encoder", "vae", "training")
 
 
 class Kind(NamedTuple):
     """A network that can be saved."""
 
     role: str
-    """What it can stand for: "vae" (an image tokenizer), "dalle" (captions to image tokens), "clip" (a ranker) or
-    "probe" (a classifier)."""
-    model: type[Any]
+    """What it can stand for: "vae" (an image tokenizer), "dalle" (captions to image tokens), "clip" (a ranker),
+    "probe" (a classifier) or "text_encoder" (part of a DALLE)."""
+    model: Callable[..., Any]
     config: type[Any]
 
 
@@ -63,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "clip": Kind("clip", CLIP, CLIPConfig),
     "pretrained_clip": Kind("clip", PretrainedCLIP, PretrainedCLIPConfig),
     "probe": Kind("probe", Probe, ProbeConfig),
+    "text_encoder": Kind("text_encoder", build_text_encoder, TextEncoderConfig),
 }
 
 
@@ -70,6 +73,7 @@ def make_header(
     config: Any,
     *,
     text_tokenizer: TextTokenizer | None = None,
+    text_encoder: Header | None = None,
     vae: Header | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Header:
@@ -78,6 +82,7 @@ def make_header(
     Args:
         config: a dataclass of one of the KINDS.
         text_tokenizer: of a DALLE or a CLIP.
+        text_encoder: header of a DALLE's text encoder, if it has one; its weights are called ``text_encoder.*``.
         vae: header of a DALLE's image tokenizer, whose weights are called ``vae.*``.
         training: free notes (step, metrics, settings).
 
@@ -92,6 +97,7 @@ def make_header(
         "version": VERSION,
         "config": asdict(config),
         "text_tokenizer": None if text_tokenizer is None else text_tokenizer.state(),
+        "text_encoder": text_encoder,
         "vae": vae,
         "training": dict(training or {}),
     }
@@ -105,12 +111,14 @@ def header(model: nn.Module, training: Mapping[str, Any] | None = None) -> Heade
     """
     config: Any = getattr(model, "config", None)
     if not any(isinstance(config, row.config) for row in KINDS.values()):
-        known = ", ".join(row.model.__name__ for row in KINDS.values())
+        known = ", ".join(row.config.__name__.removesuffix("Config") for row in KINDS.values())
         raise UserError(f"{type(model).__name__} cannot be saved: not one of {known}")
     vae: Any = getattr(model, "vae", None)
+    text_encoder: Any = getattr(model, "text_encoder", None)
     return make_header(
         config,
         text_tokenizer=getattr(model, "text_tokenizer", None),
+        text_encoder=None if text_encoder is None else header(text_encoder),
         vae=None if vae is None else header(vae),
         training=training,
     )
@@ -155,6 +163,8 @@ def build(head: Header) -> Any:
         ValueError: an unknown kind or setting, or a setting out of range; names it.
     """
     parts = {"vae": build(head["vae"])} if role(head) == "dalle" else {}
+    if head.get("text_encoder") is not None:  # files of earlier versions do not mention it
+        parts["text_encoder"] = build(head["text_encoder"])
     config = config_of(head)
     with skeleton():
         model = KINDS[head["kind"]].model(config, **parts)

@@ -94,7 +94,7 @@ class EmojiSource(_Images):
     """``source=emoji``: drawn from the npm packages of icon sets."""
 
     styles: list[str] = field(default_factory=lambda: list(DEFAULT_STYLES))
-    """The sets to draw, of noto, fluent, fluent-flat, twemoji, openmoji and emojione."""
+    """The sets to draw, of noto, fluent, fluent-flat, twemoji, openmoji, emojione, noto-v1 and fxemoji."""
     skin_tones: bool = False
     """Take the variants by skin tone too."""
     packages: str | None = None

@@ -2,12 +2,13 @@
 
 from dalle_pytorch.checkpoints.checkpoint import describe_tokenizer
 from dalle_pytorch.checkpoints.loading import load
+from dalle_pytorch.checkpoints.text_encoder import load_text_encoder
 from dalle_pytorch.compat.flags import TRAIN_DALLE
 from dalle_pytorch.config import entry, explicit_overrides
 from dalle_pytorch.data.datamodule import TextImageDataModule
 from dalle_pytorch.errors import ConfigError
 from dalle_pytorch.training import initial
-from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes, check_contrast
+from dalle_pytorch.training.dalle import LitDALLE, TrainDALLEConfig, check_codes, check_contrast, check_order
 from dalle_pytorch.training.plan import make_plan
 from dalle_pytorch.training.run import Run
 from dalle_pytorch.training.text import make_tokenizer
@@ -20,6 +21,7 @@ def main(config: TrainDALLEConfig) -> float | None:
     if config.init is not None:
         initial.inherit_config(config, explicit_overrides())
     check_contrast(config)
+    check_order(config)
     if config.plan:
         print(make_plan(config))
         return None
@@ -38,8 +40,12 @@ def main(config: TrainDALLEConfig) -> float | None:
     if data.tokenizer is not None:
         data.check_tokenizer(describe_tokenizer(vae), origin)
     if source is None:
-        tokenizer = make_tokenizer(config.text, data, run.header)
-        net = config.model.fitted(vae, tokenizer).build(vae)
+        encoder = None
+        if config.text_encoder is None:
+            tokenizer = make_tokenizer(config.text, data, run.header)
+        else:
+            encoder, tokenizer = load_text_encoder(config.text_encoder)
+        net = config.model.fitted(vae, tokenizer, encoder).build(vae, encoder)
     else:
         tokenizer = initial.tokenizer_of(source, config, data, run.header)
         net = initial.network_from(source, config.model)
@@ -53,7 +59,7 @@ def main(config: TrainDALLEConfig) -> float | None:
     )
     net.text_tokenizer = tokenizer
     run.check(net)
-    run.check_vae(vae)
+    run.check_frozen(net)
     if config.image_codes == "likeliest" and config.data.token_crops and data.can_cache_tokens:
         data.cache_image_tokens(vae, device=run.device)
     return run.fit(LitDALLE(net, config), data)

@@ -82,7 +82,7 @@ def _icons_of_set(packages: Path, icon_set: IconSet, style: str, names: EmojiNam
     seen: dict[str, str] = {}
     for name, svg in icon_set.drawings(packages):
         emoji = names.look_up(name, codes.get(name))
-        if emoji.tones and not skin_tones:
+        if (emoji.tones and not skin_tones) or (icon_set.known_only and not emoji.known):
             continue
         if emoji.concept in seen:
             log.info("%s: %s is %s again, left out", style, name, seen[emoji.concept])

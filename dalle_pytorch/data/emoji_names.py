@@ -143,6 +143,12 @@ class EmojiNames:
             self._by_words.setdefault(_words(slug(record["label"])), record)
         for old, label in RENAMED.items():
             self._by_slug[old] = self._by_slug[slug(label)]
+        # Firefox OS writes labels, and the names of single characters in Unicode, as one word.
+        self._by_letters = {_letters(record["label"]): record for record in reversed(records)}
+        for record in records:
+            code = _code(record["hexcode"])
+            if "-" not in code:
+                self._by_letters.setdefault(_letters(unicodedata.name(chr(int(code, 16)), "")), record)
 
     def look_up(self, icon: str, code: str | None) -> Emoji:
         """Find what an icon shows.
@@ -169,7 +175,7 @@ class EmojiNames:
         )
 
     def _by_name(self, icon: str) -> Mapping[str, Any] | None:
-        return self._by_slug.get(icon) or self._by_words.get(_words(icon))
+        return self._by_slug.get(icon) or self._by_words.get(_words(icon)) or self._by_letters.get(icon)
 
     def _split_tone(self, icon: str, code: str | None) -> tuple[str, tuple[str, ...]]:
         """Split a skin tone off an icon's name; "dark" alone is one only where the rest has tones."""
@@ -226,6 +232,10 @@ def slug(text: str) -> str:
     text = text.replace("#", " hash ").replace("*", " asterisk ")
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return "-".join(re.findall(r"[a-z0-9]+", plain))
+
+
+def _letters(text: str) -> str:
+    return slug(text).replace("-", "")
 
 
 def _listed(text: str) -> str:

@@ -52,12 +52,15 @@ class IconSet(NamedTuple):
         phrase: how captions name it.
         licence: SPDX identifier.
         codes_from: the package whose list of code points holds for its names; None if no package has one.
+        known_only: leave out what emojibase does not know by name: the set's own names of held-out things could not be
+            told from those of new ones.
     """
 
     package: Package
     phrase: str
     licence: str
     codes_from: Package | None
+    known_only: bool = False
 
     def codes(self, packages: Path) -> dict[str, str]:
         """Return icon name -> code points (hexadecimal, joined by "-")."""
@@ -109,6 +112,8 @@ _FLAT = _package("fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d9
 _TWEMOJI = _package("twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7")
 _OPENMOJI = _package("openmoji", "1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5")
 _EMOJIONE = _package("emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e")
+_NOTO_V1 = _package("noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37")
+_FXEMOJI = _package("fxemoji", "1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef")
 
 SETS = {
     "noto": IconSet(_NOTO, "noto emoji", "Apache-2.0", _NOTO),
@@ -119,6 +124,10 @@ SETS = {
     "twemoji": IconSet(_TWEMOJI, "twemoji", "CC-BY-4.0", _TWEMOJI),
     "openmoji": IconSet(_OPENMOJI, "openmoji", "CC-BY-SA-4.0", _OPENMOJI),
     "emojione": IconSet(_EMOJIONE, "emojione", "CC-BY-4.0", None),
+    # Noto's drawings up to 2017, people as blobs, and Firefox OS'. Neither package lists code points: Noto's names are
+    # those of today, Firefox OS' are Unicode's without spaces.
+    "noto-v1": IconSet(_NOTO_V1, "noto blob emoji", "Apache-2.0", _NOTO, known_only=True),
+    "fxemoji": IconSet(_FXEMOJI, "firefox os emoji", "Apache-2.0", None, known_only=True),
 }
 
 

@@ -138,13 +138,14 @@ extern "C" void store_image(const float* k, const float* v, const int64_t* slots
     store_all(k, v, slots, to, pairs, candidates, count);
 }
 
-// Stores k and v [g, c, h, count, HEAD_DIM] at some slots of the image blocks [b, all_pairs, c], then attends with q to
-// t positions of the prompt blocks [b, all_pairs] and to the slots `start` to `stop` - 1 of the image blocks.
-// all_pairs: groups * heads that the blocks have room for. bias [count, stop - start] is added to the scores of the
-// image; may be null.
+// Stores k and v [g, c, h, count, HEAD_DIM] at some slots of the image blocks [b, all_pairs, c], then attends with q
+// [g, c, h, queries, HEAD_DIM] to t positions of the prompt blocks [b, all_pairs] and to the slots `start` to `stop` - 1
+// of the image blocks. all_pairs: groups * heads that the blocks have room for. bias [queries, stop - start] is added to
+// the scores of the image; may be null.
 extern "C" void attend(const float* q, const float* k, const float* v, const int64_t* slots, const float* bias,
                        float* out, Block<float>* prompt, Block<STORED>* image, long all_pairs, long groups,
-                       long candidates, long heads, long t, long count, long start, long stop, long threads) {
+                       long candidates, long heads, long t, long count, long queries, long start, long stop,
+                       long threads) {
     const long prompt_blocks = (t + SPAN - 1) / SPAN, first = start / SPAN, last = (stop - 1) / SPAN;
     const long all = (prompt_blocks + last + 1 - first) * SPAN;
     const Vec scale(1 / std::sqrt(float(HEAD_DIM)));
@@ -163,8 +164,8 @@ extern "C" void attend(const float* q, const float* k, const float* v, const int
                 const long at = (row * count + p) * HEAD_DIM;
                 store_at(k + at, v + at, slots[p], mine);
             }
-            for (long p = 0; p < count; p++) {
-                const long at = (row * count + p) * HEAD_DIM;
+            for (long p = 0; p < queries; p++) {
+                const long at = (row * queries + p) * HEAD_DIM;
                 float query[HEAD_DIM], result[WIDTH];
                 map<float>([=](Vec x) { return x * scale; }, query, q + at, HEAD_DIM);
                 score(query, shared, 0, prompt_blocks - 1, begin);

@@ -89,10 +89,12 @@ class Step(NamedTuple):
     """The positions of one step, as its layers need them."""
 
     positions: Int[Tensor, " q"]
-    """In raster order."""
+    """Raster positions."""
+    targets: Int[Tensor, " q"]
+    """Raster positions that they predict."""
     turns: Float[Tensor, "2 q e"] | None
     """Their part of ``rotary_turns``."""
-    phases: Complex[Tensor, "q 1 1 half"] | None
+    phases: Complex[Tensor, "q 1 half"] | None
     """The same as complex numbers."""
     shift: ShiftRead | None
     reads: dict[str, Read]
@@ -185,9 +187,12 @@ class KeyCache(Protocol):
     """Where its first slot is."""
 
     def attend(
-        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], read: Read
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r g n e"], v: Float[Tensor, "r g n e"], read: Read
     ) -> Float[Tensor, "r h q e"]:
-        """Store the keys and values of new positions, then attend to what these see."""
+        """Store the keys and values of n new positions, then attend to what these see.
+
+        Where several heads of the model share keys, their queries of one position after the other's are q queries.
+        """
         ...
 
     def keep_rows(self, rows: int, groups: int) -> None:
@@ -241,7 +246,7 @@ class LayerCache:
         self.values.index_copy_(2, at, v)
 
     def attend(
-        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], read: Read
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r g n e"], v: Float[Tensor, "r g n e"], read: Read
     ) -> Float[Tensor, "r h q e"]:
         """As KeyCache says."""
         self.write(k.to(self.keys.dtype), v.to(self.values.dtype), read.write)
@@ -276,7 +281,7 @@ class RecordingView(StreamView):
         return super().shift(x, sublayer)
 
     def attend(
-        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
+        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b g q e"], v: Float[Tensor, "b g q e"], stable: bool
     ) -> Float[Tensor, "b h q e"]:
         """As in training; keeps keys and values."""
         self.full = torch.stack([k, v])
@@ -307,7 +312,7 @@ class CachedView:
         self.moving.append(x[..., : 2 * self.near[sublayer].shape[-1]])
         return shifted(x, self.near[sublayer], self.step.shift)
 
-    def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
+    def turn(self, x: Float[Tensor, "r q heads e"]) -> Float[Tensor, "r q heads e"]:
         """Rotated by the positions' angles: as ``rotate``, in one product of complex numbers in place of five steps."""
         if self.step.phases is None:
             return x
@@ -315,10 +320,17 @@ class CachedView:
         return torch.view_as_real(pairs * self.step.phases).view(x.shape).to(x.dtype)
 
     def attend(
-        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r g q e"], v: Float[Tensor, "r g q e"], stable: bool
     ) -> Float[Tensor, "r h q e"]:
         """As the cache does it. Scores are fp32 here, so ``stable`` changes nothing."""
-        return self.cache.attend(q, k, v, self.read)
+        shared = q.shape[1] // k.shape[1]
+        if shared == 1:
+            return self.cache.attend(q, k, v, self.read)
+        # heads that share keys are more positions of one head to the cache
+        q = q.unflatten(1, (-1, shared)).flatten(2, 3)
+        bias = None if self.read.bias is None else self.read.bias.repeat(shared, 1)
+        out = self.cache.attend(q, k, v, self.read._replace(bias=bias))
+        return out.unflatten(2, (shared, -1)).flatten(1, 2)
 
 
 class State:
@@ -331,24 +343,26 @@ class State:
         slots: dict[str, Slots],
         ring: ShiftRing | None,
         turns: Float[Tensor, "2 n e"] | None,
+        order: Int[Tensor, " n"],
         context: dict[str, Any],
     ) -> None:
         self.layers, self.patterns, self.context = layers, patterns, context
         self.slots, self.ring, self.turns = slots, ring, turns
-        self.phases: Complex[Tensor, "n 1 1 half"] | None = None
+        self.phases: Complex[Tensor, "n 1 half"] | None = None
         if turns is not None:
-            self.phases = torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None, None]
+            self.phases = torch.complex(turns[0, :, 0::2], turns[1, :, 1::2])[:, None]
         self.graphs: dict[tuple[int, ...], Any] = {}
         """CUDA graphs of steps, by the shape of the tokens that they read."""
         self.offsets = {pattern: layer.offset for pattern, layer in zip(patterns, layers, strict=True)}
         self.writes = {pattern: slots[pattern].write + offset for pattern, offset in self.offsets.items()}
-        self.positions = torch.arange(len(self.writes[patterns[0]]), device=self.writes[patterns[0]].device)
+        self.order = order
+        self.targets = torch.cat([order[1:], order[-1:]])  # the last one predicts nothing
 
     def step(self, first: int, count: int, *, static: bool = False) -> Step:
-        """The step that reads the image positions ``first`` to ``first + count - 1``.
+        """The step that reads the image tokens ``first`` to ``first + count - 1`` of the order.
 
         Args:
-            first: raster position.
+            first: place in the order.
             count: q, at most the window.
             static: read all slots under a bias, so that every step has the same shapes.
         """
@@ -365,7 +379,7 @@ class State:
         turns = None if self.turns is None else self.turns[:, some]
         phases = None if self.phases is None else self.phases[some]
         shift = None if self.ring is None else self.ring.at(first, count)
-        return Step(self.positions[some], turns, phases, shift, reads)
+        return Step(self.order[some], self.targets[some], turns, phases, shift, reads)
 
     def views(self, step: Step) -> list[CachedView]:
         """Every layer's view of a step."""

@@ -17,6 +17,7 @@ from dalle_pytorch.generation.backend import keys_dtype, prepare, prepare_head
 from dalle_pytorch.generation.cache import KeyCache, LayerCache, RecordingView, ShiftRing, Slots, State, Step
 from dalle_pytorch.generation.kernel import TYPES, KernelCache, blocks_of, library
 from dalle_pytorch.generation.programs import CompiledTrunk, GraphedStep
+from dalle_pytorch.models.attention import reordered
 from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.text_to_image import TextToImage
 
@@ -59,7 +60,7 @@ class Decoder:
         if not (self.cache_dtype.is_floating_point or (self.kernel and self.cache_dtype in TYPES)):
             raise UserError(f"keys of {self.cache_dtype} need compiled=True on a CPU, and are torch.int8 at that")
         if self.kernel:
-            library(dalle.key_width // dalle.config.heads, self.cache_dtype)  # compiled, or refused, at once
+            library(dalle.key_width // dalle.key_heads, self.cache_dtype)  # compiled, or refused, at once
         self.program = CompiledTrunk(self.trunk) if compiled else None
         self.graphs = self.device.type == "cuda" and not compiled
         """Whether a step is captured in a CUDA graph."""
@@ -94,7 +95,7 @@ class Decoder:
 
     def _bytes(self, positions: int, dtype: torch.dtype) -> int:
         """Of a layer's keys and values."""
-        width, heads = self.dalle.key_width, self.dalle.config.heads
+        width, heads = self.dalle.key_width, self.dalle.key_heads
         if self.kernel:
             return heads * math.prod(blocks_of(positions, width // heads, dtype))
         return 2 * positions * width * dtype.itemsize
@@ -107,27 +108,33 @@ class Decoder:
         given_tokens: Int[Tensor, "g m"] | None = None,
         *,
         window: int = 1,
+        order: Int[Tensor, " n"] | None = None,
     ) -> tuple[State, Float[Tensor, "r k"]]:
         """Read each prompt once, with the first image tokens where they are given.
 
         Args:
             text_tokens: prompts, 0 = padding.
             candidates: c, drawn for each prompt.
-            given_tokens: first image tokens, the same for all candidates of a prompt; fewer than n.
+            given_tokens: first image tokens of the order, the same for all candidates of a prompt; fewer than n.
             window: most image tokens that a step will read.
+            order: raster positions in the order in which they will be read; None = raster order.
 
         Returns:
             State, and scores of the next image token of every row.
         """
-        dalle, recorded = self.dalle, [RecordingView(view) for view in self.views]
+        dalle = self.dalle
+        views = reordered(self.views, dalle.prompt_length, order)
+        if order is None:
+            order = torch.arange(dalle.num_image_tokens, device=self.device)
+        recorded = [RecordingView(view) for view in views]
         with eval_mode(dalle):  # no dropout, though the model may be in training
             kept = torch.float32 if self.device.type == "cpu" else self.cache_dtype
             # a compiled step is translated anew for every length of a prompt
-            x, context = dalle.read_prompt(text_tokens, self.trunk, dtype=kept, trim=not self.compiled)
+            x, context = dalle.read_prompt(text_tokens, self.trunk, order, dtype=kept, trim=not self.compiled)
             if given_tokens is not None and given_tokens.shape[1]:
                 dalle.check_image_tokens(given_tokens)
-                positions = torch.arange(given_tokens.shape[1], device=x.device)
-                x = torch.cat([x, dalle.embed_image(given_tokens, positions)], dim=1)
+                count = given_tokens.shape[1]
+                x = torch.cat([x, dalle.embed_image(given_tokens, order[:count], order[1 : count + 1])], dim=1)
             out = self.trunk(x, views=recorded, **context)
         slots, t, layers = self.slots(window), dalle.prompt_length, list[KeyCache]()
         for pattern, view in zip(self.patterns, recorded, strict=True):
@@ -140,19 +147,19 @@ class Decoder:
         if self.views[0].shifts is not None:
             moving = [part for view in recorded for part in view.moving]
             ring = ShiftRing(moving, prompt_length=t, candidates=candidates, grid_size=dalle.grid_size, window=window)
-        turns = self.views[0].turns
-        state = State(layers, self.patterns, slots, ring, None if turns is None else turns[:, t:].float(), context)
+        turns = None if views[0].turns is None else views[0].turns[:, t:].float()
+        state = State(layers, self.patterns, slots, ring, turns, order, context)
         return state, self.scores(out[:, -1]).repeat_interleave(candidates, dim=0)
 
     @torch.inference_mode()
     def read(self, state: State, image_tokens: Int[Tensor, "r q"], first: int) -> Float[Tensor, "r q k"]:
-        """Read image tokens of every row; scores of the tokens that follow each of them.
+        """Read image tokens of every row; scores of the tokens that follow each of them in the order.
 
         Positions read before may be read again with other tokens: those that follow them are then forgotten.
 
         Args:
             state: what ``start`` gave.
-            image_tokens: of the raster positions ``first`` to ``first + q - 1``; q is at most the window.
+            image_tokens: the tokens ``first`` to ``first + q - 1`` of the order; q is at most the window.
             first: all positions before it have been read.
         """
         if not self.graphs:
@@ -164,7 +171,7 @@ class Decoder:
 
     def run(self, state: State, image_tokens: Int[Tensor, "r q"], step: Step) -> Float[Tensor, "r q k"]:
         """One step through the network."""
-        x, views = self.dalle.embed_image(image_tokens, step.positions), state.views(step)
+        x, views = self.dalle.embed_image(image_tokens, step.positions, step.targets), state.views(step)
         trunk = self.trunk if self.program is None else self.program
         out = trunk(x, views=views, **state.context)
         state.keep(views, step)

@@ -43,7 +43,7 @@ def library(head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         made = CppCodeCache.load("\n".join([*lines, source]))
     except InvalidCxxCompiler as error:
         raise UserError("compile=true needs a C++ compiler on a CPU: install g++ or clang, or leave it out") from error
-    made.attend.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 9
+    made.attend.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 10
     made.store_prompt.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 2
     made.store_image.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
     return made
@@ -85,16 +85,17 @@ class KernelCache:
         self.kernel, self.pairs, self.sizes = kernel.attend, pairs, (groups, candidates, heads, t)
 
     def attend(
-        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], read: Read
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h n e"], v: Float[Tensor, "r h n e"], read: Read
     ) -> Float[Tensor, "r h q e"]:
         """Store the keys and values of new positions, then attend to what these see; all contiguous and fp32."""
         groups, candidates, heads, _ = self.sizes
         shape = (groups * candidates, heads, len(read.write), q.shape[3])
-        if not q.shape == k.shape == v.shape == shape:
+        if not (k.shape == v.shape == shape and q.shape[:2] == shape[:2] and q.shape[2] % shape[2] == 0):
             raise ValueError(f"queries, keys, values of {q.shape}, {k.shape}, {v.shape} given, expected {shape}")
         out = torch.empty_like(q)
         parts = pointers(q, k, v, read.write, read.bias, out, self.prompt, self.image)
-        self.kernel(*parts, self.pairs, *self.sizes, q.shape[2], read.start, read.stop, torch.get_num_threads())
+        counts = (k.shape[2], q.shape[2])
+        self.kernel(*parts, self.pairs, *self.sizes, *counts, read.start, read.stop, torch.get_num_threads())
         return out
 
     def keep_rows(self, rows: int, groups: int) -> None:

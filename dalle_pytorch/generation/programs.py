@@ -44,12 +44,12 @@ class CompiledView:
         self.moving.append(x[..., : 2 * self.near[sublayer].shape[-1]])
         return shifted(x, self.near[sublayer], self.shift_read)
 
-    def turn(self, x: Float[Tensor, "r q parts h e"]) -> Float[Tensor, "r q parts h e"]:
+    def turn(self, x: Float[Tensor, "r q heads e"]) -> Float[Tensor, "r q heads e"]:
         """As in CachedView."""
         return x if self.turns is None else rotate(x, self.turns)
 
     def attend(
-        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r h q e"], v: Float[Tensor, "r h q e"], stable: bool
+        self, q: Float[Tensor, "r h q e"], k: Float[Tensor, "r g q e"], v: Float[Tensor, "r g q e"], stable: bool
     ) -> Float[Tensor, "r h q e"]:
         """As in CachedView."""
         new = (part.float().contiguous() for part in (q, k, v))  # as KernelCache asks for

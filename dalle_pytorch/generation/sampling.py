@@ -39,10 +39,13 @@ class SamplingConfig:
     """Guide only between two shares of the image's tokens: [0, 0.5] = its upper half, which also saves the time of
     guidance in the lower; null = everywhere."""
     strategy: str = "raster"
-    """How positions are filled: "raster" one by one, or "speculative" several a step from guesses that are checked,
-    which gives the same tokens; faster for one image or few (docs/sampling.md)."""
+    """How positions are filled: "raster" one by one; "speculative" several a step from guesses that are checked, which
+    gives the same tokens, faster for one image or few (docs/sampling.md); "random" in a random order, which a model
+    with any_order can."""
     draft_tokens: int = 8
     """Positions that a speculative step reads."""
+    order_seed: int = 0
+    """Which random order."""
 
     def __post_init__(self) -> None:
         """Validate.

@@ -1,7 +1,8 @@
 """How the image tokens of prompts are drawn, for any number of prompts with the same number of candidates each.
 
 A decoding strategy says in which order positions are filled, and how many a step reads. It works on a ``Drawing``,
-which has the tokens, the guided scores and the random numbers, and it stands in ``STRATEGIES``.
+which has the tokens, the guided scores and the random numbers, and it stands in ``STRATEGIES``. A place is where a
+position comes in that order; in raster order they are the same.
 
 Axes: p prompts, c candidates of a prompt, r = p * c rows in that order, n image tokens, t text tokens, q positions of a
 step, k codebook_size.
@@ -23,8 +24,8 @@ from dalle_pytorch.models.text_to_image import TextToImage
 class KnownTokens(NamedTuple):
     """Image tokens that stay as they are: the start of an image, or any part of it.
 
-    The model writes in raster order, so what is drawn fits the kept tokens above and to the left of it, and does not
-    know those that come later.
+    In raster order what is drawn fits the kept tokens above and to the left of it, and does not know those that come
+    later. In a random order it knows them all.
     """
 
     tokens: Int[Tensor, "p n"]
@@ -43,9 +44,10 @@ class Drawing:
         sampling: temperature, truncation and guidance.
         given: tokens that stay as they are.
         null_tokens: what guidance leads away from; None = the empty caption.
+        order: raster positions in the order in which they are drawn, on the CPU; None = raster order.
 
     Raises:
-        UserError: shapes that do not fit; names them.
+        UserError: shapes that do not fit, or an order that the model has not learned; names them.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Drawing:
         sampling: SamplingConfig,
         given: KnownTokens | None = None,
         null_tokens: Int[Tensor, "p t"] | None = None,
+        order: Int[Tensor, " n"] | None = None,
     ) -> None:
         count, prompts = decoder.dalle.num_image_tokens, len(text_tokens)
         if uniforms.shape[1] != count or not prompts or len(uniforms) % prompts:
@@ -63,25 +66,31 @@ class Drawing:
                 f"uniforms of shape {tuple(uniforms.shape)} given, expected (candidates of {prompts} prompts, image "
                 f"tokens) = (a multiple of {prompts}, {count})"
             )
+        if order is not None and not decoder.dalle.any_order:
+            raise UserError(
+                f"strategy={sampling.strategy} draws in another order than the raster's, which this model has not "
+                "learned: train one with model.any_order=true and random_order, or use strategy=raster"
+            )
         self.decoder, self.uniforms, self.sampling = decoder, uniforms, sampling
         self.candidates, device = len(uniforms) // prompts, text_tokens.device
+        self.order = None if order is None else order.to(device)
         self.tokens = torch.zeros(len(uniforms), count, dtype=torch.long, device=device)
         """``[r, n]``; what has not been drawn is 0, or a strategy's guess."""
         self.known = torch.zeros(count, dtype=torch.bool)
-        """Which positions stay as they are, ``[n]``."""
+        """Which places stay as they are, ``[n]``; on the CPU, which asks at every step."""
         if given is not None:
             if given.tokens.shape != (prompts, count) or given.keep.shape != (count,):
                 raise UserError(
                     f"given tokens of shape {tuple(given.tokens.shape)} and a mask of {tuple(given.keep.shape)} do not "
                     f"fit {prompts} prompts of {count} image tokens"
                 )
-            self.known = given.keep.cpu()
+            self.known = given.keep.cpu() if order is None else given.keep.cpu()[order]
             kept = torch.where(given.keep, given.tokens, 0).to(device)
             decoder.dalle.check_image_tokens(kept)
             self.tokens[:] = kept.repeat_interleave(self.candidates, dim=0)
         wanted = (~self.known).nonzero()[:, 0].tolist()
         self.first, self.last = (wanted[0], wanted[-1]) if wanted else (count, count - 1)
-        """First and last position to draw."""
+        """First and last place to draw."""
         self.scales = sampling.scales(count)
         self.scale_of = torch.tensor(self.scales, device=device)
         self.guided = any(scale != 1 for scale in self.scales[self.first : self.last + 1])
@@ -92,29 +101,33 @@ class Drawing:
         self.total = torch.zeros((), device=device)
         """Sum of all scores: finite where they all were."""
 
+    def at(self, first: int, stop: int) -> slice | Int[Tensor, " q"]:
+        """Raster positions of the places ``first`` to ``stop - 1``."""
+        return slice(first, stop) if self.order is None else self.order[first:stop]
+
     def begin(self, *, window: int) -> None:
-        """Read the prompts and the given tokens in front of the first position to draw.
+        """Read the prompts and the given tokens in front of the first place to draw.
 
         Args:
             window: most positions that ``scores`` will be asked for at once.
         """
-        prefix = self.tokens[:: self.candidates, : self.first]
+        prefix = self.tokens[:: self.candidates, self.at(0, self.first)]
         prefix = torch.cat([prefix, prefix]) if self.guided else prefix
-        self.state, ahead = self.decoder.start(self.text, self.candidates, prefix, window=window)
+        self.state, ahead = self.decoder.start(self.text, self.candidates, prefix, window=window, order=self.order)
         self.ahead = ahead[:, None]
 
     def scores(self, first: int, count: int = 1) -> Float[Tensor, "r q k"]:
-        """Guided scores of some positions, given all tokens before each of them as they are now.
+        """Guided scores of some places, given all tokens before each of them as they are now.
 
         Args:
-            first: raster position; all tokens before it are final.
-            count: positions from there on, at most the window.
+            first: place; all tokens before it are final.
+            count: places from there on, at most the window.
         """
         if self.guided and all(scale == 1 for scale in self.scales[first : self.last + 1]):
             self.guided, rows = False, len(self.tokens)
             self.ahead = self.ahead[:rows]
             self.state.keep_rows(rows, rows // self.candidates)
-        read = self.tokens[:, max(first - 1, self.first) : first + count - 1]
+        read = self.tokens[:, self.at(max(first - 1, self.first), first + count - 1)]
         read = torch.cat([read, read]) if self.guided else read
         found = [self.ahead] if first == self.first else []
         if read.shape[1]:
@@ -127,23 +140,24 @@ class Drawing:
         return logits
 
     def pick(self, scores: Float[Tensor, "r q k"], first: int) -> Int[Tensor, "r q"]:
-        """Tokens of positions from ``first`` on, drawn by their random numbers; known ones as they are."""
-        some = slice(first, first + scores.shape[1])
+        """Tokens of places from ``first`` on, drawn by their positions' random numbers; known ones as they are."""
+        stop = first + scores.shape[1]
+        some, known = self.at(first, stop), self.known[first:stop]
         picked = self.sampling.pick(scores.flatten(0, 1), self.uniforms[:, some].flatten()).view(scores.shape[:2])
-        if self.known[some].any():
-            picked = torch.where(self.known[some].to(picked.device), self.tokens[:, some], picked)
+        if known.any():
+            picked = torch.where(known.to(picked.device), self.tokens[:, some], picked)
         return picked
 
 
-def raster(drawing: Drawing) -> Iterator[int]:
-    """One position after the other (ancestral sampling)."""
-    for position in range(drawing.first, drawing.last + 1):
-        drawing.tokens[:, position] = drawing.pick(drawing.scores(position), position)[:, 0]
-        yield position + 1
+def one_by_one(drawing: Drawing) -> Iterator[int]:
+    """One place after the other (ancestral sampling)."""
+    for place in range(drawing.first, drawing.last + 1):
+        drawing.tokens[:, drawing.at(place, place + 1)] = drawing.pick(drawing.scores(place), place)
+        yield place + 1
 
 
 def speculative(drawing: Drawing) -> Iterator[int]:
-    """Several positions a step, from guesses that are checked: the same tokens as ``raster``, up to rounding.
+    """Several positions a step, from guesses that are checked: the same tokens as in raster order, up to rounding.
 
     A token is a function of its scores and its random number. A step draws ``draft_tokens`` positions at once, as if
     the guesses before each were right. They are right up to the first one that differs from the token drawn in its
@@ -174,13 +188,22 @@ class Strategy(NamedTuple):
     """A way to fill the positions of an image."""
 
     fill: Callable[[Drawing], Iterator[int]]
-    """Draws; yields how many image tokens, from the first on, are final."""
+    """Draws; yields how many image tokens, from the first place on, are final."""
     window: Callable[[SamplingConfig], int] = lambda sampling: 1
     """Most positions that it asks for at once."""
+    order: Callable[[SamplingConfig, Bool[Tensor, " n"]], Int[Tensor, " n"]] | None = None
+    """The order, from the settings and which positions are known; None = the raster's."""
+
+
+def random_order(sampling: SamplingConfig, known: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Known positions in front, then the others at random; the same for all images, by ``sampling.order_seed``."""
+    draw = torch.rand(len(known), generator=torch.Generator().manual_seed(sampling.order_seed))
+    return torch.where(known, -1.0, draw).argsort(stable=True)
 
 
 STRATEGIES = {
-    "raster": Strategy(raster),
+    "raster": Strategy(one_by_one),
+    "random": Strategy(one_by_one, order=random_order),
     "speculative": Strategy(speculative, window=lambda sampling: sampling.draft_tokens),
 }
 """What ``SamplingConfig.strategy`` may name."""
@@ -214,7 +237,10 @@ def draw_image_tokens(
         UserError: shapes that do not fit, or scores that are not finite; names them.
     """
     strategy, count = find_strategy(sampling.strategy), decoder.dalle.num_image_tokens
-    drawing = Drawing(decoder, text_tokens, uniforms, sampling, given, null_tokens)
+    order = None
+    if strategy.order is not None:
+        order = strategy.order(sampling, torch.zeros(count, dtype=torch.bool) if given is None else given.keep.cpu())
+    drawing = Drawing(decoder, text_tokens, uniforms, sampling, given, null_tokens, order)
     if drawing.first == count:
         yield count, drawing.tokens
         return

@@ -2,16 +2,16 @@
 
 ``patterns.py`` has the stream and its patterns, ``block_sparse.py`` the computation that follows them.
 
-Axes: b batch, s stream positions, q queries, k keys, h heads, e head_dim, d model width.
+Axes: b batch, s stream positions, q queries, k keys, h heads, g key heads, e head_dim, d model width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.models.block_sparse import Layout, block_attention
@@ -84,11 +84,29 @@ def dalle_pytorch_angles(text_length: int, grid_size: int, head_dim: int) -> Flo
     return F.pad(torch.cat(angles, dim=-1), (0, head_dim // 2 - 3 * count))
 
 
-def rotate(x: Float[Tensor, "b q *h e"], turns: Float[Tensor, "2 q e"]) -> Float[Tensor, "b q *h e"]:
-    """Rotate neighbouring pairs of the last axis by the angles of ``rotary_turns``."""
-    cosine, sine = turns.to(x.dtype).reshape(2, turns.shape[1], *(1,) * (x.ndim - 3), turns.shape[2])
+def rotate(x: Float[Tensor, "b q *h e"], turns: Float[Tensor, "2 *b q e"]) -> Float[Tensor, "b q *h e"]:
+    """Rotate neighbouring pairs of the last axis by the angles of ``rotary_turns``, those of all rows or of each."""
+    cosine, sine = turns.to(x.dtype).reshape(*turns.shape[:-1], *(1,) * (x.ndim - 3), turns.shape[-1])
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cosine, swapped, sine)
+
+
+def reordered(views: list["StreamView"], text_length: int, order: Int[Tensor, "*b n"] | None) -> list["StreamView"]:
+    """Views of image tokens in another order than the raster's, which plainly causal layers can have.
+
+    Args:
+        views: of all layers.
+        text_length: text positions in front of the image tokens.
+        order: raster positions of the image tokens, the same or other ones in each row; None = raster order.
+    """
+    turns = views[0].turns
+    if order is None or turns is None:
+        return views
+    text = turns[:, :text_length]
+    if order.ndim > 1:
+        text = text[:, None].expand(-1, len(order), -1, -1)
+    turns = torch.cat([text, turns[:, text_length + order]], dim=-2)
+    return [replace(view, turns=turns) for view in views]
 
 
 @runtime_checkable
@@ -99,14 +117,14 @@ class LayerView(Protocol):
         """Input of attention (0) or feed-forward (1), with channels of earlier positions where the model shifts."""
         ...
 
-    def turn(self, x: Float[Tensor, "b q parts h e"]) -> Float[Tensor, "b q parts h e"]:
+    def turn(self, x: Float[Tensor, "b q heads e"]) -> Float[Tensor, "b q heads e"]:
         """Queries and keys (or values), rotated where the model has rotary positions."""
         ...
 
     def attend(
-        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
+        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b g q e"], v: Float[Tensor, "b g q e"], stable: bool
     ) -> Float[Tensor, "b h q e"]:
-        """Values weighted by attention to all that each query may see."""
+        """Values weighted by attention to all that each query may see; neighbouring heads share a key head."""
         ...
 
 
@@ -121,7 +139,7 @@ class EncoderView:
         """Unchanged."""
         return x
 
-    def turn(self, x: Float[Tensor, "b q parts h e"]) -> Float[Tensor, "b q parts h e"]:
+    def turn(self, x: Float[Tensor, "b q heads e"]) -> Float[Tensor, "b q heads e"]:
         """Unchanged."""
         return x
 
@@ -140,8 +158,8 @@ class StreamView:
     """``pattern_mask``; None = plainly causal."""
     layout: Layout | None
     """How to compute the pattern at one length; None = under a mask, whatever the length."""
-    turns: Float[Tensor, "2 s e"] | None
-    """``rotary_turns``, or None."""
+    turns: Float[Tensor, "2 *b s e"] | None
+    """``rotary_turns``, of each row where their orders differ, or None."""
     shifts: tuple[int, int] | None
     """Text length and grid size where the model shifts tokens, or None."""
 
@@ -149,14 +167,16 @@ class StreamView:
         """As ``shift_tokens``."""
         return x if self.shifts is None else shift_tokens(x, *self.shifts)
 
-    def turn(self, x: Float[Tensor, "b q parts h e"]) -> Float[Tensor, "b q parts h e"]:
+    def turn(self, x: Float[Tensor, "b q heads e"]) -> Float[Tensor, "b q heads e"]:
         """Rotated by the angles of the positions."""
-        return x if self.turns is None else rotate(x, self.turns[:, : x.shape[1]])
+        return x if self.turns is None else rotate(x, self.turns[..., : x.shape[1], :])
 
     def attend(
-        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b h q e"], v: Float[Tensor, "b h q e"], stable: bool
+        self, q: Float[Tensor, "b h q e"], k: Float[Tensor, "b g q e"], v: Float[Tensor, "b g q e"], stable: bool
     ) -> Float[Tensor, "b h q e"]:
         """Attention under the pattern."""
+        if q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         # torch's own causal attention is the faster one but for 16 bits on a CPU (benchmarks/training.py)
         fused = self.mask is None and not (v.device.type == "cpu" and v.itemsize == 2)
         if self.layout is not None and q.shape[2] == self.layout.length and not stable and not fused:
@@ -179,6 +199,8 @@ class Attention(nn.Module):
             precision leaves the fused kernel).
         qkv_bias: add biases to queries, keys and values.
         rotate_values: rotate values like queries and keys.
+        kv_heads: heads of keys and values, a divisor of ``heads``; None = as many.
+        bias: add biases to the output.
     """
 
     def __init__(
@@ -192,23 +214,27 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         qkv_bias: bool = False,
         rotate_values: bool = False,
+        kv_heads: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.stable, self.dropout = heads, head_dim, stable, dropout
-        self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=qkv_bias)
-        self.to_out = Linear(heads * head_dim, dim)
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim, self.stable, self.dropout = head_dim, stable, dropout
+        self.to_qkv = Linear(dim, (heads + 2 * self.kv_heads) * head_dim, bias=qkv_bias)
+        self.to_out = Linear(heads * head_dim, dim, bias=bias)
         self.qk_norm, self.rotate_values = qk_norm, rotate_values
 
     def forward(self, x: Float[Tensor, "b q d"], view: LayerView) -> Float[Tensor, "b q d"]:
         """Attend to what the view lets this layer see."""
-        qkv = self.to_qkv(x)
-        qk, v = qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim).split([2, 1], dim=2)
+        turned = self.heads + self.kv_heads
+        qk, v = self.to_qkv(x).unflatten(-1, (-1, self.head_dim)).split([turned, self.kv_heads], dim=2)
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))
-        q, k = view.turn(qk).permute(2, 0, 3, 1, 4)  # [2, b, h, q, e]
+        qk = view.turn(qk)
         if self.rotate_values:
             v = view.turn(v)
-        out = view.attend(q, k, v.squeeze(2).transpose(1, 2), self.stable)
+        q, k = qk.transpose(1, 2).split([self.heads, self.kv_heads], dim=1)  # [b, h, q, e]
+        out = view.attend(q, k, v.transpose(1, 2), self.stable)
         out = self.to_out(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout) if self.training else out
 

@@ -3,9 +3,13 @@
 Paper: Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, section 2.2 and appendix B.
 
 The stream is <bos>, ``text_len`` text positions, then the image tokens in raster order; the output at a position
-predicts the next one. Text and image have a head each, so no probability is spent on, and no time spent on, the other's
+predicts the next one. (With ``any_order`` image tokens may come in another order, each input then also says which
+position is next.) Text and image have a head each, so no probability is spent on, and no time spent on, the other's
 vocabulary. A caption shorter than ``text_len`` is filled with a pad of its own for each position (section 2.2). Models
 of others may lack the <bos> (``foreign.bos=False``): their first text token is given, never predicted.
+
+A caption may instead be read by a text encoder that others have trained (``text_features``): the outputs for its tokens
+stand where its embeddings would, and captions are not predicted.
 
 Axes: b batch, t text_len, n image tokens, s = 1 + t + n stream positions, d width, v text vocabulary, k codebook_size,
 p = t predicted text tokens, t - 1 without <bos>.
@@ -21,11 +25,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dalle_pytorch.errors import UserError, at_least_one, not_negative
-from dalle_pytorch.models.attention import StreamView, rotary_turns
+from dalle_pytorch.models.attention import StreamView, reordered, rotary_turns
 from dalle_pytorch.models.block_sparse import Layout, layout
 from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import linear_cross_entropy, linear_nats
 from dalle_pytorch.models.patterns import pattern_mask
+from dalle_pytorch.models.text_encoder import TextEncoder
 from dalle_pytorch.models.text_to_image import Losses, TextNLL, TextToImage
 from dalle_pytorch.models.transformer import Transformer, TransformerConfig
 from dalle_pytorch.text import TextTokenizer
@@ -42,6 +47,9 @@ class DALLEConfig(TransformerConfig):
     """Text ids, padding (0) included; filled from the text tokenizer in training."""
     text_len: int = 256
     """Text positions after the <bos>."""
+    text_features: int = 0
+    """Width of the features of a frozen text encoder, which stand for captions; 0 = none. Filled in training from
+    text_encoder. Captions are then not predicted."""
     attn_types: list[str] = field(default_factory=lambda: ["full"])
     """Attention patterns, cycled over the depth: full, axial_row, axial_col, conv_like."""
     conv_kernel: int = 11
@@ -51,6 +59,9 @@ class DALLEConfig(TransformerConfig):
     embedding for each image token)."""
     shift_tokens: bool = True
     """Feed each sublayer a quarter of the channels from the token above and from the left."""
+    any_order: bool = False
+    """Image tokens in any order: each input is told which position it is to predict (RAR's target-aware positions).
+    train_dalle.py's random_order says in which ones they are learned; needs shift_tokens=false and full attention."""
     loss_img_weight: float = 7.0
     """Image loss over text loss; the paper weighs them 7/8 : 1/8."""
     tie_embeddings: bool = False
@@ -97,19 +108,26 @@ class DALLEConfig(TransformerConfig):
         for name in ("caption_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        not_negative(self, "loss_img_weight", "z_loss", "contrast_weight")
+        not_negative(self, "loss_img_weight", "z_loss", "contrast_weight", "text_features")
         if self.contrast_scale <= 0:
             raise UserError(f"contrast_scale must be positive, got {self.contrast_scale}")
+        if self.any_order and (self.shift_tokens or set(self.attn_types) != {"full"}):
+            raise UserError(
+                "any_order needs shift_tokens=false and attn_types=[full]: neighbours in the image may come later"
+            )
         if self.shift_tokens and self.dim % 4:
             raise UserError(f"shift_tokens moves quarters of the width: dim ({self.dim}) must be a multiple of 4")
 
-    def fitted(self, vae: nn.Module, tokenizer: TextTokenizer) -> "DALLEConfig":
-        """The settings with the text tokenizer's vocabulary."""
-        return replace(self, text_vocab_size=tokenizer.vocab_size)
+    def fitted(
+        self, vae: nn.Module, tokenizer: TextTokenizer, text_encoder: TextEncoder | None = None
+    ) -> "DALLEConfig":
+        """The settings with the text tokenizer's vocabulary and the text encoder's width."""
+        width = 0 if text_encoder is None else text_encoder.config.width
+        return replace(self, text_vocab_size=tokenizer.vocab_size, text_features=width)
 
-    def build(self, vae: nn.Module) -> "DALLE":
+    def build(self, vae: nn.Module, text_encoder: TextEncoder | None = None) -> "DALLE":
         """A DALLE with fresh weights."""
-        return DALLE(self, vae)
+        return DALLE(self, vae, text_encoder)
 
     @property
     def text_length(self) -> int:
@@ -127,9 +145,31 @@ class DALLEConfig(TransformerConfig):
         return self.positions in ("rotary", "both")
 
     @property
+    def embedded_ids(self) -> int:
+        """Text ids that have an embedding, apart from the pads."""
+        return 0 if self.text_features else self.text_vocab_size
+
+    @property
     def biased_heads(self) -> bool:
         """Whether the output heads have biases."""
-        return not self.tie_embeddings if self.foreign.head_bias is None else self.foreign.head_bias
+        if self.foreign.head_bias is None:
+            return self.bias and not self.tie_embeddings
+        return self.foreign.head_bias
+
+
+def check_encoder(config: DALLEConfig, text_encoder: TextEncoder | None) -> None:
+    """Refuse a text encoder of another width, and captions that it cannot read in one piece.
+
+    Raises:
+        UserError: names the numbers.
+    """
+    width = 0 if text_encoder is None else text_encoder.config.width
+    if width != config.text_features:
+        raise UserError(f"the text encoder has {width} features, text_features is {config.text_features}")
+    if text_encoder is not None and text_encoder.config.max_tokens is not None:
+        room = text_encoder.config.max_tokens - text_encoder.config.marks
+        if config.text_len > room:
+            raise UserError(f"the text encoder reads captions of {room} tokens at most, text_len is {config.text_len}")
 
 
 class DALLELogits(NamedTuple):
@@ -138,8 +178,8 @@ class DALLELogits(NamedTuple):
     Without <bos> nothing predicts the first text token, and position i of text predicts token i + 1.
     """
 
-    text: Float[Tensor, "b p v"]
-    """Over the text ids and then the pads."""
+    text: Float[Tensor, "b p v"] | None
+    """Over the text ids and then the pads; None under a text encoder."""
     image: Float[Tensor, "b n k"]
 
 
@@ -149,22 +189,28 @@ class DALLE(TextToImage):
     Args:
         config: sizes and options.
         vae: image tokenizer; kept frozen and in eval mode, and saved along.
+        text_encoder: where ``config.text_features`` says so; kept frozen and in eval mode, and saved along.
 
     Raises:
-        ValueError: ``vae`` lacks a name of the ImageTokenizer contract.
+        ValueError: ``vae`` lacks a name of the ImageTokenizer contract, or the text encoder is another one.
 
     Source:
         Ramesh et al. 2021, section 2.2. Deviations: GEGLU, rotary positions by default, text loss up to the first pad.
     """
 
     config: DALLEConfig
-    has_text_head = True
     rotary: Tensor
     masks: Tensor
 
-    def __init__(self, config: DALLEConfig, vae: nn.Module) -> None:
+    def __init__(self, config: DALLEConfig, vae: nn.Module, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config, vae)
-        self.text_emb = nn.Embedding(config.text_vocab_size + config.num_pads, config.dim)  # ids, then the pads
+        check_encoder(config, text_encoder)
+        self.text_encoder = None if text_encoder is None else text_encoder.requires_grad_(False).eval()
+        self.text_proj = nn.Sequential()
+        if config.text_features:
+            norm = nn.LayerNorm(config.text_features, elementwise_affine=False)
+            self.text_proj = nn.Sequential(norm, Linear(config.text_features, config.dim))
+        self.text_emb = nn.Embedding(config.embedded_ids + config.num_pads, config.dim)  # ids, then the pads
         self.image_emb = nn.Embedding(self.codebook_size, config.dim)
         self.bos = nn.Parameter(torch.zeros(config.dim)) if config.foreign.bos else None
         if config.positions != "rotary":
@@ -174,12 +220,18 @@ class DALLE(TextToImage):
         elif config.positions != "rotary":
             self.row_pos = nn.Embedding(self.grid_size, config.dim)
             self.col_pos = nn.Embedding(self.grid_size, config.dim)
+        if config.any_order:
+            self.target_pos = nn.Embedding(self.num_image_tokens, config.dim)
         self.transformer = Transformer(config)
-        self.text_head = Linear(config.dim, self.text_emb.num_embeddings, bias=config.biased_heads)
+        self.text_head: Linear | None = None
+        if not config.text_features:
+            self.text_head = Linear(config.dim, self.text_emb.num_embeddings, bias=config.biased_heads)
         self.image_head = Linear(config.dim, self.codebook_size, bias=config.biased_heads)
         self.init_weights()
         if config.tie_embeddings:
-            self.text_head.weight, self.image_head.weight = self.text_emb.weight, self.image_emb.weight
+            self.image_head.weight = self.image_emb.weight
+            if self.text_head is not None:
+                self.text_head.weight = self.text_emb.weight
 
         text_length = config.text_length
         self.patterns = list(dict.fromkeys(config.attn_types))
@@ -197,7 +249,7 @@ class DALLE(TextToImage):
     def init_weights(self) -> None:
         """N(0, 0.02) for embeddings and linear layers, residual outputs scaled by 1 / sqrt(2 depth) (GPT-2)."""
         for name, module in self.named_modules():
-            if name.startswith("vae."):
+            if name.startswith(("vae.", "text_encoder.")):
                 continue
             if isinstance(module, nn.Linear):
                 std = 0.02 / (2 * self.config.depth) ** 0.5 if name.endswith("to_out") else 0.02
@@ -266,27 +318,63 @@ class DALLE(TextToImage):
         return torch.where(text == 0, pads, text)
 
     def embed(
-        self, padded_text: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b m"] | None = None
+        self,
+        padded_text: Int[Tensor, "b t"],
+        image_tokens: Int[Tensor, "b m"] | None = None,
+        order: Int[Tensor, "*b n"] | None = None,
     ) -> Float[Tensor, "b q d"]:
-        """Inputs of <bos>, the text and the first m image tokens."""
-        x = self.text_emb(padded_text)
+        """Inputs of <bos>, the text and the first m image tokens.
+
+        Args:
+            padded_text: from ``pad_text``.
+            image_tokens: in the order given.
+            order: raster positions of all image tokens, with ``any_order``; None = raster order.
+        """
+        if self.text_encoder is None:
+            x = self.text_emb(padded_text)
+        else:
+            words = padded_text < self.config.text_vocab_size
+            features = self.text_encoder.encode(torch.where(words, padded_text, 0))
+            pads = self.text_emb((padded_text - self.config.text_vocab_size).clamp_min(0))
+            x = torch.where(features.present[..., None], self.text_proj(features.values.to(pads.dtype)), pads)
         if self.bos is not None:
             x = torch.cat([self.bos.expand(len(x), 1, -1), x], dim=1)
         if self.config.positions != "rotary":
             x = x + self.text_pos.weight
+        if order is None:
+            order = torch.arange(self.num_image_tokens, device=x.device)
+        if self.config.any_order:  # the last position of the text predicts the first image token
+            x = torch.cat([x[:, :-1], x[:, -1:] + self.target_pos(order[..., :1])], dim=1)
         if image_tokens is not None and image_tokens.shape[1]:
-            positions = torch.arange(image_tokens.shape[1], device=x.device)
-            x = torch.cat([x, self.embed_image(image_tokens, positions)], dim=1)
+            count = image_tokens.shape[1]
+            image = self.embed_image(image_tokens, order[..., :count], order[..., 1 : count + 1])
+            x = torch.cat([x, image], dim=1)
         return x
 
-    def embed_image(self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"]) -> Float[Tensor, "b m d"]:
-        """Inputs of image tokens at some raster positions."""
+    def embed_image(
+        self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, "*b m"], targets: Int[Tensor, "*b m"]
+    ) -> Float[Tensor, "b m d"]:
+        """Inputs of image tokens at some raster positions, and which ones they are to predict."""
         x = self.image_emb(image_tokens)
+        if self.config.any_order:
+            x = x + self.target_pos(targets)
         if self.config.positions == "flat":
             return x + self.image_pos(positions)
         if self.config.positions != "rotary":
             x = x + self.row_pos(positions // self.grid_size) + self.col_pos(positions % self.grid_size)
         return x
+
+    @property
+    def has_text_head(self) -> bool:
+        """Whether captions are predicted, too."""
+        return self.text_head is not None
+
+    def train(self, mode: bool = True) -> "DALLE":
+        """Switch the network's mode; image tokenizer and text encoder stay in eval mode."""
+        super().train(mode)
+        if self.text_encoder is not None:
+            self.text_encoder.eval()
+        return self
 
     @property
     def trunk(self) -> Transformer:
@@ -299,24 +387,44 @@ class DALLE(TextToImage):
         return self.config.text_length
 
     @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.config.kv_heads or self.config.heads
+
+    @property
     def key_width(self) -> int:
         """Channels of a position's keys in a layer."""
-        return self.config.heads * self.config.head_dim
+        return self.key_heads * self.config.head_dim
 
     def read_prompt(
-        self, text_tokens: Int[Tensor, "g given"], trunk: nn.Module, *, dtype: torch.dtype, trim: bool
+        self,
+        text_tokens: Int[Tensor, "g given"],
+        trunk: nn.Module,
+        order: Int[Tensor, " n"],
+        *,
+        dtype: torch.dtype,
+        trim: bool,
     ) -> tuple[Float[Tensor, "g p d"], dict[str, Any]]:
         """Inputs of the <bos> and the text, whose pads all count; see ``TextToImage``."""
-        return self.embed(self.pad_text(text_tokens)), {}
+        return self.embed(self.pad_text(text_tokens), order=order), {}
 
     def hidden(
-        self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
+        self,
+        text_tokens: Int[Tensor, "b given"],
+        image_tokens: Int[Tensor, "b m"],
+        order: Int[Tensor, "b n"] | None = None,
     ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b q d"]]:
-        """Padded text and the transformer's outputs; the last image token, which predicts nothing, is not read."""
+        """Padded text and the transformer's outputs; the last image token, which predicts nothing, is not read.
+
+        Args:
+            text_tokens: ids in [0, text_vocab_size), 0 = padding.
+            image_tokens: the first m tokens of the order.
+            order: raster positions of all image tokens; None = raster order.
+        """
         self.check_image_tokens(image_tokens, wait=False)
         padded = self.pad_text(text_tokens, wait=False)
-        inputs = self.embed(padded, image_tokens[:, : self.num_image_tokens - 1])
-        return padded, self.transformer(inputs, self.views())
+        inputs = self.embed(padded, image_tokens[:, : self.num_image_tokens - 1], order)
+        return padded, self.transformer(inputs, reordered(self.views(), self.config.text_length, order))
 
     def logits(self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]) -> DALLELogits:
         """Scores of every text and image token given those before it.
@@ -330,7 +438,8 @@ class DALLE(TextToImage):
         """
         _, h = self.hidden(text_tokens, image_tokens)
         last = self.config.text_length - 1  # the last text position predicts the first image token
-        return DALLELogits(self.text_head(h[:, :last]), self.image_head(h[:, last:]))
+        text = None if self.text_head is None else self.text_head(h[:, :last])
+        return DALLELogits(text, self.image_head(h[:, last:]))
 
     def image_logits(
         self, text_tokens: Int[Tensor, "b given"], image_tokens: Int[Tensor, "b m"]
@@ -352,6 +461,8 @@ class DALLE(TextToImage):
 
     def text_nll(self, text_tokens: Int[Tensor, "b given"]) -> TextNLL:
         """Nats of each caption token given those before it; see ``TextToImage``. Without <bos> the first has none."""
+        if self.text_head is None:
+            return super().text_nll(text_tokens)
         padded, h = self.hidden(text_tokens, text_tokens.new_empty(len(text_tokens), 0))
         targets, counted = self.text_targets(padded)
         nats = linear_nats(h[:, :-1].flatten(0, 1), self.text_head, targets.flatten()).view_as(targets)
@@ -373,6 +484,8 @@ class DALLE(TextToImage):
             UserError: an empty caption given to a model without <bos>.
         """
         config, given = self.config, text_tokens.shape[1]
+        if self.text_head is None:
+            return super().next_text_scores(text_tokens)
         if not given and self.bos is None:
             raise UserError("this dalle has no <bos>, so it cannot begin a caption: give its first word")
         inputs = self.embed(self.pad_text(text_tokens))[:, : given + int(config.foreign.bos)]
@@ -388,6 +501,7 @@ class DALLE(TextToImage):
         *,
         image_targets: Float[Tensor, "b n k"] | None = None,
         wrong_text: Int[Tensor, "b given"] | None = None,
+        order: Int[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
         mean: Callable[[Tensor], Tensor] | None = None,
     ) -> Losses:
@@ -403,6 +517,8 @@ class DALLE(TextToImage):
             image_targets: probabilities of the codes at each position, to be predicted in place of ``image_tokens``;
                 the loss is then at least their entropy. (The contrast is of ``image_tokens`` all the same.)
             wrong_text: a caption for each picture that is not its own, ids as in ``text_tokens``.
+            order: the raster positions of each picture in the order in which its tokens are read and predicted, with
+                ``any_order``; None = raster order.
             generator: for caption_dropout and token_dropout (training mode only); None = torch's global one.
             mean: averages a number over the processes that share a batch. The text loss is then divided by their mean
                 number of caption tokens, so that the mean of the processes' losses is the loss of the whole batch.
@@ -423,12 +539,18 @@ class DALLE(TextToImage):
             raise ValueError(
                 f"wrong_text of shape {tuple(wrong_text.shape)} given, text_tokens has {tuple(text_tokens.shape)}"
             )
+        if order is not None:
+            if not self.config.any_order:
+                raise ValueError("an order given to a model without any_order")
+            image_tokens = image_tokens.gather(1, order)
+            image_targets = None if image_targets is None else image_targets.take_along_dim(order[..., None], dim=1)
         text_tokens, inputs = self.corrupt(text_tokens, image_tokens, generator)
         contrast = None
         if wrong_text is None:
-            padded, h = self.hidden(text_tokens, inputs)
+            padded, h = self.hidden(text_tokens, inputs, order)
         else:
-            padded, h = self.hidden(torch.cat([text_tokens, wrong_text]), torch.cat([inputs, inputs]))
+            orders = None if order is None else torch.cat([order, order])
+            padded, h = self.hidden(torch.cat([text_tokens, wrong_text]), torch.cat([inputs, inputs]), orders)
             (padded, _), (h, wrong_h) = padded.chunk(2), h.chunk(2)
             counted = (text_tokens != wrong_text).any(dim=1) & text_tokens.any(dim=1)
             contrast = self.contrast(h, wrong_h, image_tokens, counted)
@@ -436,17 +558,19 @@ class DALLE(TextToImage):
         targets, counted = self.text_targets(padded)
         # Chowdhery et al. 2022 (PaLM), section 5; validation reports the plain cross entropy
         z_loss = self.config.z_loss if self.training else 0.0
-        # weighted and not indexed by the mask, for which a GPU would have to be waited for
-        text = linear_cross_entropy(
-            h[:, :last].flatten(0, 1), self.text_head, targets.flatten(), z_loss=z_loss, counted=counted.flatten()
-        )
-        if mean is not None:
-            count = counted.sum().float()
-            text = text * (count / mean(count))
+        text = None
+        if self.text_head is not None:
+            # weighted and not indexed by the mask, for which a GPU would have to be waited for
+            text = linear_cross_entropy(
+                h[:, :last].flatten(0, 1), self.text_head, targets.flatten(), z_loss=z_loss, counted=counted.flatten()
+            )
+            if mean is not None:
+                count = counted.sum().float()
+                text = text * (count / mean(count))
         goal = image_tokens.flatten() if image_targets is None else image_targets.flatten(0, 1)
         image = linear_cross_entropy(h[:, last:].flatten(0, 1), self.image_head, goal, z_loss=z_loss)
         weight = self.config.loss_img_weight
-        loss = (text + weight * image) / (1 + weight)
+        loss = image if text is None else (text + weight * image) / (1 + weight)
         if contrast is not None:
             loss = loss + self.config.contrast_weight * contrast
         return Losses(loss, image, text, contrast)

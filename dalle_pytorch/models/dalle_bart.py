@@ -82,12 +82,19 @@ class DALLEBartConfig(BartConfig):
         """Tokens that a caption may have, without <s> and </s>."""
         return self.text_positions - 2
 
-    def fitted(self, vae: nn.Module, tokenizer: TextTokenizer) -> "DALLEBartConfig":
+    def fitted(
+        self, vae: nn.Module, tokenizer: TextTokenizer, text_encoder: nn.Module | None = None
+    ) -> "DALLEBartConfig":
         """The settings with the tokenizers' sizes in their place; the begin token follows the codebook.
 
         BART's own tokenizer has <s>, <pad> and </s> in its vocabulary; others have none, and get two ids behind their
         own (<s> takes 0, which no caption has).
+
+        Raises:
+            UserError: a text encoder is given.
         """
+        if text_encoder is not None:
+            raise UserError("text_encoder is not there for a DALL·E mini, which has its own: leave it out")
         images, ids = as_image_tokenizer(vae), tokenizer.vocab_size
         codes = {
             "grid_size": images.grid_size,
@@ -98,7 +105,7 @@ class DALLEBartConfig(BartConfig):
             return replace(self, **codes, text_vocab_size=ids)
         return replace(self, **codes, text_vocab_size=ids + 2, text_bos=0, text_pad=ids, text_eos=ids + 1)
 
-    def build(self, vae: nn.Module) -> "DALLEBart":
+    def build(self, vae: nn.Module, text_encoder: nn.Module | None = None) -> "DALLEBart":
         """A DALLEBart with fresh weights."""
         return DALLEBart(self, vae)
 
@@ -189,7 +196,9 @@ class DALLEBart(TextToImage):
         x = self.image_norm(self.image_emb.weight[self.config.bos_id] + self.image_pos.weight[0])
         return x.expand(batch, 1, -1)
 
-    def embed_image(self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"]) -> Float[Tensor, "b m d"]:
+    def embed_image(
+        self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"], targets: Int[Tensor, " m"] | None = None
+    ) -> Float[Tensor, "b m d"]:
         """Inputs of image tokens at some raster positions; each is read one position later."""
         return self.image_norm(self.image_emb(image_tokens) + self.image_pos(positions + 1))
 
@@ -204,6 +213,11 @@ class DALLEBart(TextToImage):
         return 1
 
     @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.config.heads
+
+    @property
     def key_width(self) -> int:
         """Channels of a position's keys in a layer."""
         return self.config.dim
@@ -213,7 +227,13 @@ class DALLEBart(TextToImage):
         return "full"
 
     def read_prompt(
-        self, text_tokens: Int[Tensor, "g given"], trunk: nn.Module, *, dtype: torch.dtype, trim: bool
+        self,
+        text_tokens: Int[Tensor, "g given"],
+        trunk: nn.Module,
+        order: Int[Tensor, " n"],
+        *,
+        dtype: torch.dtype,
+        trim: bool,
     ) -> tuple[Float[Tensor, "g 1 d"], dict[str, Any]]:
         """Input of the token that begins an image, and captions as the decoder reads them; see ``TextToImage``."""
         padded = self.pad_text(text_tokens)

@@ -40,11 +40,11 @@ class TextToImageConfig(Protocol):
         """Tokens that a caption may have."""
         ...
 
-    def fitted(self, vae: nn.Module, tokenizer: TextTokenizer) -> "TextToImageConfig":
-        """The settings with the sizes that the image tokenizer and the text tokenizer say."""
+    def fitted(self, vae: nn.Module, tokenizer: TextTokenizer, text_encoder: Any = None) -> "TextToImageConfig":
+        """The settings with the sizes that the image tokenizer, the text tokenizer and the text encoder say."""
         ...
 
-    def build(self, vae: nn.Module) -> "TextToImage":
+    def build(self, vae: nn.Module, text_encoder: Any = None) -> "TextToImage":
         """A network with fresh weights."""
         ...
 
@@ -86,8 +86,6 @@ class TextToImage(nn.Module, ABC):
     """A TextToImageConfig; each network narrows it to its own."""
     image_head: Linear
     """Scores the codebook, in its first ``codebook_size`` rows."""
-    has_text_head: ClassVar[bool] = False
-    """Whether the network predicts captions, too: ``text_nll`` and ``next_text_scores``."""
 
     def __init__(self, config: TextToImageConfig, vae: nn.Module) -> None:
         super().__init__()
@@ -140,6 +138,16 @@ class TextToImage(nn.Module, ABC):
             raise ValueError(f"{image_tokens.shape[1]} image tokens given, the vae's grid has {self.num_image_tokens}")
 
     @property
+    def has_text_head(self) -> bool:
+        """Whether the network predicts captions, too: ``text_nll`` and ``next_text_scores``."""
+        return False
+
+    @property
+    def any_order(self) -> bool:
+        """Whether image tokens may come in another order than the raster's."""
+        return getattr(self.config, "any_order", False)
+
+    @property
     @abstractmethod
     def trunk(self) -> nn.Module:
         """The blocks that image positions pass, and their last norm: ``trunk(x, views=..., **context)``."""
@@ -148,6 +156,11 @@ class TextToImage(nn.Module, ABC):
     @abstractmethod
     def prompt_length(self) -> int:
         """Positions in front of the image tokens; all candidates of a prompt share them."""
+
+    @property
+    @abstractmethod
+    def key_heads(self) -> int:
+        """Heads of keys and values in a layer."""
 
     @property
     @abstractmethod
@@ -164,20 +177,29 @@ class TextToImage(nn.Module, ABC):
 
     @abstractmethod
     def read_prompt(
-        self, text_tokens: Int[Tensor, "g t"], trunk: nn.Module, *, dtype: torch.dtype, trim: bool
+        self,
+        text_tokens: Int[Tensor, "g t"],
+        trunk: nn.Module,
+        order: Int[Tensor, " n"],
+        *,
+        dtype: torch.dtype,
+        trim: bool,
     ) -> tuple[Float[Tensor, "g p d"], dict[str, Any]]:
         """Inputs of the trunk in front of the image tokens, and what else it needs to know of the prompts.
 
         Args:
             text_tokens: prompts, 0 = padding.
             trunk: the model's own, or one with other linear layers.
+            order: raster positions of the image tokens in the order in which they will be read.
             dtype: of keys and values that are made here once for all steps.
             trim: leave out padding that all prompts share.
         """
 
     @abstractmethod
-    def embed_image(self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"]) -> Float[Tensor, "b m d"]:
-        """Inputs of the trunk of image tokens at some raster positions."""
+    def embed_image(
+        self, image_tokens: Int[Tensor, "b m"], positions: Int[Tensor, " m"], targets: Int[Tensor, " m"]
+    ) -> Float[Tensor, "b m d"]:
+        """Inputs of the trunk of image tokens at some raster positions, and the positions that they are to predict."""
 
     @abstractmethod
     def image_logits(self, text_tokens: Int[Tensor, "b t"], image_tokens: Int[Tensor, "b m"]) -> Float[Tensor, "b q k"]:
@@ -243,4 +265,6 @@ class TextToImage(nn.Module, ABC):
         raise UserError(NO_TEXT_HEAD)
 
 
-NO_TEXT_HEAD = "this dalle reads captions and has no head to write them (a DALL·E mini): use a DALLE"
+NO_TEXT_HEAD = (
+    "this dalle reads captions and has no head to write them (a DALL·E mini, or one with a text encoder): use another"
+)

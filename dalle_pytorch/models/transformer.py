@@ -17,6 +17,12 @@ from dalle_pytorch.models.attention import ROTARIES, Attention, LayerView
 from dalle_pytorch.models.gradient_scaling import GradientScale
 from dalle_pytorch.models.linear import Linear
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+NORMS: dict[str, Callable[[int, bool], nn.Module]] = {
+    "layer": lambda dim, bias: nn.LayerNorm(dim, bias=bias),
+    "rms": lambda dim, bias: nn.RMSNorm(dim, eps=1e-6),
+}
+
 
 @dataclass(kw_only=True)
 class ForeignConfig:
@@ -68,8 +74,20 @@ class TransformerConfig:
     """Dropout on the outputs of attention, in [0, 1)."""
     ff_dropout: float = 0.0
     """Dropout inside the feed-forward, in [0, 1)."""
+    kv_heads: int | None = None
+    """Heads of keys and values, each shared by neighbouring query heads (grouped-query attention); null = as many as
+    heads. Sampling reads that much less."""
+    ff_dim: int | None = None
+    """Width inside the feed-forward; null = 4 dim."""
     gated: bool = True
-    """Feed-forward gated by a second product (GEGLU), 12 dim ** 2 weights; false: GELU, 8 dim ** 2 (the paper)."""
+    """Feed-forward gated by a second product (GEGLU), 3 dim ff_dim weights; false: one product, 2 dim ff_dim (the
+    paper)."""
+    activation: str = "gelu"
+    """Of the feed-forward, "gelu" or "silu"; gated silu is SwiGLU."""
+    norm: str = "layer"
+    """"layer" or "rms" (RMSNorm: neither mean nor bias)."""
+    bias: bool = True
+    """Biases of linear layers and layer norms; those of queries, keys and values there are none of."""
     sandwich_norm: bool = False
     """A second norm after each sublayer (CogView), against activation growth."""
     stable: bool = False
@@ -93,7 +111,12 @@ class TransformerConfig:
         Raises:
             ValueError: a field is out of range; names it.
         """
-        at_least_one(self, "dim", "depth", "heads", "head_dim")
+        at_least_one(self, "dim", "depth", "heads", "head_dim", "kv_heads", "ff_dim")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise UserError(f"kv_heads ({self.kv_heads}) must be a divisor of heads ({self.heads})")
+        for name, choices in (("activation", ACTIVATIONS), ("norm", NORMS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("attn_dropout", "ff_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -105,22 +128,30 @@ class TransformerConfig:
 
 
 class FeedForward(nn.Module):
-    """Feed-forward of four times the width inside: GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) or GELU."""
+    """Two linear layers with an activation between them, or three where it gates (GEGLU, SwiGLU).
 
-    def __init__(self, dim: int, dropout: float, *, gated: bool = True) -> None:
+    Args:
+        config: ``dim``, ``ff_dim``, ``ff_dropout``, ``gated``, ``activation`` and ``bias`` of it.
+
+    Source:
+        Shazeer 2020, https://arxiv.org/abs/2002.05202.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.to_hidden = Linear(dim, (8 if gated else 4) * dim)
-        self.to_out = Linear(4 * dim, dim)
-        self.dropout, self.gated = dropout, gated
+        width = config.ff_dim or 4 * config.dim
+        self.to_hidden = Linear(config.dim, (2 if config.gated else 1) * width, bias=config.bias)
+        self.to_out = Linear(width, config.dim, bias=config.bias)
+        self.dropout, self.gated, self.activation = config.ff_dropout, config.gated, ACTIVATIONS[config.activation]
 
     def forward(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:
         """Same shape in and out."""
         hidden = self.to_hidden(x)
         if self.gated:
             value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * F.gelu(gate)
+            hidden = value * self.activation(gate)
         else:
-            hidden = F.gelu(hidden)
+            hidden = self.activation(hidden)
         return self.to_out(F.dropout(hidden, self.dropout) if self.training else hidden)
 
 
@@ -146,7 +177,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, attention: Attention, feed_forward: FeedForward) -> None:
         super().__init__()
-        self.attn_norm, self.ff_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
+        self.attn_norm, self.ff_norm = make_norm(config), make_norm(config)
         self.attn_post, self.ff_post = _after(config), _after(config)
         self.attention, self.feed_forward = attention, feed_forward
         self.attn_scale = GradientScale() if config.gradient_scaling else None
@@ -210,13 +241,15 @@ class Transformer(nn.Module):
                     qk_norm=config.qk_norm,
                     qkv_bias=config.foreign.qkv_bias,
                     rotate_values=config.foreign.rotate_values,
+                    kv_heads=config.kv_heads,
+                    bias=config.bias,
                 )
             if ff_id not in feed_forwards:
-                feed_forwards[ff_id] = FeedForward(config.dim, config.ff_dropout, gated=config.gated)
+                feed_forwards[ff_id] = FeedForward(config)
             block = ReversibleBlock if config.foreign.reversible else Block
             blocks.append(block(config, attentions[attn_id], feed_forwards[ff_id]))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = make_norm(config)
 
     def forward(self, x: Float[Tensor, "b q d"], views: Sequence[LayerView]) -> Float[Tensor, "b q d"]:
         """Run the stack; ``views`` says for each layer what it sees."""
@@ -235,9 +268,14 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+def make_norm(config: TransformerConfig) -> nn.Module:
+    """A norm of the model's width."""
+    return NORMS[config.norm](config.dim, config.bias)
+
+
 def _after(config: TransformerConfig) -> nn.Module:
     """What follows a sublayer."""
-    norm = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
+    norm = make_norm(config) if config.sandwich_norm else nn.Identity()
     return LayerScale(config.dim, config.depth, norm) if config.foreign.layer_scale else norm
 
 

@@ -60,11 +60,6 @@ class CleanedTokenizer(HFTokenizer):
         super().__init__(path)
         self._set_cleaning(clean)
 
-    @property
-    def shift(self) -> int:
-        """How much higher the ids are than the file's: 1 where its id 0 is no padding, else 0."""
-        return self._shift
-
     def clean(self, text: str) -> str:
         """The caption as this tokenizer sees it."""
         return CLEANINGS[self._cleaning](text)

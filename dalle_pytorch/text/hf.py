@@ -61,16 +61,17 @@ class HFTokenizer(TextTokenizer):
         tokenizer.encode_special_tokens = True  # "[PAD]" in a caption is text
         self._tokenizer = tokenizer
         self._json = tokenizer.to_str()
-        self._shift = 0 if _padding_is_free(json.loads(self._json)) else 1
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1 + self._shift
+        self.shift: int = 0 if _padding_is_free(json.loads(self._json)) else 1
+        """How much higher the ids are than the file's."""
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1 + self.shift
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         # A model that takes whole words can still meet one that spells its padding token.
-        return [i + self._shift for i in ids if i + self._shift != PAD]
+        return [i + self.shift for i in ids if i + self.shift != PAD]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode([i - self._shift for i in ids], skip_special_tokens=True)
+        return self._tokenizer.decode([i - self.shift for i in ids], skip_special_tokens=True)
 
 
 class HFDirectoryTokenizer(HFTokenizer):

@@ -25,6 +25,7 @@ from dalle_pytorch.text.phrases import check_phrases
 from dalle_pytorch.training.base import LitBase, tile
 from dalle_pytorch.training.config import RunConfig
 from dalle_pytorch.training.plan import HardwareConfig
+from dalle_pytorch.training.schedules import ScheduleConfig, scheduled
 from dalle_pytorch.training.text import TextConfig
 from dalle_pytorch.training.wrong_captions import read_wrong, wrong_caption
 
@@ -65,8 +66,15 @@ class TrainDALLEConfig(RunConfig):
     contrast_phrases: list[str] = field(default_factory=list)
     """Phrases that exclude each other, such as the names of styles. With model.contrast_weight a picture's wrong
     caption is half the time its own with another phrase, where it holds one, and otherwise another picture's."""
+    random_order: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=0.0))
+    """Share of the images whose tokens are learned in a random order, over the training, with model.any_order. RAR's
+    falls from 1 to 0, ``random_order.start=1 random_order.share=0.75``, and what it learns draws in raster order; one
+    that stays above 0 keeps sampling.strategy=random as well."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
+    text_encoder: str | None = None
+    """A text encoder of transformers whose features stand for captions: a folder, or an id of the hub (T5, CLIP, BERT
+    and their kin). It brings its tokenizer, stays frozen and is saved along; captions are not predicted."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the pictures to look at are drawn."""
 
@@ -80,6 +88,15 @@ class TrainDALLEConfig(RunConfig):
         if self.image_codes not in IMAGE_CODES:
             raise UserError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
         check_phrases(self.contrast_phrases, "contrast_phrases")
+        if self.text_encoder is not None and (
+            self.text.tokenizer != "bpe" or self.text.tokenizer_from or self.text.bpe_dropout
+        ):
+            raise UserError(
+                f"text_encoder={self.text_encoder} brings its tokenizer, which has no BPE dropout: leave "
+                "text.tokenizer, text.tokenizer_from and text.bpe_dropout out"
+            )
+        if self.text_encoder is not None and self.init is not None:
+            raise UserError(f"init={self.init} brings its text encoder, if it has one: leave text_encoder out")
 
     @property
     def schema(self) -> str:
@@ -96,7 +113,7 @@ class LitDALLE(LitBase[TextToImage]):
         super().__init__(net, config.optim, config.seed)
         self.prompts, self.sampling = config.callbacks.prompts, config.sampling
         self.image_codes, self.contrast_phrases = config.image_codes, config.contrast_phrases
-        self.bpe_dropout = config.text.bpe_dropout
+        self.bpe_dropout, self.random_order = config.text.bpe_dropout, config.random_order
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Loss of a batch; pictures whose tokens are not cached are tokenised here."""
@@ -111,6 +128,10 @@ class LitDALLE(LitBase[TextToImage]):
                 settings["image_targets"] = probabilities
         if getattr(self.net.config, "contrast_weight", 0.0):
             settings["wrong_text"] = self.wrong_text(batch, batch_idx)
+        if share := scheduled(self.random_order, self.global_step, self.total_steps):
+            settings["order"] = orders(len(image_tokens), image_tokens.shape[1], share, generator).to(
+                image_tokens.device
+            )
         result = self.net.loss(batch["text_tokens"], image_tokens, **settings)
         self.log_losses("train", result._asdict(), len(batch["captions"]))
         return result.loss
@@ -172,6 +193,17 @@ class LitDALLE(LitBase[TextToImage]):
             return tile(net.vae.decode(tokens), columns=SHOWN_EACH)
 
 
+def orders(images: int, count: int, share: float, generator: torch.Generator) -> Int[Tensor, "images n"]:
+    """An order of ``count`` positions for each image: a random one for a share of them, else the raster's.
+
+    Source:
+        Yu et al. 2024, https://arxiv.org/abs/2411.00776, section 3.2.
+    """
+    random = torch.rand(images, count, generator=generator).argsort(dim=1)
+    chosen = torch.rand(images, 1, generator=generator) < share
+    return torch.where(chosen, random, torch.arange(count))
+
+
 def caption_tokens(text_tokens: Int[Tensor, "b t"]) -> Int[Tensor, ""]:
     """Tokens that the text loss of a batch is a mean over: those of captions, and the pad that ends each."""
     return (text_tokens != 0).sum() + (text_tokens == 0).any(dim=1).sum()
@@ -210,6 +242,24 @@ def check_contrast(config: TrainDALLEConfig) -> None:
             "model.contrast_weight with data.batch_size=1 has no other picture's caption to take: raise it, or give "
             "contrast_phrases"
         )
+
+
+def check_order(config: TrainDALLEConfig) -> None:
+    """Refuse random orders that the network cannot learn, shares that are none, and a network that never sees one.
+
+    Raises:
+        ConfigError: says which.
+    """
+    shares, can = (config.random_order.start, config.random_order.end), getattr(config.model, "any_order", False)
+    if not all(0 <= share <= 1 for share in shares):
+        raise ConfigError(f"random_order.start and .end are shares of the images, in [0, 1], got {shares}")
+    if any(shares) and not can:
+        raise ConfigError(
+            "random_order needs a network that is told which position comes next: model.any_order=true "
+            "model.shift_tokens=false, with full attention (not there for a DALL·E mini)"
+        )
+    if can and not any(shares) and config.init is None:
+        raise ConfigError("model.any_order never sees another order than the raster's: set random_order.start=1")
 
 
 def check_codes(config: TrainDALLEConfig, vae: ImageTokenizer, *, cached: bool) -> None:

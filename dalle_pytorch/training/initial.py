@@ -20,7 +20,7 @@ HOW_TO_TRAIN = ("attn_dropout", "ff_dropout", "dropout", "stable", "checkpoint_a
 """Settings of a model that say how it is trained, not what its weights mean."""
 NOT_INHERITED = ("contrast_weight",)
 """Those that a training from a checkpoint does not take over: it would double the cost, without its phrases."""
-FILLED = ("text_vocab_size", "image_vocab_size", "grid_size", "bos_id")
+FILLED = ("text_vocab_size", "text_features", "image_vocab_size", "grid_size", "bos_id")
 """Settings that come from the tokenizers."""
 TOKENIZER = ("text.tokenizer", "text.path", "text.tokenizer_from", "text.vocab_size")
 """Settings that choose a text tokenizer."""
@@ -124,7 +124,7 @@ def tokenizer_of(
 
 def network_from(source: TextToImage, config: TextToImageConfig) -> TextToImage:
     """A network with the weights of another one, trained in another way; gradient scales begin anew."""
-    net = config.build(source.vae)
+    net = config.build(source.vae, getattr(source, "text_encoder", None))
     weights = {name: tensor for name, tensor in source.state_dict().items() if not _is_scale(name)}
     fresh = {name: tensor for name, tensor in net.state_dict().items() if _is_scale(name)}
     net.load_state_dict({**weights, **fresh})

@@ -16,12 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.checkpoint import Header
 from dalle_pytorch.checkpoints.loading import read_header
+from dalle_pytorch.checkpoints.text_encoder import load_text_encoder
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.models.attention import Attention
 from dalle_pytorch.models.dalle import DALLE, DALLEConfig
 from dalle_pytorch.models.image_tokenizer import ImageTokenizer
+from dalle_pytorch.models.linear import Linear
 from dalle_pytorch.models.loss import ROWS
 from dalle_pytorch.models.patterns import pattern_mask
+from dalle_pytorch.models.text_encoder import TextEncoder
 from dalle_pytorch.models.transformer import FeedForward, Transformer
 from dalle_pytorch.text import text_tokenizer_from_state
 from dalle_pytorch.training.strategies import is_sharded
@@ -97,7 +100,9 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def skeleton(config: DALLEConfig, vae: str | Header | None, hardware: HardwareConfig) -> DALLE:
+def skeleton(
+    config: DALLEConfig, vae: str | Header | None, hardware: HardwareConfig, text_encoder: TextEncoder | None = None
+) -> DALLE:
     """The model on the meta device: names, shapes, no memory; its image tokenizer from a file, a header or hardware."""
     head = read_header(vae, kind="vae") if isinstance(vae, str) else vae
     with torch.device("meta"):
@@ -106,7 +111,7 @@ def skeleton(config: DALLEConfig, vae: str | Header | None, hardware: HardwareCo
             if head is None
             else checkpoint.build(head)
         )
-        return DALLE(config, vae=sizes)
+        return DALLE(config, vae=sizes, text_encoder=text_encoder)
 
 
 def parameters(net: DALLE) -> dict[str, int]:
@@ -114,9 +119,10 @@ def parameters(net: DALLE) -> dict[str, int]:
     parts = {
         "attention": [p for m in net.modules() if isinstance(m, Attention) for p in m.parameters()],
         "feed-forward": [p for m in net.modules() if isinstance(m, FeedForward) for p in m.parameters()],
+        "text encoder (frozen)": [] if net.text_encoder is None else list(net.text_encoder.parameters()),
         "embeddings": [p for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
-        + [p for p in [net.bos] if p is not None],
-        "heads": [*net.text_head.parameters(), *net.image_head.parameters()],
+        + [p for p in [net.bos, *net.text_proj.parameters()] if p is not None],
+        "heads": [p for head in heads_of(net) for p in head.parameters()],
         "image tokenizer (frozen)": list(net.vae.parameters()),
     }
     counted: set[int] = set()
@@ -127,6 +133,11 @@ def parameters(net: DALLE) -> dict[str, int]:
         counts[name] = sum(new.values())
     counts["norms"] = sum(p.numel() for p in net.parameters() if id(p) not in counted)
     return counts
+
+
+def heads_of(net: DALLE) -> list[Linear]:
+    """Its output heads."""
+    return [head for head in (net.text_head, net.image_head) if head is not None]
 
 
 def flops(net: DALLE) -> tuple[float, float]:
@@ -145,7 +156,8 @@ def flops(net: DALLE) -> tuple[float, float]:
         for pattern in net.patterns
     }
     attention = sum(4 * config.heads * config.head_dim * pairs[net.pattern(layer)] for layer in range(config.depth))
-    text, image = net.text_head.weight.numel(), net.image_head.weight.numel()
+    text = 0 if net.text_head is None else net.text_head.weight.numel()
+    image = net.image_head.weight.numel()
     # under wrong captions everything but the text head once more; the image head of the contrast for itself, twice
     heads = 2 * (text * (text_length - 1) + (3 if config.contrast_weight else 1) * image * net.num_image_tokens)
     return 3.0 * captions_each(net) * (2 * matrices(net) * length + attention), 3.0 * heads
@@ -234,7 +246,7 @@ def memory(
         moments: bytes of the optimiser for each weight.
     """
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in net.vae.parameters())
+    frozen = sum(p.numel() for p in net.parameters()) - trained
     share = gpus if sharded else 1
     config, length = net.config, net.config.text_length - 1 + net.num_image_tokens
     batch *= captions_each(net)
@@ -247,8 +259,8 @@ def memory(
         block = sum(p.numel() for p in net.transformer.blocks[0].parameters())
         rest = trained - sum(p.numel() for p in net.transformer.blocks.parameters())
         copies = (2 * block + rest) * (2 if half else 4)
-    heads = sum(p.numel() for p in (*net.text_head.parameters(), *net.image_head.parameters()))
-    widest = max(net.text_head.out_features, net.image_head.out_features)
+    heads = sum(p.numel() for head in heads_of(net) for p in head.parameters())
+    widest = max(head.out_features for head in heads_of(net))
     # the loss: inputs of the heads and their gradients, the heads' gradients, one chunk of logits thrice
     loss = 4 * (2 * batch * length * config.dim + heads + 3 * ROWS * widest)
     return Memory(
@@ -262,7 +274,7 @@ def memory(
 
 def cache_bytes(net: DALLE) -> int:
     """Keys and values of one candidate in sampling, fp32, where every layer kept all image tokens."""
-    return 2 * 4 * net.config.depth * net.config.heads * net.config.head_dim * net.num_image_tokens
+    return 2 * 4 * net.config.depth * net.key_width * net.num_image_tokens
 
 
 def make_plan(config: Any) -> str:
@@ -278,10 +290,17 @@ def make_plan(config: Any) -> str:
     if config.schema != "dalle":
         raise UserError("plan=true counts the DALLE only, not a DALL·E mini")
     if config.init is None:
-        model = dataclasses.replace(config.model, text_vocab_size=vocabulary(config.text))
-        net = skeleton(model, config.vae, hardware)
+        encoder, vocab_size = None, vocabulary(config.text)
+        if config.text_encoder is not None:
+            encoder, tokenizer = load_text_encoder(config.text_encoder)
+            vocab_size = tokenizer.vocab_size
+        width = 0 if encoder is None else encoder.config.width
+        model = dataclasses.replace(config.model, text_vocab_size=vocab_size, text_features=width)
+        net = skeleton(model, config.vae, hardware, encoder)
     else:
-        net = skeleton(config.model, read_header(config.init)["vae"], hardware)
+        head = read_header(config.init)
+        stored = head.get("text_encoder")
+        net = skeleton(config.model, head["vae"], hardware, None if stored is None else checkpoint.build(stored))
     batch = config.data.batch_size
     if batch % hardware.gpus:
         raise UserError(f"data.batch_size ({batch}) must be a multiple of hardware.gpus ({hardware.gpus})")

@@ -130,21 +130,27 @@ class Run:
                 "Resume with the same settings, or start a new run with another out="
             )
 
-    def check_vae(self, vae: nn.Module) -> None:
-        """Refuse to resume a DALLE with other weights of the image tokenizer: its tokens would mean something else.
+    def check_frozen(self, net: nn.Module) -> None:
+        """Refuse to resume a DALLE with other weights of its image tokenizer or its text encoder.
+
+        Its tokens or its captions would mean something else.
 
         Raises:
             ValueError: the weights differ from those in the checkpoint.
         """
         if self.last is None:
             return
-        saved, given = checkpoint.load(self.last, kind="dalle").vae.state_dict(), vae.state_dict()
-        different = [key for key in saved if key not in given or not torch.equal(saved[key], given[key])]
-        if different or len(saved) != len(given):
-            raise UserError(
-                f"{self.last} was trained on the tokens of another vae (it differs in {len(different)} tensors, "
-                f"{different[0] if different else 'by surplus ones'} first): resume with the vae= of the first start"
-            )
+        before = checkpoint.load(self.last, kind="dalle")
+        for name, what, setting in (("vae", "the tokens", "vae="), ("text_encoder", "captions", "text_encoder=")):
+            old, new = (getattr(model, name, None) for model in (before, net))
+            saved, given = ({} if part is None else part.state_dict() for part in (old, new))
+            different = [key for key in saved if key not in given or not torch.equal(saved[key], given[key])]
+            if different or len(saved) != len(given):
+                raise UserError(
+                    f"{self.last} was trained on {what} of another {name} (it differs in {len(different)} tensors, "
+                    f"{different[0] if different else 'by surplus ones'} first): resume with the {setting} of the "
+                    "first start"
+                )
 
     def fit(self, lit: LitBase[Any], data: TextImageDataModule) -> float | None:
         """Train, write the weights that the run ends with, and log their path, ``<out>/<kind>.safetensors``.

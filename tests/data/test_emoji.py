@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dalle_pytorch.data.emoji import Icon, assign_splits, captions, merge_families, pack_emoji
+from dalle_pytorch.data.emoji import Icon, assign_splits, captions, merge_families, pack_emoji, read_icons
 from dalle_pytorch.data.emoji_names import RENAMED, Emoji, EmojiNames, phrase
 from dalle_pytorch.data.npm import LABELS, SETS, fetch_packages
 from dalle_pytorch.data.shards import ShardDataset
@@ -51,6 +51,8 @@ def names() -> EmojiNames:
         ("flag-japan", None, "flag: Japan"),
         ("flag-for-japan", None, "flag: Japan"),
         ("pistol", None, "water pistol"),
+        ("redapple", None, "red apple"),
+        ("wavinghandsign", None, "waving hand"),  # Unicode's name of it
     ],
 )
 def test_every_name_of_a_thing_leads_to_one_concept(
@@ -58,6 +60,21 @@ def test_every_name_of_a_thing_leads_to_one_concept(
 ) -> None:
     found = names.look_up(icon, code)
     assert (found.concept, found.known) == (concept, True)
+
+
+def test_a_set_whose_names_cannot_be_told_apart_gives_known_things_only(tmp_path: Path) -> None:
+    """What emojibase does not know could be a held-out thing under another name."""
+    icons = {name: {"body": ""} for name in ("redapple", "dogside", "wavinghandsign")}
+    for package, files in (
+        (LABELS, {"en/data.json": RECORDS}),
+        (SETS["fxemoji"].package, {"icons.json": {"icons": icons, "width": 8, "height": 8}}),
+    ):
+        for name, content in {"package.json": {"version": package.version}, **files}.items():
+            file = tmp_path / package.name / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content))
+    found = read_icons(tmp_path, ["fxemoji"])
+    assert [icon.emoji.concept for icon in found] == ["red apple", "waving hand"]
 
 
 def test_code_points_beat_words(names: EmojiNames) -> None:

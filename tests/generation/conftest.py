@@ -47,6 +47,8 @@ def make_mixed(make_dalle):
         {"tie_embeddings": True, "head_bias": True},
         {"bos": False},
         {"bos": False, "positions": "flat", "qkv_bias": True, "gated": False, "shift_tokens": False},
+        {"norm": "rms", "activation": "silu", "ff_dim": 24, "bias": False, "qk_norm": True},
+        {"kv_heads": 1, "rotate_values": True, "rotary": "dalle_pytorch"},
     ],
     ids=lambda settings: "-".join(settings),
 )

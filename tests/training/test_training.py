@@ -83,6 +83,33 @@ def test_train_dalle(shards, vae_file, tmp_path, run_command):
     assert list((out / "pictures").iterdir())
 
 
+def test_a_dalle_of_random_orders_resumes_exactly(shards, vae_file, tmp_path, run_command):
+    more = [f"vae={vae_file}", "callbacks.keep=last", "optim.schedule=constant", "callbacks.checkpoint_every=1"]
+    more += ["model.any_order=true", "model.shift_tokens=false", "random_order={start: 0.5, end: 0.5}"]
+    whole = run_command(train_dalle.main, *small(shards, tmp_path / "whole", 4, *more))
+    run_command(train_dalle.main, *small(shards, tmp_path / "parts", 2, *more))
+    parts = run_command(train_dalle.main, *small(shards, tmp_path / "parts", 4, *more, "resume=true"))
+    raster = run_command(train_dalle.main, *small(shards, tmp_path / "raster", 4, *more[:-1], "random_order.end=1e-9"))
+    a, b, c = (dalle_pytorch.load(path).state_dict() for path in (whole, parts, raster))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["random_order.start=1"], "model.any_order=true"),
+        (["model.any_order=true", "model.shift_tokens=false"], "set random_order.start=1"),
+        (["model.any_order=true", "model.shift_tokens=false", "random_order.start=2"], "shares of the images"),
+        (["model=bart", "random_order.start=1"], "not there for a DALL·E mini"),
+    ],
+)
+def test_orders_that_are_not_learned_are_refused(shards, vae_file, tmp_path, run_command, arguments, message):
+    code, error = run_command(train_dalle.main, *small(shards, tmp_path / "run", 2, f"vae={vae_file}", *arguments))
+    assert code in (1, 2)
+    assert message in error
+
+
 def test_train_dalle_without_cached_tokens(shards, vae_file, tmp_path, run_command):
     arguments = small(shards, tmp_path / "run", 2, f"vae={vae_file}", "data.token_crops=0", "data.jitter=1")
     assert run_command(train_dalle.main, *arguments).endswith("dalle.safetensors")
