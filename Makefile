@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`; `make sample PROMPT="..."` only draws. Python 3.11 or newer is all they need.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make sample PROMPT="..."` only draws, `make serve` does so in a browser. Python 3.11 or newer is all they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ RUN ?= runs/demo/$(STAMP)
 PROMPT = a red apple
 QUOTED = $(subst ','\'',$(subst ",\",$(value PROMPT)))
 
-.PHONY: sample demo test format
+.PHONY: sample demo serve test browser-test format
 
 # Draw with the weights that come along: 64 candidates, the best 8 kept. Several prompts: PROMPT="a red apple|a blue heart"
 sample: $(VENV)/demo.installed
@@ -25,12 +25,20 @@ demo: $(VENV)/demo.installed
 	@echo "open: $(RUN)/pictures/grid.png (ranked samples), $(RUN)/vae/pictures (reconstructions),"
 	@echo "      $(RUN)/dalle/pictures, $(RUN)/clip/pictures; curves: $(BIN)/tensorboard --logdir $(RUN)"
 
+# A server of images on http://127.0.0.1:8000, with the weights that come along: open that page and type a prompt.
+serve: $(VENV)/serve.installed
+	$(BIN)/python serve.py
+
 test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
+# The pages of the server in Debian's chromium: apt-get install chromium chromium-driver
+browser-test: $(VENV)/test.installed
+	$(BIN)/python -m pytest tests/serving/test_browser.py -m browser
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff format .
@@ -41,7 +49,12 @@ $(VENV)/demo.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+$(VENV)/serve.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve]'
+	touch $@ $(VENV)/demo.installed
+
 $(VENV)/test.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@ $(VENV)/demo.installed
+	touch $@ $(VENV)/demo.installed $(VENV)/serve.installed

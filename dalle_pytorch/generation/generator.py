@@ -63,8 +63,8 @@ class Ranked(NamedTuple):
 class SampleOptions(TypedDict, total=False):
     """How candidates are drawn; every method that draws takes these."""
 
-    seed: int
-    """Another seed gives other candidates; 0."""
+    seed: int | Sequence[int]
+    """Another seed gives other candidates; 0. Several: one for each prompt."""
     sampling: SamplingConfig | None
     """Temperature, truncation and guidance; None = as the model is."""
     given: KnownTokens | None
@@ -122,13 +122,19 @@ class Generator:
         self.memory_gb = memory_gb or free_memory_gb(device)
 
     def check(
-        self, prompts: Sequence[str], sampling: SamplingConfig | None = None, *, seed: int = 0, truncate: bool = False
+        self,
+        prompts: Sequence[str],
+        sampling: SamplingConfig | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        truncate: bool = False,
     ) -> None:
         """Refuse what cannot be drawn, before time is spent on the first prompt.
 
         Raises:
             UserError: a prompt that is no text or is longer than the model's context (shows it), a seed that is no
-                integer, an unknown strategy, or guidance of a model that never saw an empty caption.
+                integer, several that are not one for each prompt, an unknown strategy, or guidance of a model that
+                never saw an empty caption.
         """
         for prompt in prompts:
             if not isinstance(prompt, str):
@@ -137,8 +143,11 @@ class Generator:
                     "take several"
                 )
             self.tokenizer.tokenize(prompt, self.dalle.config.text_len, truncate=truncate)
-        if not isinstance(seed, int):
+        seeds = [seed] if isinstance(seed, int) else seed
+        if not isinstance(seeds, Sequence) or not all(isinstance(item, int) for item in seeds):
             raise UserError(f"seed must be an integer, got {seed!r}")
+        if len(seeds) not in (1, len(prompts)):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: one, or one for each")
         if sampling is not None:
             find_strategy(sampling.strategy)
         if sampling is not None and sampling.guided() and not self.dalle.config.caption_dropout:
@@ -191,7 +200,7 @@ class Generator:
         prompts: Sequence[str],
         indices: Sequence[int],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         sampling: SamplingConfig | None = None,
         given: KnownTokens | None = None,
         negative_prompt: str = "",
@@ -223,6 +232,7 @@ class Generator:
             )
         if negative_prompt and not sampling.guided():
             raise UserError(f"negative_prompt={negative_prompt!r} acts through guidance: set cfg_scale above 1")
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         length, tokens_each, device = self.dalle.config.text_len, self.dalle.num_image_tokens, self.decoder.device
         null = self.tokenizer.tokenize(negative_prompt, length, truncate=truncate)
         if given is not None and len(given.tokens) not in (1, len(prompts)):
@@ -236,7 +246,11 @@ class Generator:
                 drawn, wanted = fill_up(drawn, part, len(prompts), len(indices), size)
             some = [prompts[number] for number in drawn]
             text = torch.cat([self.tokenizer.tokenize(prompt, length, truncate=truncate) for prompt in some])
-            uniforms = [candidate_uniforms(p, seed, index, tokens_each) for p in some for index in wanted]
+            uniforms = [
+                candidate_uniforms(prompts[number], seeds[number], index, tokens_each)
+                for number in drawn
+                for index in wanted
+            ]
             known = None if given is None else given._replace(tokens=given.tokens.expand(len(prompts), -1)[drawn])
             events = draw_image_tokens(
                 self.decoder, text.to(device), torch.stack(uniforms).to(device), sampling, known,

@@ -1,0 +1,42 @@
+"""A server: ``serve.py weights=runs/mine/dalle/dalle.safetensors clip=runs/mine/clip/clip.safetensors``.
+
+Without ``weights=`` it draws with those that come along, on http://127.0.0.1:8000.
+"""
+
+import logging
+from pathlib import Path
+
+from dalle_pytorch.config import entry
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.serving.config import ServeConfig
+
+NOT_INSTALLED = "serving needs FastAPI and its kin: pip install 'dalle-pytorch-lab[serve]'"
+
+
+@entry("serve", ServeConfig)
+def main(config: ServeConfig) -> None:
+    """Serve until a signal ends it; what is drawn then is queued again."""
+    try:
+        import uvicorn
+
+        from dalle_pytorch.serving.app import make_app
+        from dalle_pytorch.serving.doctor import repair
+        from dalle_pytorch.serving.ledger import Ledger
+        from dalle_pytorch.serving.library import Library
+    except ModuleNotFoundError as error:
+        raise UserError(NOT_INSTALLED) from error
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    if config.repair:
+        print(repair(Ledger(config.database_url()), Library(Path(config.library))))
+        return
+    app = make_app(config)
+    scheme = "https" if config.tls_cert else "http"
+    print(f"{scheme}://{config.host}:{config.port}  weights {config.weights}, library {config.library}", flush=True)
+    uvicorn.run(
+        app, host=config.host, port=config.port, ssl_certfile=config.tls_cert, ssl_keyfile=config.tls_key,
+        log_level="warning", server_header=False, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,571 @@
+"""The server: routes over the ledger, the library and the codec. No route draws; workers do.
+
+Nothing here builds a path, an URL to fetch or HTML from what a client sends: images have ids that the server has made,
+pages are static files.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import secrets
+import threading
+import time
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dalle_pytorch.distributed import find_device
+from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.serving.codec import Codec
+from dalle_pytorch.serving.codec import routes as codec_routes
+from dalle_pytorch.serving.config import ServeConfig
+from dalle_pytorch.serving.engine import Draw, LocalEngine
+from dalle_pytorch.serving.keys import Keys
+from dalle_pytorch.serving.ledger import DONE, QUEUED, RUNNING, SUCCEEDED, Conflict, Job, Ledger, QueueFull
+from dalle_pytorch.serving.library import Library
+from dalle_pytorch.serving.worker import Worker
+
+log = logging.getLogger(__name__)
+POLL = 0.15
+"""Seconds between two looks at a job that somebody waits for."""
+SECURE = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class DrawBody(BaseModel):
+    """What to draw."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, examples=["a red apple"])
+    n: int = Field(1, ge=1, description="images to keep, the best first")
+    num_candidates: int | None = Field(None, ge=1, description="images to draw and rank; null = n")
+    seed: int | None = Field(None, ge=0, lt=1 << 53, description="the same seed gives the same images; null = any")
+    indices: list[Annotated[int, Field(ge=0, lt=1 << 31)]] | None = Field(
+        None, min_length=1, description="draw these candidates only, as an image's row names them"
+    )
+    negative_prompt: str = ""
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    cfg_scale: float | None = Field(None, ge=-100, le=100)
+    priority: int = Field(0, ge=-10, le=0, description="below 0: after the others")
+
+
+class ImagesBody(BaseModel):
+    """OpenAI's request for images, and as extras what it has no names for."""
+
+    model_config = ConfigDict(extra="ignore")  # clients send fields that mean nothing here: model, user, quality
+
+    prompt: str = Field(min_length=1, examples=["a red apple"])
+    n: int = Field(1, ge=1)
+    size: str = "auto"
+    response_format: Literal["url", "b64_json"] | None = "b64_json"
+    output_format: Literal["png"] | None = "png"
+    stream: bool | None = False
+    partial_images: int | None = Field(0, ge=0, le=3)
+    num_candidates: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=1 << 53)
+    cfg_scale: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+
+
+class Hub:
+    """What the routes share."""
+
+    def __init__(self, config: ServeConfig, ledger: Ledger, library: Library, engine: Callable[[], Any]) -> None:
+        self.config, self.ledger, self.library, self.make_engine = config, ledger, library, engine
+        self.keys = Keys(config.keys)
+        self.engine: Any = None
+        self.codec: Codec | None = None
+        self.failure: str | None = None
+        self.loading = threading.Lock()
+        self.worker = Worker(ledger, library, self.load) if config.workers else None
+
+    def load(self) -> Any:
+        """The models of this process, loaded once; ready before the first job."""
+        with self.loading:
+            if self.engine is None:
+                try:
+                    self.engine = self.make_engine()
+                except Exception as error:
+                    self.failure = first_line(error)
+                    raise
+                self.codec = Codec(self.engine.vae, max_pixels=self.config.limits.pixels)
+            return self.engine
+
+    def loaded(self) -> Any:
+        """The models.
+
+        Raises:
+            HTTPException: they cannot be loaded, or are not yet.
+        """
+        if self.failure is not None:
+            raise HTTPException(503, "the models cannot be loaded; the server's log says why")
+        if self.engine is None:
+            raise HTTPException(503, "the models are being loaded", headers={"Retry-After": "5"})
+        return self.engine
+
+    def owner(self, authorization: str | None) -> str:
+        """Whose request it is.
+
+        Raises:
+            HTTPException: nobody's.
+        """
+        owner = self.keys.owner(authorization)
+        if owner is None:
+            raise HTTPException(401, "no key, or one that is not known", headers={"WWW-Authenticate": "Bearer"})
+        return owner
+
+    def submit(self, body: DrawBody, owner: str, idempotency: str | None = None) -> Job:
+        """Check a request and queue it.
+
+        Raises:
+            HTTPException: it cannot be drawn, or there is no room.
+        """
+        limits, names = self.config.limits, ("temperature", "top_k", "top_p", "min_p", "cfg_scale")
+        indices = list(range(body.num_candidates or body.n)) if body.indices is None else body.indices
+        if max(len(body.prompt), len(body.negative_prompt)) > limits.prompt:
+            raise HTTPException(422, f"a prompt has {limits.prompt} characters at most")
+        if len(indices) > limits.images or len(set(indices)) < len(indices):
+            raise HTTPException(422, f"a job draws {limits.images} different images at most, got {len(indices)}")
+        keep = len(indices) if body.indices is not None else body.n
+        if keep > len(indices):
+            raise HTTPException(422, f"n ({keep}) must not be above num_candidates ({len(indices)})")
+        seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed
+        changed = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+        try:
+            sampling = replace(self.config.sampling, **changed)
+            request = Draw(
+                prompt=body.prompt, seed=seed, indices=tuple(indices), keep=keep, sampling=sampling,
+                negative_prompt=body.negative_prompt,
+            )  # fmt: skip
+            self.loaded().check(request)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+        parameters = {
+            "prompt": body.prompt, "seed": seed, "indices": indices, "keep": keep, "sampling": asdict(sampling),
+            "negative_prompt": body.negative_prompt,
+        }  # fmt: skip
+        alike = {key: value for key, value in parameters.items() if key not in ("prompt", "seed")}
+        try:
+            return self.ledger.add(
+                owner, "draw", parameters, count=len(indices), batch=batch_of(alike), priority=body.priority,
+                idempotency=idempotency, max_queued=limits.queued, max_owned=limits.owned,
+            )  # fmt: skip
+        except QueueFull as error:
+            raise HTTPException(429, "too many jobs are waiting", headers={"Retry-After": "10"}) from error
+        except Conflict as error:
+            raise HTTPException(409, "this Idempotency-Key belongs to another request") from error
+
+    def view(self, job: Job, owner: str) -> dict[str, Any]:
+        """A job as clients see it."""
+        shown: dict[str, Any] = {
+            "id": job.id, "state": job.state, "prompt": job.parameters["prompt"], "seed": job.parameters["seed"],
+            "parameters": job.parameters, "progress": round(job.progress, 3), "error": job.error,
+            "created": job.created, "started": job.started, "finished": job.finished,
+        }  # fmt: skip
+        if job.state == QUEUED:
+            shown["position"] = self.ledger.position(job.id)
+        if job.state == SUCCEEDED:
+            shown["images"] = [image_view(row) for row in self.ledger.images(owner, job=job.id, limit=1000)]
+        return shown
+
+
+def batch_of(alike: dict[str, Any]) -> str:
+    """A text that jobs have in common which may be drawn together."""
+    return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()
+
+
+def image_view(row: Any) -> dict[str, Any]:
+    """An image as clients see it."""
+    names = ("id", "job", "place", "prompt", "seed", "index", "score", "model", "created")
+    return {**{name: row[name] for name in names}, "url": f"/v1/images/{row['id']}.png"}
+
+
+def make_app(config: ServeConfig, engine: Callable[[], Any] | None = None) -> FastAPI:
+    """The server.
+
+    Args:
+        config: its settings.
+        engine: makes what draws; None = the models that ``config`` names.
+
+    Raises:
+        UserError: the ledger cannot be opened, or the file of keys cannot be read.
+    """
+    library = Library(Path(config.library))
+    hub = Hub(config, Ledger(config.database_url(), lease=config.lease), library, engine or local_engine(config))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        work = hub.worker.run if hub.worker is not None else hub.load
+        thread = threading.Thread(target=work, name="worker", daemon=True)
+        thread.start()
+        yield
+        if hub.worker is not None:
+            hub.worker.stop()
+            await run_in_threadpool(thread.join, 10)
+        hub.ledger.close()
+
+    app = FastAPI(
+        title="dalle_pytorch", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+        max_body_size=int(config.limits.body_mb * 1e6),
+    )  # fmt: skip
+    app.state.hub = hub
+    app.add_middleware(Guard, hosts=hosts_of(config), origins=config.origins)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts_of(config), www_redirect=False)
+    app.add_exception_handler(HTTPException, told)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, defect)
+    app.include_router(job_routes(hub))
+    app.include_router(image_routes(hub))
+    app.include_router(openai_routes(hub))
+    app.include_router(codec_routes(lambda: (hub.loaded(), hub.codec)[1]), dependencies=[Depends(owner_of(hub))])
+    app.include_router(health_routes(hub))
+    app.mount("/", StaticFiles(directory=str(resources.files("dalle_pytorch.serving") / "pages"), html=True))
+    return app
+
+
+def local_engine(config: ServeConfig) -> Callable[[], LocalEngine]:
+    """Loads the models that the settings name."""
+    return lambda: LocalEngine(
+        config.weights, config.clip, device=find_device(config.device), precision=config.precision,
+        memory_gb=config.memory_gb, together=config.together,
+    )  # fmt: skip
+
+
+def hosts_of(config: ServeConfig) -> list[str]:
+    """Names by which the server may be asked."""
+    return [*dict.fromkeys([config.host.strip("[]"), "127.0.0.1", "localhost", "[::1]", *config.names])]
+
+
+class Guard:
+    """Headers of every answer, and refusal of requests that another site's page makes in somebody's browser."""
+
+    def __init__(self, app: ASGIApp, hosts: list[str], origins: list[str]) -> None:
+        self.app, self.hosts, self.origins = app, hosts, set(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        origin, own = request.headers.get("origin"), f"{request.url.scheme}://{request.headers.get('host', '')}"
+        foreign = origin is not None and origin != own
+        listed = origin in self.origins
+        cors = {"access-control-allow-origin": str(origin), "vary": "origin"} if foreign and listed else {}
+        if foreign and not listed and request.method not in ("GET", "HEAD"):
+            await error_answer(403, "requests from pages of other sites are not taken")(scope, receive, send)
+            return
+        if request.method == "OPTIONS":
+            allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-allow-headers":
+                       "authorization, content-type, idempotency-key, prefer"}  # fmt: skip
+            await Response(status_code=204, headers={**cors, **(allowed if cors else {})})(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = {**SECURE, **cors}
+                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+def error_answer(status: int, message: str, headers: Any = None) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+
+
+async def told(request: Request, error: Any) -> Response:
+    """Answer what a route refuses."""
+    return error_answer(error.status_code, str(error.detail), error.headers)
+
+
+async def invalid(request: Request, error: Any) -> Response:
+    """Answer a request that does not fit its schema: 415 for a file that is none, else 422."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    status = 400 if first["type"] == "missing" and first["loc"][0] == "body" and where == "file" else 422
+    return error_answer(status, f"{where}: {first['msg']}" if where else str(first["msg"]))
+
+
+async def defect(request: Request, error: Exception) -> Response:
+    """Answer without internals; the log has the traceback."""
+    return error_answer(500, "a defect of the server; its log has the traceback")
+
+
+def owner_of(hub: Hub) -> Callable[..., str]:
+    """A dependency: whose request it is."""
+
+    def owner(authorization: Annotated[str | None, Header()] = None) -> str:
+        return hub.owner(authorization)
+
+    return owner
+
+
+def job_routes(hub: Hub) -> APIRouter:
+    """Jobs of API v1."""
+    router, Owner = APIRouter(prefix="/v1/jobs", tags=["jobs"]), Annotated[str, Depends(owner_of(hub))]
+
+    def mine(job: str, owner: str) -> Job:
+        try:
+            return hub.ledger.get(job, owner)
+        except KeyError as error:
+            raise HTTPException(404, "no such job") from error
+
+    @router.post("", status_code=202)
+    def submit(
+        body: DrawBody, owner: Owner, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+    ) -> dict[str, Any]:
+        """Queue a job."""
+        return hub.view(hub.submit(body, owner, idempotency_key), owner)
+
+    @router.get("")
+    def jobs(
+        owner: Owner, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Annotated[int, Query(ge=0)] = 0,
+        state: Annotated[list[str] | None, Query()] = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The latest jobs, newest first; `before` leaves out so many."""
+        found = hub.ledger.jobs(owner, states=state or (), limit=limit, before=before)
+        return {"jobs": [hub.view(job, owner) for job in found], "seconds_an_image": hub.ledger.seconds_an_image()}
+
+    @router.get("/{job}")
+    def one(job: str, owner: Owner) -> dict[str, Any]:
+        """A job, with its images once it has succeeded."""
+        return hub.view(mine(job, owner), owner)
+
+    @router.delete("/{job}")
+    def cancel(job: str, owner: Owner) -> dict[str, Any]:
+        """Cancel a job that waits or runs; one that has ended stays as it is."""
+        hub.ledger.cancel(mine(job, owner).id)
+        return hub.view(mine(job, owner), owner)
+
+    @router.get("/{job}/preview.png", response_class=Response)
+    def preview(job: str, owner: Owner) -> Response:
+        """The images of a running job as far as they are, side by side."""
+        found = hub.ledger.preview(mine(job, owner).id)
+        if found is None:
+            raise HTTPException(404, "no preview yet")
+        return Response(found, media_type="image/png", headers={"Cache-Control": "no-store"})
+
+    @router.get("/{job}/images.zip", response_class=Response)
+    def archive(job: str, owner: Owner) -> Response:
+        """All images of a job."""
+        file, rows = io.BytesIO(), hub.ledger.images(owner, job=mine(job, owner).id, limit=1000)
+        with zipfile.ZipFile(file, "w") as packed:
+            for row in rows:
+                with contextlib.suppress(FileNotFoundError):
+                    packed.write(hub.library.path(row["id"]), f"{row['place']:03d}_{row['id']}.png")
+        name = f'attachment; filename="{job}.zip"'
+        return Response(file.getvalue(), media_type="application/zip", headers={"Content-Disposition": name})
+
+    @router.get("/{job}/events")
+    async def events(job: str, owner: Owner) -> StreamingResponse:
+        """Server-sent events: the job whenever it changes, up to its end; `preview` where there is a new one."""
+        await run_in_threadpool(mine, job, owner)
+
+        async def stream() -> AsyncIterator[str]:
+            last, shown, asked = "", 0.0, time.monotonic()
+            while True:
+                view = await run_in_threadpool(lambda: hub.view(mine(job, owner), owner))
+                text = json.dumps(view)
+                if text != last:
+                    yield f"event: {view['state']}\ndata: {text}\n\n"
+                    last, asked = text, time.monotonic()
+                if view["state"] == RUNNING and view["progress"] > shown:
+                    shown = view["progress"]
+                    yield f"event: preview\ndata: {json.dumps({'url': f'/v1/jobs/{job}/preview.png?{shown}'})}\n\n"
+                if view["state"] in DONE:
+                    return
+                if time.monotonic() - asked > 10:  # proxies close what is silent
+                    yield ": waiting\n\n"
+                    asked = time.monotonic()
+                await asyncio.sleep(POLL)
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    return router
+
+
+def image_routes(hub: Hub) -> APIRouter:
+    """The library of API v1."""
+    router, Owner = APIRouter(prefix="/v1/images", tags=["images"]), Annotated[str, Depends(owner_of(hub))]
+
+    def mine(image: str, owner: str) -> Any:
+        try:
+            return hub.ledger.image(image, owner)
+        except KeyError as error:
+            raise HTTPException(404, "no such image") from error
+
+    @router.get("")
+    def images(
+        owner: Owner, search: Annotated[str, Query(max_length=200)] = "",
+        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Annotated[int, Query(ge=0)] = 0,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Images, the newest job's first; `search` finds words of the prompt, `before` leaves out so many."""
+        rows = hub.ledger.images(owner, text=search, limit=limit, before=before)
+        return {"images": [image_view(row) for row in rows]}
+
+    @router.get("/{image}.png", response_class=FileResponse)
+    def file(image: str, owner: Owner) -> FileResponse:
+        """An image; its file holds prompt, seed, index and settings."""
+        path = hub.library.path(mine(image, owner)["id"])
+        if not path.is_file():
+            raise HTTPException(410, "the file of this image is gone")
+        return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private, max-age=31536000"})
+
+    @router.get("/{image}")
+    def row(image: str, owner: Owner) -> dict[str, Any]:
+        """An image's row, with all that draws it again."""
+        found = mine(image, owner)
+        return {**image_view(found), "parameters": found["parameters"]}
+
+    @router.delete("/{image}", status_code=204)
+    def delete(image: str, owner: Owner) -> None:
+        """Delete an image for good."""
+        found = mine(image, owner)
+        hub.ledger.forget(found["id"])
+        hub.library.delete(found["id"])
+
+    return router
+
+
+def openai_routes(hub: Hub) -> APIRouter:
+    """OpenAI's images API."""
+    router = APIRouter(prefix="/v1", tags=["openai"])
+
+    @router.post("/images/generations")
+    async def generations(
+        body: ImagesBody, request: Request, owner: Annotated[str, Depends(owner_of(hub))]
+    ) -> Response:
+        """Images of a prompt, answered when they are drawn. Extras: seed, num_candidates, cfg_scale, top_k, top_p."""
+        side = hub.loaded().image_size
+        if body.size not in ("auto", f"{side}x{side}"):
+            raise HTTPException(
+                400, f"size must be auto or {side}x{side}, which this model draws; got {body.size[:20]}"
+            )
+        names = ("prompt", "n", "num_candidates", "seed", "cfg_scale", "top_k", "top_p", "temperature")
+        try:
+            wanted = DrawBody(**{name: getattr(body, name) for name in names if getattr(body, name) is not None})
+        except ValueError as error:
+            raise HTTPException(400, first_line(error)) from error
+        job = await run_in_threadpool(hub.submit, wanted, owner)
+        if body.stream:
+            events = partial_events(hub, job, owner, body.partial_images or 0)
+            return StreamingResponse(events, media_type="text/event-stream")
+        try:
+            while job.state not in DONE:
+                if await request.is_disconnected():
+                    raise asyncio.CancelledError
+                await asyncio.sleep(POLL)
+                job = await run_in_threadpool(hub.ledger.get, job.id)
+        finally:
+            if job.state not in DONE:  # the client is gone
+                hub.ledger.cancel(job.id)
+        if job.state != SUCCEEDED:
+            raise HTTPException(500 if job.error else 409, job.error or "the job was canceled")
+        rows = await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000))
+        if body.response_format == "url":
+            data = [{"url": f"{str(request.base_url).rstrip('/')}/v1/images/{row['id']}.png"} for row in rows]
+        else:
+            data = [{"b64_json": base64_of(hub, row["id"])} for row in rows]
+        return JSONResponse({"created": int(job.created), "data": data, "seed": job.parameters["seed"]})
+
+    return router
+
+
+async def partial_events(hub: Hub, job: Job, owner: str, wanted: int) -> AsyncIterator[str]:
+    """OpenAI's events of a job: previews, and each finished image."""
+    sent, done = 0, False
+    try:
+        while True:
+            job = await run_in_threadpool(hub.ledger.get, job.id)
+            if job.state in DONE:
+                break
+            if sent < wanted and job.progress >= (sent + 1) / (wanted + 1):
+                preview = await run_in_threadpool(hub.ledger.preview, job.id)
+                if preview is not None:
+                    kind = "image_generation.partial_image"
+                    text = base64.b64encode(preview).decode()
+                    yield event(kind, {"type": kind, "partial_image_index": sent, "b64_json": text})
+                    sent += 1
+            await asyncio.sleep(POLL)
+        done = True
+        if job.state != SUCCEEDED:
+            yield event("error", {"type": "error", "error": {"message": job.error or "the job was canceled"}})
+            return
+        kind = "image_generation.completed"
+        for row in await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000)):
+            yield event(kind, {"type": kind, "b64_json": base64_of(hub, row["id"]), "created_at": int(job.created)})
+    finally:
+        if not done:
+            hub.ledger.cancel(job.id)
+
+
+def event(kind: str, content: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"event: {kind}\ndata: {json.dumps(content)}\n\n"
+
+
+def base64_of(hub: Hub, image: str) -> str:
+    """The file of an image as text."""
+    return base64.b64encode(hub.library.path(image).read_bytes()).decode()
+
+
+def health_routes(hub: Hub) -> APIRouter:
+    """What a supervisor asks."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/healthz")
+    def healthz() -> dict[str, str]:
+        """The server answers."""
+        return {"status": "ok"}
+
+    @router.get("/readyz")
+    def readyz() -> dict[str, Any]:
+        """The models are loaded and the ledger answers."""
+        engine = hub.loaded()
+        hub.ledger.counts()
+        return {"status": "ready", "model": engine.model, "image_size": engine.image_size}
+
+    @router.get("/metrics", response_class=Response)
+    def metrics(owner: Annotated[str, Depends(owner_of(hub))]) -> Response:
+        """Prometheus' text."""
+        registry = CollectorRegistry()
+        jobs = Gauge("dalle_jobs", "Jobs in each state", ["state"], registry=registry)
+        counts = hub.ledger.counts()
+        for state in (QUEUED, RUNNING, *DONE):
+            jobs.labels(state).set(counts.get(state, 0))
+        speed = Gauge("dalle_seconds_an_image", "Measured over the last jobs", registry=registry)
+        speed.set(hub.ledger.seconds_an_image() or 0)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router

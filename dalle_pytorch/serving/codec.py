@@ -1,0 +1,186 @@
+"""Image tokens over HTTP: the routes of the encoder-decoder server, for whichever image tokenizer is loaded.
+
+Axes: b images, h w token rows and columns, n image tokens.
+"""
+
+import copy
+import io
+import json
+import threading
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import APIRouter, File, HTTPException, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from PIL import Image
+
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.images import fit, open_rgb, to_pil, to_tensor
+
+Format = Literal["jpeg", "png", "webp"]
+QUALITY = 70
+"""Of JPEG and WebP files, as the encoder-decoder server has it."""
+MAX_SIDE, MAX_BATCH = 1024, 64
+NO_GRIDS = "the body must be a JSON array [images][rows][columns] of integers"
+IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {f"image/{form}": {} for form in ("jpeg", "png", "webp")}}}
+TOKENS = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "array",
+                "items": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            }
+        }
+    },
+}
+
+
+class Codec:
+    """An image tokenizer that encodes and decodes one request at a time.
+
+    Args:
+        vae: image tokenizer. One without fully connected parts reads images of other sizes than its own as well.
+        max_pixels: of an uploaded image.
+    """
+
+    def __init__(self, vae: Any, *, max_pixels: int) -> None:
+        self.vae, self.max_pixels, self.lock = vae, max_pixels, threading.Lock()
+        self.factor = vae.image_size // vae.grid_size
+        self.device = next(vae.parameters()).device
+
+    def at(self, grid: int) -> Any:
+        """The image tokenizer for a grid of other sides, sharing its weights."""
+        vae = copy.copy(self.vae)
+        vae.image_size, vae.grid_size = grid * self.factor, grid
+        return vae
+
+    def read(self, data: bytes, size: int) -> torch.Tensor:
+        """An uploaded image as a square, its short side scaled to ``size``, cut to whole tokens.
+
+        Raises:
+            HTTPException: no image, too many pixels, or one that is smaller.
+        """
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+        except Exception as error:  # foreign bytes break Pillow's readers in any way
+            raise HTTPException(415, "the file is no image that can be read") from error
+        if width * height > self.max_pixels:
+            raise HTTPException(413, f"the image has {width} x {height} pixels, {self.max_pixels} at most")
+        if min(width, height) < size:
+            raise HTTPException(422, f"the image has {width} x {height} pixels, its short side must be {size} at least")
+        try:
+            square = fit(open_rgb(data, name="the file"), size)
+        except (ValueError, OSError) as error:
+            raise HTTPException(415, "the file is no whole image") from error
+        whole = size - size % self.factor
+        return to_tensor(square)[None, :, :whole, :whole]
+
+    def encode(self, data: bytes, size: int) -> list[list[list[int]]]:
+        """Tokens ``[1, h, w]`` of an uploaded image.
+
+        Raises:
+            HTTPException: as ``read``; or a size that the image tokenizer does not read.
+        """
+        images = self.read(data, size)
+        vae = self.at(images.shape[-1] // self.factor)
+        with self.lock, torch.inference_mode():
+            tokens = self._run(vae.encode, images)
+        return tokens.view(-1, vae.grid_size, vae.grid_size).tolist()
+
+    def decode(self, tokens: torch.Tensor) -> list[Image.Image]:
+        """Images of tokens ``[b, h, w]``, which are checked before they reach the device.
+
+        Raises:
+            HTTPException: another shape, or a token that is no code.
+        """
+        count, rows, columns = tokens.shape
+        if rows != columns or not 1 <= rows <= MAX_SIDE // self.factor or not 1 <= count <= MAX_BATCH:
+            raise HTTPException(422, f"tokens of shape {list(tokens.shape)} are no square grids, {MAX_BATCH} at most")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vae.codebook_size:
+            raise HTTPException(
+                422, f"tokens lie in {low} to {high}, the codebook has 0 to {self.vae.codebook_size - 1}"
+            )
+        vae = self.at(rows)
+        with self.lock, torch.inference_mode():
+            images = self._run(vae.decode, tokens.flatten(1))
+        return [to_pil(image.float().cpu()) for image in images]
+
+    def _run(self, function: Any, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return function(x.to(self.device)).cpu()
+        except (UserError, ValueError) as error:
+            raise HTTPException(
+                422, f"this image tokenizer reads {self.vae.image_size} pixels only: {error}"
+            ) from error
+
+
+def encoded(image: Image.Image, form: Format) -> Response:
+    """An image as the body of an answer."""
+    file = io.BytesIO()
+    image.save(file, form.upper(), **({} if form == "png" else {"quality": QUALITY}))
+    return Response(file.getvalue(), media_type=f"image/{form}")
+
+
+def as_grids(value: Any) -> torch.Tensor:
+    """JSON ``[b][h][w]`` of integers as a tensor.
+
+    Raises:
+        HTTPException: anything else.
+    """
+    wrong = HTTPException(422, NO_GRIDS)
+    rows = [row for grid in value for row in grid] if _lists(value) and all(map(_lists, value)) else []
+    if not rows or not all(isinstance(row, list) and row for row in rows):
+        raise wrong
+    if any(type(token) is not int or abs(token) > 1 << 31 for row in rows for token in row):
+        raise wrong
+    if len({len(row) for row in rows}) > 1 or len({len(grid) for grid in value}) > 1:
+        raise wrong
+    return torch.tensor(value)
+
+
+def _lists(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def routes(codec: Any) -> APIRouter:
+    """The routes.
+
+    Args:
+        codec: gives the Codec when it is asked for.
+    """
+    router = APIRouter(tags=["codec"])
+    Size = Annotated[int, Path(ge=8, le=MAX_SIDE, description="short side of the image in pixels")]
+    Upload = Annotated[bytes, File(description="an image in any format and mode that Pillow reads")]
+    Form = Annotated[Format, Query(alias="format")]
+
+    @router.post("/encode/{size}")
+    def encode(size: Size, file: Upload) -> list[list[list[int]]]:
+        """Tokens `[1][rows][columns]` of an image, scaled and cut to a square."""
+        return codec().encode(file, size)
+
+    @router.post("/decode", response_class=Response, responses=IMAGE, openapi_extra={"requestBody": TOKENS})
+    async def decode(
+        request: Request,
+        form: Form = "jpeg",
+        item: Annotated[int, Query(ge=0, description="which image of the batch")] = 0,
+    ) -> Response:
+        """The image of tokens `[images][rows][columns]`, whatever the content type says."""
+        try:
+            grids = as_grids(json.loads(await request.body()))
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(422, NO_GRIDS) from error
+        images = await run_in_threadpool(codec().decode, grids)
+        if item >= len(images):
+            raise HTTPException(422, f"item {item} of a batch of {len(images)}")
+        return encoded(images[item], form)
+
+    @router.post("/encode-decode/{size}", response_class=Response, responses=IMAGE)
+    def encode_decode(size: Size, file: Upload, form: Form = "jpeg") -> Response:
+        """An image as the tokens of it make it again."""
+        own = codec()
+        return encoded(own.decode(torch.tensor(own.encode(file, size)))[0], form)
+
+    return router

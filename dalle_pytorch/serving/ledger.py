@@ -1,0 +1,424 @@
+"""The ledger: jobs and images in SQL. It is the queue, and the only truth about what has happened.
+
+A job is queued, running, succeeded, failed or canceled. A worker claims queued jobs by one atomic update and holds a
+lease, which it renews while it works. A job with an expired lease is queued again, up to ``MAX_ATTEMPTS`` times: its
+worker has died. Whoever has lost its lease cannot write a result any more, so that no job ends twice.
+"""
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from dalle_pytorch.errors import UserError
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELED = "queued", "running", "succeeded", "failed", "canceled"
+DONE = (SUCCEEDED, FAILED, CANCELED)
+MAX_ATTEMPTS = 3
+"""Workers that a job may kill before it fails."""
+DIED = f"the worker died {MAX_ATTEMPTS} times while it drew this job: too little memory, or a defect"
+ADOPTED = "adopted"
+"""Batch of jobs that were written from the notes of their images."""
+OTHERS = object()
+"""Any owner."""
+Row: TypeAlias = dict[str, Any]
+
+METADATA = sa.MetaData()
+JOBS = sa.Table(
+    "jobs", METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival
+    sa.Column("id", sa.String(32), nullable=False, unique=True),
+    sa.Column("owner", sa.String(100), nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("parameters", sa.JSON, nullable=False),
+    sa.Column("batch", sa.String(200), nullable=False),  # jobs of one batch may be drawn together
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(10), nullable=False, default=QUEUED),
+    sa.Column("priority", sa.Integer, nullable=False, default=0),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("worker", sa.String(40)),
+    sa.Column("lease", sa.Float),
+    sa.Column("progress", sa.Float, nullable=False, default=0.0),
+    sa.Column("preview", sa.LargeBinary),
+    sa.Column("cancel", sa.Boolean, nullable=False, default=False),
+    sa.Column("error", sa.Text),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("started", sa.Float),
+    sa.Column("finished", sa.Float),
+    sa.Column("idempotency", sa.String(200)),
+    sa.Index("by_state", "state", "priority", "number"),
+    sa.UniqueConstraint("owner", "idempotency"),
+)  # fmt: skip
+IMAGES = sa.Table(
+    "images", METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(32), nullable=False, unique=True),
+    sa.Column("job", sa.String(32), sa.ForeignKey("jobs.id"), nullable=False, index=True),
+    sa.Column("owner", sa.String(100), nullable=False),
+    sa.Column("place", sa.Integer, nullable=False),
+    sa.Column("prompt", sa.Text, nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("index", sa.Integer, nullable=False),
+    sa.Column("score", sa.Float),
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("parameters", sa.JSON, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+)  # fmt: skip
+SHOWN = [column for column in JOBS.c if column.name != "preview"]
+
+
+class Job(NamedTuple):
+    """A row of the ledger."""
+
+    id: str
+    owner: str
+    kind: str
+    parameters: dict[str, Any]
+    count: int
+    """Images that it asks for."""
+    state: str
+    priority: int
+    attempts: int
+    progress: float
+    """Share that is done, in [0, 1]."""
+    error: str | None
+    created: float
+    started: float | None
+    finished: float | None
+
+
+class NewImage(NamedTuple):
+    """An image to be noted; its file is already there."""
+
+    id: str
+    place: int
+    """Its rank, from 0 on."""
+    prompt: str
+    seed: int
+    index: int
+    score: float | None
+    model: str
+    parameters: dict[str, Any]
+
+
+class QueueFull(Exception):
+    """No more jobs are taken at the moment."""
+
+
+class Conflict(Exception):
+    """An idempotency key was used for another request."""
+
+
+class Ledger:
+    """Jobs and images in a database.
+
+    Args:
+        url: of SQLAlchemy, as ``sqlite:///library/ledger.sqlite`` or ``postgresql+psycopg://...``.
+        lease: seconds that a worker holds a job without a word.
+
+    Raises:
+        UserError: the database cannot be opened.
+    """
+
+    def __init__(self, url: str, *, lease: float = 15.0) -> None:
+        self.lease, self.sqlite = lease, url.startswith("sqlite")
+        try:
+            self.engine = sa.create_engine(url, **({"connect_args": {"timeout": 30}} if self.sqlite else {}))
+            if self.sqlite:
+                sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            METADATA.create_all(self.engine)
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            raise UserError(f"database={url} cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction; on SQLite the only one that writes."""
+        with self.engine.begin() as connection:
+            if self.sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+
+    def read(self, query: Any) -> list[Row]:
+        """Rows of a query, which waits for no writer."""
+        with self.engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    # ---- asking for jobs
+
+    def add(
+        self,
+        owner: str,
+        kind: str,
+        parameters: dict[str, Any],
+        *,
+        count: int,
+        batch: str,
+        priority: int = 0,
+        idempotency: str | None = None,
+        max_queued: int,
+        max_owned: int,
+    ) -> Job:
+        """Queue a job, or give the one that the same key of the same owner has made.
+
+        Args:
+            owner: who asks.
+            kind: what is asked for.
+            parameters: all that is needed to draw it.
+            count: images that it asks for.
+            batch: jobs with the same text may be drawn together.
+            priority: higher ones come first.
+            idempotency: a client's own key.
+            max_queued: jobs that may wait.
+            max_owned: jobs of one owner that may wait.
+
+        Raises:
+            QueueFull: there is no room.
+            Conflict: the key belongs to another request.
+        """
+        row = {
+            "id": secrets.token_hex(16), "owner": owner, "kind": kind, "parameters": parameters, "count": count,
+            "batch": batch, "priority": priority, "idempotency": idempotency, "created": time.time(), "state": QUEUED,
+            "attempts": 0, "progress": 0.0, "cancel": False,
+        }  # fmt: skip
+        with self.write() as connection:
+            if idempotency is not None:
+                same = (JOBS.c.owner == owner) & (JOBS.c.idempotency == idempotency)
+                if found := connection.execute(sa.select(*SHOWN).where(same)).mappings().first():
+                    if found["parameters"] != json.loads(json.dumps(parameters)):
+                        raise Conflict
+                    return _job(found)
+            waiting = connection.execute(
+                sa.select(JOBS.c.owner, sa.func.count().label("waiting"))
+                .where(JOBS.c.state == QUEUED)
+                .group_by(JOBS.c.owner)
+            )
+            counts = {row.owner: row.waiting for row in waiting}
+            if sum(counts.values()) >= max_queued or counts.get(owner, 0) >= max_owned:
+                raise QueueFull
+            connection.execute(sa.insert(JOBS).values(row))
+        return self.get(row["id"])
+
+    def get(self, job: str, owner: object = OTHERS) -> Job:
+        """A job.
+
+        Raises:
+            KeyError: there is none of this id, or it is another owner's.
+        """
+        rows = self.read(sa.select(*SHOWN).where(JOBS.c.id == job))
+        if not rows or (owner is not OTHERS and rows[0]["owner"] != owner):
+            raise KeyError(job)
+        return _job(rows[0])
+
+    def jobs(
+        self, owner: object = OTHERS, *, states: Sequence[str] = (), limit: int = 50, before: int = 0
+    ) -> list[Job]:
+        """The latest jobs, newest first; ``before`` leaves out so many."""
+        query = sa.select(*SHOWN).order_by(JOBS.c.number.desc()).limit(limit).offset(before)
+        if owner is not OTHERS:
+            query = query.where(JOBS.c.owner == owner)
+        if states:
+            query = query.where(JOBS.c.state.in_(states))
+        return [_job(row) for row in self.read(query)]
+
+    def position(self, job: str) -> int:
+        """How many jobs are drawn or wait before a queued one."""
+        me = sa.select(JOBS.c.priority, JOBS.c.number).where(JOBS.c.id == job).subquery()
+        ahead = (JOBS.c.priority > me.c.priority) | ((JOBS.c.priority == me.c.priority) & (JOBS.c.number < me.c.number))
+        counted = (JOBS.c.state == RUNNING) | ((JOBS.c.state == QUEUED) & ahead)
+        rows = self.read(sa.select(sa.func.count().label("count")).select_from(JOBS.join(me, counted)))
+        return rows[0]["count"]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are in each state."""
+        rows = self.read(sa.select(JOBS.c.state, sa.func.count().label("count")).group_by(JOBS.c.state))
+        return {row["state"]: row["count"] for row in rows}
+
+    def seconds_an_image(self) -> float | None:
+        """Measured over the last jobs; None before the first."""
+        query = sa.select(JOBS.c.count, JOBS.c.started, JOBS.c.finished).where(
+            JOBS.c.state == SUCCEEDED, JOBS.c.batch != ADOPTED
+        )
+        rows = self.read(query.order_by(JOBS.c.finished.desc()).limit(20))
+        images = sum(row["count"] for row in rows)
+        return sum(row["finished"] - row["started"] for row in rows) / images if images else None
+
+    def cancel(self, job: str) -> None:
+        """Cancel a job: one that waits at once, one that runs as soon as its worker hears of it."""
+        with self.write() as connection:
+            mine = JOBS.c.id == job
+            now = {"state": CANCELED, "finished": time.time()}
+            connection.execute(sa.update(JOBS).where(mine, JOBS.c.state == QUEUED).values(now))
+            connection.execute(sa.update(JOBS).where(mine, JOBS.c.state == RUNNING).values(cancel=True))
+
+    def preview(self, job: str) -> bytes | None:
+        """The last preview of a job, a PNG."""
+        rows = self.read(sa.select(JOBS.c.preview).where(JOBS.c.id == job))
+        return rows[0]["preview"] if rows else None
+
+    # ---- work
+
+    def claim(self, worker: str, most: int) -> list[Job]:
+        """Take the next job, and behind it those of its batch, ``most`` images in all or one job.
+
+        Args:
+            worker: who takes them.
+            most: images that are drawn together.
+        """
+        self.release_expired()
+        order = (JOBS.c.priority.desc(), JOBS.c.number)
+        with self.write() as connection:
+            first = sa.select(JOBS.c.id, JOBS.c.batch, JOBS.c.count).where(JOBS.c.state == QUEUED).order_by(*order)
+            locked = first.limit(1).with_for_update(skip_locked=True)
+            head = connection.execute(locked).mappings().first()
+            if head is None:
+                return []
+            room = max(most // head["count"], 1)
+            alike = first.where(JOBS.c.batch == head["batch"]).limit(room).with_for_update(skip_locked=True)
+            ids = [row["id"] for row in connection.execute(alike).mappings()]
+            taken = {"state": RUNNING, "worker": worker, "lease": time.time() + self.lease, "started": time.time()}
+            update = sa.update(JOBS).where(JOBS.c.id.in_(ids), JOBS.c.state == QUEUED)
+            connection.execute(update.values(**taken, attempts=JOBS.c.attempts + 1, progress=0.0, preview=None))
+            rows = connection.execute(sa.select(*SHOWN).where(JOBS.c.id.in_(ids)).order_by(*order)).mappings().all()
+        return [_job(row) for row in rows]
+
+    def release_expired(self) -> None:
+        """Queue the jobs of dead workers again, and fail those that have killed too many."""
+        late = (JOBS.c.state == RUNNING) & (JOBS.c.lease < time.time())
+        if not self.read(sa.select(JOBS.c.id).where(late).limit(1)):
+            return
+        with self.write() as connection:
+            given_up = {"state": FAILED, "error": DIED, "finished": time.time(), "worker": None}
+            connection.execute(sa.update(JOBS).where(late, JOBS.c.attempts >= MAX_ATTEMPTS).values(given_up))
+            ended = {"state": CANCELED, "finished": time.time(), "worker": None}
+            connection.execute(sa.update(JOBS).where(late, JOBS.c.cancel).values(ended))
+            connection.execute(sa.update(JOBS).where(late).values(state=QUEUED, worker=None))
+
+    def beat(self, worker: str, jobs: Sequence[str]) -> set[str]:
+        """Renew the lease of jobs; those that are to be given up, canceled or no longer held."""
+        with self.write() as connection:
+            held = JOBS.c.id.in_(jobs) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
+            connection.execute(sa.update(JOBS).where(held).values(lease=time.time() + self.lease))
+            kept = connection.execute(sa.select(JOBS.c.id).where(held, ~JOBS.c.cancel)).scalars().all()
+        return set(jobs) - set(kept)
+
+    def note(self, worker: str, job: str, progress: float, preview: bytes | None = None) -> None:
+        """Say how far a job is."""
+        values: dict[str, Any] = (
+            {"progress": progress} if preview is None else {"progress": progress, "preview": preview}
+        )
+        with self.write() as connection:
+            held = (JOBS.c.id == job) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
+            connection.execute(sa.update(JOBS).where(held).values(values))
+
+    def finish(self, worker: str, job: str, images: Sequence[NewImage]) -> bool:
+        """A job and all its images at once; False if the worker does not hold it any more, or it was canceled."""
+        now = time.time()
+        with self.write() as connection:
+            held = (JOBS.c.id == job) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING) & ~JOBS.c.cancel
+            done = {"state": SUCCEEDED, "progress": 1.0, "finished": now, "preview": None, "worker": None}
+            if connection.execute(sa.update(JOBS).where(held).values(done)).rowcount == 0:
+                return False
+            owner = connection.execute(sa.select(JOBS.c.owner).where(JOBS.c.id == job)).scalar_one()
+            rows = [{**image._asdict(), "job": job, "owner": owner, "created": now} for image in images]
+            connection.execute(sa.insert(IMAGES), rows)
+        return True
+
+    def end(self, worker: str, jobs: Sequence[str], state: str, error: str | None = None) -> None:
+        """End jobs without a result: failed, canceled, or queued again by a worker that stops."""
+        values = {"state": state, "error": error, "worker": None, "preview": None}
+        if state == QUEUED:  # the worker is well: this attempt does not count
+            values |= {"attempts": JOBS.c.attempts - 1, "started": None, "progress": 0.0}
+        else:
+            values |= {"finished": time.time()}
+        with self.write() as connection:
+            held = JOBS.c.id.in_(jobs) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
+            connection.execute(sa.update(JOBS).where(held).values(values))
+
+    # ---- images
+
+    def images(
+        self, owner: object = OTHERS, *, job: str | None = None, text: str = "", limit: int = 50, before: int = 0
+    ) -> list[Row]:
+        """Rows of images, the newest job's first and within a job the best first.
+
+        Args:
+            owner: whose.
+            job: of one job only.
+            text: part of the prompt, capital letters or not.
+            limit: at most so many.
+            before: leaves out so many.
+        """
+        jobs = sa.select(JOBS.c.number).where(JOBS.c.id == IMAGES.c.job).scalar_subquery()
+        query = sa.select(IMAGES).order_by(jobs.desc(), IMAGES.c.place).limit(limit).offset(before)
+        if owner is not OTHERS:
+            query = query.where(IMAGES.c.owner == owner)
+        if job is not None:
+            query = query.where(IMAGES.c.job == job)
+        if text:
+            query = query.where(IMAGES.c.prompt.icontains(text, autoescape=True))
+        return self.read(query)
+
+    def image(self, image: str, owner: object = OTHERS) -> Row:
+        """The row of an image.
+
+        Raises:
+            KeyError: there is none of this id, or it is another owner's.
+        """
+        rows = self.read(sa.select(IMAGES).where(IMAGES.c.id == image))
+        if not rows or (owner is not OTHERS and rows[0]["owner"] != owner):
+            raise KeyError(image)
+        return rows[0]
+
+    def forget(self, image: str) -> None:
+        """Delete the row of an image."""
+        with self.write() as connection:
+            connection.execute(sa.delete(IMAGES).where(IMAGES.c.id == image))
+
+    # ---- repair
+
+    def image_ids(self) -> set[str]:
+        """Ids of all images."""
+        return {row["id"] for row in self.read(sa.select(IMAGES.c.id))}
+
+    def state(self, job: str) -> str | None:
+        """State of a job; None = there is none of this id."""
+        rows = self.read(sa.select(JOBS.c.state).where(JOBS.c.id == job))
+        return rows[0]["state"] if rows else None
+
+    def is_adopted(self, job: str) -> bool:
+        """Whether a job was written from the notes of its images."""
+        return bool(self.read(sa.select(JOBS.c.id).where(JOBS.c.id == job, JOBS.c.batch == ADOPTED)))
+
+    def adopt(self, job: str, owner: str, created: float, image: NewImage) -> None:
+        """Enter an image, and its job if that is lost as well, from the notes in its file."""
+        with self.write() as connection:
+            if connection.execute(sa.select(JOBS.c.id).where(JOBS.c.id == job)).first() is None:
+                row = {
+                    "id": job, "owner": owner, "kind": "draw", "parameters": image.parameters, "batch": ADOPTED,
+                    "count": len(image.parameters["indices"]), "state": SUCCEEDED, "progress": 1.0, "created": created,
+                    "started": created, "finished": created,
+                }  # fmt: skip
+                connection.execute(sa.insert(JOBS).values(row))
+            connection.execute(
+                sa.insert(IMAGES).values({**image._asdict(), "job": job, "owner": owner, "created": created})
+            )
+
+
+def _job(row: Any) -> Job:
+    return Job(**{name: row[name] for name in Job._fields})
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    """Readers do not wait for the writer, and a commit is on disk."""
+    connection.isolation_level = None  # or the driver would begin transactions by itself
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")

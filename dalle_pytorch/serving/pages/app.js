@@ -1,0 +1,217 @@
+// The page of a server: what it shows comes from API v1, and is put there as text, never as HTML.
+const $ = (id) => document.getElementById(id);
+const PAGES = ["draw", "library", "codec"];
+const STATES = { queued: "waiting", running: "drawing", succeeded: "done", failed: "failed", canceled: "canceled" };
+
+// ---- talking to the server
+
+async function ask(path, options = {}) {
+  const key = sessionStorage.getItem("key");
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.ok) return answer;
+  let message = answer.statusText;
+  try { message = (await answer.json()).error.message; } catch { /* no JSON: the status says it */ }
+  if (answer.status === 401) $("key-form").hidden = false;
+  throw new Error(message);
+}
+
+const json = async (path, options) => (await ask(path, options)).json();
+const post = (path, body) => json(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+// Images need the key as well, which an <img> cannot send.
+async function show(img, path) {
+  const url = URL.createObjectURL(await (await ask(path)).blob());
+  img.onload = () => URL.revokeObjectURL(url);
+  img.src = url;
+  img.hidden = false;
+}
+
+function tell(error) {
+  $("notice").textContent = error ? error.message || String(error) : "";
+  $("notice").hidden = !error;
+}
+
+const attempt = (action) => async (event) => {
+  event?.preventDefault();
+  tell(null);
+  try { await action(event); } catch (error) { tell(error); }
+};
+
+// ---- jobs
+
+const cards = new Map();
+
+function cardOf(id) {
+  if (!cards.has(id)) {
+    const card = $("job-template").content.firstElementChild.cloneNode(true);
+    cards.set(id, card);
+    $("jobs").prepend(card);
+    $("no-jobs").hidden = true;
+  }
+  return cards.get(id);
+}
+
+async function render(job) {
+  const card = cardOf(job.id), part = (name) => card.querySelector(name), over = !["queued", "running"].includes(job.state);
+  part("h2").textContent = job.prompt;
+  const ahead = job.state === "queued" && job.position ? `, ${job.position} before it` : "";
+  const seconds = job.finished && job.started ? `, ${(job.finished - job.started).toFixed(1)} s` : "";
+  part(".status").textContent = `${STATES[job.state]}${ahead}${seconds}, seed ${job.seed}${job.error ? `: ${job.error}` : ""}`;
+  part("progress").value = job.progress;
+  part("progress").hidden = over;
+  part(".cancel").hidden = over;
+  part(".cancel").onclick = attempt(async () => render(await json(`/v1/jobs/${job.id}`, { method: "DELETE" })));
+  part(".again").hidden = !over;
+  part(".again").onclick = attempt(() => submit({ ...bodyOf(job), seed: undefined }));
+  part(".zip").hidden = job.state !== "succeeded";
+  part(".zip").onclick = attempt(() => download(`/v1/jobs/${job.id}/images.zip`, `${job.id}.zip`));
+  if (over) part(".preview").hidden = true;
+  if (job.images && !part(".grid").childElementCount) part(".grid").append(...job.images.map(figureOf));
+}
+
+function bodyOf(job) {
+  const { prompt, seed, indices, keep, sampling, negative_prompt } = job.parameters;
+  const { temperature, top_k, top_p, min_p, cfg_scale } = sampling;
+  return { prompt, seed, n: keep, num_candidates: indices.length, negative_prompt, temperature, top_k, top_p, min_p, cfg_scale };
+}
+
+function figureOf(image) {
+  const figure = $("image-template").content.firstElementChild.cloneNode(true), img = figure.querySelector("img");
+  img.alt = `${image.prompt}, image ${image.place + 1}`;
+  const score = image.score === null ? "" : ` · ${image.score.toFixed(3)}`;
+  figure.querySelector("figcaption").textContent = location.hash === "#library" ? image.prompt : `#${image.index}${score}`;
+  figure.querySelector("figcaption").title = `${image.prompt}, seed ${image.seed}, index ${image.index}${score}`;
+  figure.querySelector(".redraw").onclick = attempt(async () => {
+    const row = await json(`/v1/images/${image.id}`);
+    location.hash = "#draw";
+    await submit({ ...bodyOf(row), n: 1, num_candidates: undefined, indices: [row.index] });
+  });
+  figure.querySelector(".delete").onclick = attempt(async () => {
+    if (!confirm("Delete this image for good?")) return;
+    await ask(`/v1/images/${image.id}`, { method: "DELETE" });
+    figure.remove();
+  });
+  show(img, image.url).catch(tell);
+  return figure;
+}
+
+async function submit(body) {
+  const job = await post("/v1/jobs", body);
+  await render(job);
+  follow(job.id).catch(tell);
+}
+
+// Server-sent events by fetch: EventSource cannot send a key.
+async function follow(id) {
+  const reader = (await ask(`/v1/jobs/${id}/events`)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const lines of events.map((event) => event.split("\n"))) {
+      const data = lines.find((line) => line.startsWith("data: "));
+      if (!data) continue;
+      const content = JSON.parse(data.slice(6));
+      if (lines[0] === "event: preview") show(cardOf(id).querySelector(".preview"), content.url).catch(() => {});
+      else await render(content);
+    }
+  }
+}
+
+async function download(path, name) {
+  const link = document.createElement("a"), url = URL.createObjectURL(await (await ask(path)).blob());
+  Object.assign(link, { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+$("prompt-form").onsubmit = attempt(async () => {
+  const body = { prompt: $("prompt").value };
+  for (const input of document.querySelectorAll(".settings input")) if (input.value !== "") body[input.name] = Number(input.value);
+  body.num_candidates = Math.max(body.num_candidates ?? body.n, body.n);
+  await submit(body);
+});
+
+async function showJobs() {
+  const { jobs } = await json("/v1/jobs?limit=10");
+  for (const job of jobs.reverse()) {
+    if (cards.has(job.id)) continue;
+    await render(job);
+    if (["queued", "running"].includes(job.state)) follow(job.id).catch(tell);
+  }
+}
+
+// ---- library
+
+const PAGE = 48;
+let shown = 0;
+
+async function showImages(anew) {
+  if (anew) { shown = 0; $("images").replaceChildren(); }
+  const query = new URLSearchParams({ search: $("search").value, limit: PAGE, before: shown });
+  const { images } = await json(`/v1/images?${query}`);
+  shown += images.length;
+  $("images").append(...images.map(figureOf));
+  $("more").hidden = images.length < PAGE;
+  $("no-images").hidden = shown > 0;
+}
+
+$("search-form").onsubmit = attempt(() => showImages(true));
+$("more").onclick = attempt(() => showImages(false));
+
+// ---- codec
+
+let tokens = null, perturbing = false;
+
+async function decoded(grid) {
+  const answer = await ask("/decode?format=png", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(grid) });
+  const url = URL.createObjectURL(await answer.blob());
+  $("decoded").onload = () => URL.revokeObjectURL(url);
+  $("decoded").src = url;
+}
+
+$("file").onchange = () => { if ($("file").files[0]) $("original").src = URL.createObjectURL($("file").files[0]); };
+
+$("codec-form").onsubmit = attempt(async () => {
+  const form = new FormData();
+  form.append("file", $("file").files[0]);
+  tokens = await json(`/encode/${$("size").value}`, { method: "POST", body: form });
+  await decoded(tokens);
+  $("codec-note").textContent = `${tokens[0].length} x ${tokens[0][0].length} tokens`;
+  $("perturb").disabled = false;
+});
+
+$("perturb").onclick = attempt(async () => {
+  perturbing = !perturbing;
+  $("perturb").textContent = perturbing ? "Stop" : "Perturb";
+  while (perturbing && tokens) {
+    const row = tokens[0][Math.floor(Math.random() * tokens[0].length)], at = Math.floor(Math.random() * row.length);
+    row[at] = Math.max(0, row[at] + (Math.random() < 0.5 ? -1 : 1));
+    try { await decoded(tokens); } catch (error) { row[at] -= 1; if (perturbing && row[at] < 0) throw error; }
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+});
+
+// ---- pages
+
+const go = attempt(async () => {
+  const page = PAGES.includes(location.hash.slice(1)) ? location.hash.slice(1) : "draw";
+  for (const name of PAGES) $(name).hidden = name !== page;
+  for (const link of document.querySelectorAll("nav a")) link.toggleAttribute("aria-current", link.hash === `#${page}`);
+  if (page !== "codec") perturbing = false;
+  if (page === "draw") { await showJobs(); $("prompt").focus(); }
+  if (page === "library") await showImages(true);
+  if (page === "codec" && !$("size").value) $("size").value = (await json("/readyz")).image_size;
+});
+
+$("key-form").onsubmit = attempt(async () => {
+  sessionStorage.setItem("key", $("key").value);
+  $("key-form").hidden = true;
+  await go();
+});
+
+window.addEventListener("hashchange", go);
+go();

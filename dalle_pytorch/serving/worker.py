@@ -1,0 +1,128 @@
+"""A worker: claims jobs, draws them, and says how far they are. A thread of the server, or a process of its own."""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from typing import Any
+
+from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.serving.engine import Draw, Drawn, Engine, MakeEngine
+from dalle_pytorch.serving.ledger import FAILED, QUEUED, Job, Ledger, NewImage
+from dalle_pytorch.serving.library import Library
+
+log = logging.getLogger(__name__)
+NOTED_EVERY = 0.3
+"""Seconds between two notes of a worker's jobs: each is a write to the database, and a preview takes time to decode."""
+
+
+def request_of(parameters: dict[str, Any]) -> Draw:
+    """What a job asks for."""
+    return Draw(
+        prompt=parameters["prompt"],
+        seed=parameters["seed"],
+        indices=tuple(parameters["indices"]),
+        keep=parameters["keep"],
+        sampling=SamplingConfig(**parameters["sampling"]),
+        negative_prompt=parameters.get("negative_prompt", ""),
+    )
+
+
+class Worker:
+    """Works off the ledger until it is stopped.
+
+    Args:
+        ledger: where jobs are.
+        library: where images go.
+        make_engine: loads the models, once, before the first job.
+    """
+
+    def __init__(self, ledger: Ledger, library: Library, make_engine: MakeEngine) -> None:
+        self.ledger, self.library, self.make_engine = ledger, library, make_engine
+        self.name = f"{socket.gethostname()[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.stopping = threading.Event()
+        self.held: list[str] = []
+        self.lost: set[str] = set()
+        self.engine: Engine | None = None
+        self.failure: str | None = None
+        """Why the models could not be loaded."""
+
+    def run(self) -> None:
+        """Load the models, then work until ``stop``; what runs then is queued again."""
+        try:
+            self.engine = self.make_engine()
+        except Exception as error:
+            self.failure = first_line(error)
+            log.exception("the models cannot be loaded")
+            return
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heart.start()
+        while not self.stopping.is_set():
+            try:
+                jobs = self.ledger.claim(self.name, self.engine.together)
+                if jobs:
+                    self.work(self.engine, jobs)
+                else:
+                    self.stopping.wait(0.1)
+            except Exception:  # the database is away; what was held is claimed again when its lease is over
+                log.exception("worker: trying again in a second")
+                self.stopping.wait(1)
+        heart.join()
+
+    def stop(self) -> None:
+        """Give back what runs, and take nothing more."""
+        self.stopping.set()
+
+    def work(self, engine: Engine, jobs: list[Job]) -> None:
+        """Draw jobs of one batch; each ends succeeded, failed, canceled, or is given back."""
+        self.lost, self.held = set(), [job.id for job in jobs]
+        noted, open_jobs = dict.fromkeys(range(len(jobs)), 0.0), dict(enumerate(jobs))
+        try:
+            with contextlib.closing(engine.draw([request_of(job.parameters) for job in jobs])) as events:
+                for event in events:
+                    for number in [n for n, job in open_jobs.items() if job.id in self.lost]:
+                        self.ledger.end(self.name, [open_jobs.pop(number).id], "canceled")
+                    if self.stopping.is_set() or not open_jobs:
+                        break
+                    job = open_jobs.get(event.number)
+                    if job is None:
+                        continue
+                    if isinstance(event, Drawn):
+                        self.finish(engine, job, event)
+                        del open_jobs[event.number]
+                    elif time.monotonic() - noted[event.number] > NOTED_EVERY * len(open_jobs):
+                        noted[event.number] = time.monotonic()
+                        self.ledger.note(self.name, job.id, event.progress, event.preview())
+            if open_jobs:
+                self.ledger.end(self.name, [job.id for job in open_jobs.values()], QUEUED)
+        except Exception as error:
+            log.exception("jobs %s failed", self.held)
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: a defect, see the log"
+            self.ledger.end(self.name, [job.id for job in open_jobs.values()], FAILED, told)
+        finally:
+            self.held = []
+
+    def finish(self, engine: Engine, job: Job, drawn: Drawn) -> None:
+        """Write the images of a job, then note them and its end in one transaction."""
+        rows, asked = [], job.parameters
+        for place, (image, index, score) in enumerate(drawn.images):
+            new = NewImage("", place, asked["prompt"], asked["seed"], index, score, engine.model, asked)
+            notes = {**new._asdict(), "job": job.id, "owner": job.owner, "created": job.created}
+            rows.append(new._replace(id=self.library.add(image, notes)))
+        if not self.ledger.finish(self.name, job.id, rows):  # canceled meanwhile, or another worker's
+            for row in rows:
+                self.library.delete(row.id)
+            self.ledger.end(self.name, [job.id], "canceled")
+
+    def _beat(self) -> None:
+        """Renew leases while the models work, which may take longer than one lasts."""
+        while not self.stopping.wait(min(self.ledger.lease / 4, 0.5)):
+            if held := list(self.held):
+                try:
+                    self.lost |= self.ledger.beat(self.name, held)
+                except Exception:
+                    log.exception("heartbeat")

@@ -1,0 +1,6 @@
+"""A server of images; see dalle_pytorch/commands/serve.py."""
+
+from dalle_pytorch.commands.serve import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The pages in a real browser: Debian's chromium and its driver. ``make browser-test`` runs these."""
+
+import io
+import threading
+import time
+
+import pytest
+import uvicorn
+from PIL import Image
+
+from dalle_pytorch.serving.app import make_app
+from dalle_pytorch.serving.config import ServeConfig
+
+from .conftest import Squares, wait_for
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+pytestmark = pytest.mark.browser
+EVIL = '<img src=x onerror="window.hurt=1"> & <b>bold</b>'
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1000,900",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path):
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chrome'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+    yield driver
+    log = driver.get_log("browser")
+    driver.quit()
+    assert log == []
+
+
+@pytest.fixture
+def run(tmp_path, tiny_vae):
+    """Start a server on a library that stays; gives its address and how to end it."""
+    servers = []
+
+    def start(engine):
+        app = make_app(ServeConfig(library=str(tmp_path / "library")), lambda: engine)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        wait_for(lambda: server.started and app.state.hub.engine is not None)
+
+        def stop():
+            server.should_exit = True
+            thread.join(10)
+
+        servers.append(stop)
+        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", stop
+
+    yield start
+    for stop in servers:
+        stop()
+
+
+def find(browser, selector: str):
+    """The first element of a selector, once it is shown."""
+
+    def shown():
+        return next((e for e in browser.find_elements("css selector", selector) if e.is_displayed()), None)
+
+    return wait_for(shown)
+
+
+def loaded(browser, selector: str, count: int):
+    """Images of a selector, once so many have arrived."""
+    script = f"return [...document.querySelectorAll('{selector}')].filter(i => i.naturalWidth > 0).length"
+    wait_for(lambda: browser.execute_script(script) == count)
+    return browser.find_elements("css selector", selector)
+
+
+def test_a_prompt_becomes_images_and_the_library_keeps_them(browser, run, tiny_vae):
+    """Progress, previews, the ranked grid; a prompt is text; after a restart the library has the images."""
+    engine = Squares(tiny_vae, seconds=4.0)
+    url, stop = run(engine)
+    browser.get(url)
+    find(browser, "#prompt").send_keys(EVIL + "\n")
+    find(browser, ".job progress")
+    loaded(browser, ".job .preview", 1)
+    assert len(loaded(browser, ".job .grid img", 8)) == 8
+    assert find(browser, ".job h2").text == EVIL
+    assert "done" in find(browser, ".job .status").text
+    assert browser.execute_script("return window.hurt") is None
+    engine.seconds = 0.0
+    find(browser, ".job .redraw").click()
+    wait_for(lambda: len(browser.find_elements("css selector", ".job")) == 2)
+    loaded(browser, ".job:first-child .grid img", 1)
+    stop()
+
+    url, _ = run(Squares(tiny_vae))
+    browser.get(f"{url}/#library")
+    assert len(loaded(browser, "#images img", 9)) == 9
+    find(browser, "#search").send_keys("nothing like it\n")
+    find(browser, "#no-images")
+
+
+def test_what_runs_can_be_canceled_and_errors_are_shown(browser, run, tiny_vae):
+    engine = Squares(tiny_vae)
+    engine.may_go_on.clear()
+    url, _ = run(engine)
+    browser.get(url)
+    find(browser, "#prompt").send_keys("slow\n")
+    find(browser, ".job .cancel").click()
+    time.sleep(1)
+    engine.may_go_on.set()
+    wait_for(lambda: "canceled" in find(browser, ".job .status").text)
+
+
+def test_an_image_goes_through_the_codec(browser, run, tiny_vae, tmp_path):
+    file = tmp_path / "picture.png"
+    content = io.BytesIO()
+    Image.new("RGB", (40, 30), "orange").save(content, "PNG")
+    file.write_bytes(content.getvalue())
+    url, _ = run(Squares(tiny_vae))
+    browser.get(f"{url}/#codec")
+    find(browser, "#file").send_keys(str(file))
+    size = find(browser, "#size")
+    size.clear()
+    size.send_keys("16")
+    find(browser, "#codec-form button").click()
+    loaded(browser, "#decoded", 1)
+    assert find(browser, "#codec-note").text == "4 x 4 tokens"
+    find(browser, "#perturb").click()
+    time.sleep(0.5)
+    assert find(browser, "#perturb").text == "Stop"
+    find(browser, "#perturb").click()
+
+
+def test_the_api_is_described(browser, run, tiny_vae):
+    url, _ = run(Squares(tiny_vae))
+    browser.get(f"{url}/docs.html")
+    find(browser, ".route code")
+    shown = [code.text for code in browser.find_elements("css selector", ".route code")]
+    assert {"POST /v1/jobs", "POST /v1/images/generations", "POST /encode/{size}"} <= set(shown)

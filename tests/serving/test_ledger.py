@@ -1,0 +1,269 @@
+"""The ledger: order, leases, and that nothing is lost or done twice, whoever dies when."""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dalle_pytorch.serving.doctor import repair
+from dalle_pytorch.serving.ledger import DIED, MAX_ATTEMPTS, Conflict, Ledger, NewImage, QueueFull
+from dalle_pytorch.serving.library import Library
+from dalle_pytorch.serving.worker import Worker
+
+from .conftest import Squares, wait_for
+
+SAMPLING = {"temperature": 1.0}
+ROOM = {"max_queued": 1000, "max_owned": 1000}
+
+
+def parameters(prompt: str = "a", keep: int = 1) -> dict:
+    return {"prompt": prompt, "seed": 0, "indices": list(range(keep)), "keep": keep, "sampling": SAMPLING}
+
+
+def add(ledger: Ledger, prompt: str = "a", *, owner: str = "me", batch: str = "b", keep: int = 1, **more):
+    return ledger.add(owner, "draw", parameters(prompt, keep), count=keep, batch=batch, **{**ROOM, **more})
+
+
+def image(number: int = 0) -> NewImage:
+    return NewImage(f"{number:032x}", 0, "a", 0, 0, None, "model", {})
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", lease=0.5)
+    yield ledger
+    ledger.close()
+
+
+def test_the_highest_priority_then_the_first_come(ledger):
+    late, first, second = add(ledger, priority=-1), add(ledger), add(ledger)
+    assert [ledger.position(job.id) for job in (late, first, second)] == [2, 0, 1]
+    claimed = [ledger.claim("w", 1)[0].id for _ in range(3)]
+    assert claimed == [first.id, second.id, late.id]
+    assert ledger.claim("w", 1) == []
+
+
+def test_jobs_of_a_batch_are_claimed_together(ledger):
+    alike = [add(ledger, keep=4).id for _ in range(3)]
+    other = add(ledger, batch="other").id
+    more = add(ledger, keep=4).id
+    assert [job.id for job in ledger.claim("w", 12)] == alike
+    assert [job.id for job in ledger.claim("w", 12)] == [other]
+    assert [job.id for job in ledger.claim("w", 2)] == [more]  # one job, even if it is too large
+
+
+def test_every_job_is_claimed_once(ledger):
+    wanted, claimed = {add(ledger, batch=str(i % 7)).id for i in range(60)}, []
+
+    def work(name: str) -> None:
+        while jobs := ledger.claim(name, 3):
+            claimed.extend(job.id for job in jobs)
+
+    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(claimed) == Counter(wanted)
+
+
+def test_the_job_of_a_dead_worker_is_done_by_another_and_once(ledger):
+    job = add(ledger).id
+    ledger.claim("dead", 1)
+    assert ledger.claim("next", 1) == []
+    time.sleep(0.6)
+    assert [found.id for found in ledger.claim("next", 1)] == [job]
+    assert ledger.beat("dead", [job]) == {job}
+    assert not ledger.finish("dead", job, [image(1)])
+    assert ledger.finish("next", job, [image(2)])
+    assert not ledger.finish("next", job, [image(3)])
+    assert [row["id"] for row in ledger.images(job=job)] == [image(2).id]
+
+
+def test_a_heartbeat_keeps_the_lease(ledger):
+    job = add(ledger).id
+    ledger.claim("slow", 1)
+    for _ in range(4):
+        time.sleep(0.25)
+        assert ledger.beat("slow", [job]) == set()
+        assert ledger.claim("next", 1) == []
+
+
+def test_a_job_that_kills_its_workers_fails_with_the_reason(ledger):
+    job = add(ledger).id
+    for attempt in range(MAX_ATTEMPTS):
+        assert ledger.claim(f"w{attempt}", 1)
+        time.sleep(0.55)
+    assert ledger.claim("next", 1) == []
+    found = ledger.get(job)
+    assert (found.state, found.error, found.attempts) == ("failed", DIED, MAX_ATTEMPTS)
+
+
+def test_canceled_jobs_leave_no_images(ledger):
+    waiting, running = add(ledger).id, add(ledger, priority=1).id
+    ledger.claim("w", 1)
+    ledger.cancel(waiting)
+    ledger.cancel(running)
+    assert ledger.get(waiting).state == "canceled"
+    assert ledger.beat("w", [running]) == {running}
+    assert not ledger.finish("w", running, [image()])
+    ledger.end("w", [running], "canceled")
+    assert ledger.get(running).state == "canceled"
+    assert ledger.images() == []
+    ledger.cancel(waiting)  # once more changes nothing
+    assert ledger.claim("w", 1) == []
+
+
+def test_a_worker_that_stops_gives_its_job_back(ledger):
+    job = add(ledger).id
+    ledger.claim("w", 1)
+    ledger.end("w", [job], "queued")
+    found = ledger.get(job)
+    assert (found.state, found.attempts) == ("queued", 0)
+
+
+def test_a_key_makes_one_job(ledger):
+    one, again = add(ledger, "a", idempotency="k"), add(ledger, "a", idempotency="k")
+    assert one.id == again.id
+    assert add(ledger, "a", idempotency="k", owner="you").id != one.id
+    with pytest.raises(Conflict):
+        add(ledger, "b", idempotency="k")
+
+
+def test_the_queue_has_an_end(ledger):
+    for _ in range(2):
+        add(ledger, max_owned=2)
+    with pytest.raises(QueueFull):
+        add(ledger, max_owned=2)
+    add(ledger, max_owned=2, owner="you")
+    with pytest.raises(QueueFull):
+        add(ledger, max_queued=3, owner="third")
+
+
+def test_owners_see_their_own(ledger):
+    job = add(ledger, owner="me").id
+    assert ledger.get(job, "me").id == job
+    with pytest.raises(KeyError):
+        ledger.get(job, "you")
+    assert ledger.jobs("you") == []
+
+
+def test_search_takes_signs_as_they_are(ledger):
+    for number, prompt in enumerate(("50% off", "505 off", "A_b", "Axb")):
+        job = add(ledger, prompt).id
+        ledger.claim("w", 1)
+        assert ledger.finish("w", job, [image(number)._replace(prompt=prompt)])
+    for text, found in (("50%", ["50% off"]), ("a_B", ["A_b"]), ("OFF", ["505 off", "50% off"]), ("'", [])):
+        assert [row["prompt"] for row in ledger.images(text=text)] == found
+
+
+def _work(folder: Path) -> None:
+    ledger = Ledger(f"sqlite:///{folder}/ledger.sqlite", lease=0.6)
+    Worker(ledger, Library(folder), lambda: Squares(seconds=0.05)).run()
+
+
+def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
+    """50 times SIGKILL among three workers: jobs end succeeded with all their images, or failed with the reason."""
+    context, rng = multiprocessing.get_context("fork"), random.Random(0)
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", lease=0.6)
+    jobs = [add(ledger, f"prompt {i}", keep=3, batch=str(i % 3)).id for i in range(120)]
+    ledger.close()  # a connection must not cross a fork
+    workers, killed = [], 0
+    while killed < 50 or ledger.counts().keys() & {"queued", "running"}:
+        ledger.close()
+        workers = [worker for worker in workers if worker.is_alive()]
+        while len(workers) < 3:
+            workers.append(context.Process(target=_work, args=(tmp_path,), daemon=True))
+            workers[-1].start()
+        time.sleep(rng.uniform(0.02, 0.25))
+        if killed < 50:
+            if len(ledger.jobs(states=["queued", "running"], limit=10)) < 10:  # keep them busy
+                jobs += [add(ledger, f"more {killed}", keep=3, batch=str(i % 3)).id for i in range(12)]
+            victim = rng.choice(workers)
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+            killed += 1
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    library, states = Library(tmp_path), Counter()
+    for job in jobs:
+        found = ledger.get(job)
+        states[found.state] += 1
+        rows = ledger.images(job=job)
+        if found.state == "succeeded":
+            assert [row["place"] for row in rows] == [0, 1, 2]
+            for row in rows:
+                with Image.open(library.path(row["id"])) as picture:
+                    picture.load()
+        else:
+            assert (found.state, found.error, rows) == ("failed", DIED, [])
+    assert states["succeeded"] > 0.8 * len(jobs)
+    ledger.close()
+
+
+def test_a_worker_whose_models_are_missing_says_so(tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite")
+
+    def broken():
+        raise FileNotFoundError("no such weights")
+
+    worker = Worker(ledger, Library(tmp_path), broken)
+    worker.run()
+    assert worker.failure == "no such weights"
+    ledger.close()
+
+
+def test_wait_for_times_out():
+    with pytest.raises(AssertionError):
+        wait_for(lambda: False, seconds=0.05)
+
+
+def filled(folder: Path, jobs: int = 3) -> tuple[Ledger, Library]:
+    """A library with two images of each of some jobs."""
+    ledger, library = Ledger(f"sqlite:///{folder}/ledger.sqlite"), Library(folder)
+    worker = Worker(ledger, library, Squares)
+    for number in range(jobs):
+        add(ledger, f"prompt {number}", keep=2)
+    for _ in range(jobs):
+        worker.work(Squares(), ledger.claim(worker.name, 1))
+    return ledger, library
+
+
+def test_a_lost_ledger_is_written_anew_from_the_files(tmp_path):
+    ledger, _ = filled(tmp_path)
+    rows = ledger.images()
+    ledger.close()
+    for file in tmp_path.glob("ledger.sqlite*"):
+        file.unlink()
+    again, library = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite"), Library(tmp_path)
+    assert repair(again, library)[:3] == (6, 0, 0)
+    names = ("id", "job", "owner", "place", "prompt", "seed", "index", "score", "model", "parameters")
+    key = lambda row: (row["job"], row["place"])  # noqa: E731
+    for old, new in zip(sorted(rows, key=key), sorted(again.images(), key=key), strict=True):
+        assert {name: old[name] for name in names} == {name: new[name] for name in names}
+    assert repair(again, library)[:3] == (0, 0, 0)
+    again.close()
+
+
+def test_left_over_files_and_rows_go(tmp_path):
+    ledger, library = filled(tmp_path)
+    first, second, *_ = ledger.images()
+    library.delete(first["id"])
+    left = library.add(Image.new("RGB", (8, 8)), library.notes(second["id"]))  # of an attempt that was killed
+    strange = library.path("0" * 32)
+    strange.parent.mkdir(exist_ok=True)
+    strange.write_bytes(b"no image")
+    found = repair(ledger, library)
+    assert found == (0, 1, 1, [str(strange)])
+    assert left not in library.ids()
+    assert "1 left-over files deleted" in str(found)
+    assert len(ledger.images()) == 5
+    ledger.close()

@@ -1,0 +1,448 @@
+"""Routes: jobs, images, OpenAI's, the encoder-decoder server's; and what they refuse."""
+
+import base64
+import hashlib
+import io
+import json
+import threading
+import zipfile
+
+import openai
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from dalle_pytorch.checkpoints.checkpoint import save
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.generation.generator import Generator
+from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.images import fit, to_pil, to_tensor
+from dalle_pytorch.serving.app import make_app
+from dalle_pytorch.serving.config import ServeConfig
+from dalle_pytorch.serving.engine import Draw, Drawn, LocalEngine
+from dalle_pytorch.serving.library import NOTES
+from dalle_pytorch.text import BPETokenizer
+
+from .conftest import Squares, colour, ended, wait_for
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def draw(client, **body):
+    """A job that has ended."""
+    answer = client.post("/v1/jobs", json={"prompt": "a", **body})
+    assert answer.status_code == 202, answer.text
+    return ended(client, answer.json()["id"])
+
+
+# ---- jobs and images
+
+
+def test_a_job_ends_with_its_images(serve, squares):
+    client = serve(squares)
+    job = draw(client, prompt="a red <b>apple</b>", n=2, num_candidates=4, seed=3)
+    assert (job["state"], job["progress"], job["error"]) == ("succeeded", 1.0, None)
+    assert [image["place"] for image in job["images"]] == [0, 1]
+    for image in job["images"]:
+        with Image.open(io.BytesIO(client.get(image["url"]).content)) as picture:
+            assert picture.getpixel((0, 0)) == colour("a red <b>apple</b>", 3, image["index"])
+            notes = json.loads(picture.text[NOTES])
+        assert (notes["prompt"], notes["seed"], notes["index"]) == ("a red <b>apple</b>", 3, image["index"])
+        row = client.get(f"/v1/images/{image['id']}").json()
+        assert row["parameters"] == notes["parameters"] == job["parameters"]
+
+
+def test_an_image_can_be_drawn_again_alone(serve, squares):
+    client = serve(squares)
+    image = draw(client, n=4, seed=5)["images"][2]
+    again = draw(client, seed=5, indices=[image["index"]])["images"]
+    assert len(again) == 1
+    assert client.get(again[0]["url"]).content != client.get(image["url"]).content  # the notes name another job
+    pixels = [Image.open(io.BytesIO(client.get(one["url"]).content)).tobytes() for one in (image, again[0])]
+    assert pixels[0] == pixels[1]
+
+
+def test_jobs_that_fit_together_are_drawn_together(serve, squares):
+    client = serve(squares)
+    squares.may_go_on.clear()
+    first = client.post("/v1/jobs", json={"prompt": "first"}).json()["id"]
+    wait_for(lambda: client.get(f"/v1/jobs/{first}").json()["state"] == "running")
+    ids = [client.post("/v1/jobs", json={"prompt": f"{i}", "seed": i}).json() for i in range(3)]
+    assert [job["position"] for job in ids] == [1, 2, 3]
+    squares.may_go_on.set()
+    for i, job in enumerate(ids):
+        (image,) = ended(client, job["id"])["images"]
+        picture = Image.open(io.BytesIO(client.get(image["url"]).content))
+        assert picture.getpixel((0, 0)) == colour(f"{i}", i, 0)
+    assert squares.batches == [1, 3]
+
+
+def test_events_tell_the_whole_story(serve, squares):
+    client = serve(squares)
+    squares.seconds = 1.0
+    job = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    lines = client.get(f"/v1/jobs/{job}/events").text.splitlines()
+    kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    assert kinds[-1] == "succeeded"
+    assert {"running", "preview"} <= set(kinds)
+    shares = [json.loads(line[6:])["progress"] for line in lines if '"progress"' in line]
+    assert shares == sorted(shares)
+
+
+def test_jobs_can_be_canceled(serve, squares):
+    client = serve(squares)
+    squares.may_go_on.clear()
+    ids = [client.post("/v1/jobs", json={"prompt": "a", "n": 1 + i}).json()["id"] for i in range(2)]
+    wait_for(lambda: client.get(f"/v1/jobs/{ids[0]}").json()["state"] == "running")
+    assert client.delete(f"/v1/jobs/{ids[1]}").json()["state"] == "canceled"
+    client.delete(f"/v1/jobs/{ids[0]}")
+    threading.Timer(1.0, squares.may_go_on.set).start()
+    assert ended(client, ids[0])["state"] == "canceled"
+    assert client.get("/v1/images").json()["images"] == []
+    assert draw(client)["state"] == "succeeded"  # the next one is not harmed
+
+
+def test_a_failed_job_says_why_without_internals_and_harms_no_other(serve, squares):
+    client = serve(squares)
+    job = draw(client, prompt="defect")
+    assert job["state"] == "failed"
+    assert "secret" not in job["error"]
+    assert draw(client)["state"] == "succeeded"
+
+
+def test_the_library_survives_a_restart(tmp_path, tiny_vae):
+    from fastapi.testclient import TestClient
+
+    config, pages = ServeConfig(library=str(tmp_path / "library")), []
+    for _ in range(2):
+        with TestClient(make_app(config, lambda: Squares(tiny_vae)), base_url="http://localhost") as client:
+            wait_for(lambda client=client: client.get("/readyz").status_code == 200)
+            if not pages:
+                draw(client, n=3)
+            pages.append(client.get("/v1/images").json())
+    assert pages[0] == pages[1]
+    assert len(pages[0]["images"]) == 3
+
+
+def test_the_library_is_paged_searched_emptied_and_packed(serve, squares):
+    client = serve(squares)
+    first, second = draw(client, prompt="red apple", n=3), draw(client, prompt="Blue house", n=2)
+    ids = [image["id"] for image in (*second["images"], *first["images"])]
+    pages = [client.get(f"/v1/images?limit=2&before={at}").json()["images"] for at in (0, 2, 4)]
+    assert [image["id"] for page in pages for image in page] == ids
+    found = client.get("/v1/images?search=blue").json()["images"]
+    assert [image["id"] for image in found] == ids[:2]
+    with zipfile.ZipFile(io.BytesIO(client.get(f"/v1/jobs/{first['id']}/images.zip").content)) as packed:
+        assert len(packed.namelist()) == 3
+        assert packed.testzip() is None
+    assert client.delete(f"/v1/images/{ids[0]}").status_code == 204
+    assert client.get(f"/v1/images/{ids[0]}.png").status_code == 404
+    assert len(client.get("/v1/images").json()["images"]) == 4
+
+
+def test_a_key_of_the_client_makes_one_job(serve, squares):
+    client, headers = serve(squares), {"Idempotency-Key": "order-7"}
+    one, two = (client.post("/v1/jobs", json={"prompt": "a", "seed": 1}, headers=headers).json() for _ in range(2))
+    assert one["id"] == two["id"]
+    assert client.post("/v1/jobs", json={"prompt": "b", "seed": 1}, headers=headers).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 422),
+        ({"prompt": ""}, 422),
+        ({"prompt": "x" * 41}, 422),
+        ({"prompt": "forbidden"}, 422),
+        ({"prompt": "a", "n": 0}, 422),
+        ({"prompt": "a", "n": 9}, 422),
+        ({"prompt": "a", "n": 3, "num_candidates": 2}, 422),
+        ({"prompt": "a", "indices": [1, 1]}, 422),
+        ({"prompt": "a", "temperature": -1}, 422),
+        ({"prompt": "a", "top_p": 0}, 422),
+        ({"prompt": "a", "seed": -1}, 422),
+        ({"prompt": "a", "unknown": 1}, 422),
+        ({"prompt": "a", "priority": 5}, 422),
+        ({"prompt": "a\u0000b" * 1000}, 422),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_at_once(serve, squares, body, status):
+    client = serve(squares, images=8, prompt=40)
+    answer = client.post("/v1/jobs", json=body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+    assert client.get("/v1/jobs").json()["jobs"] == []
+
+
+def test_the_queue_is_bounded(serve, squares):
+    client = serve(squares, owned=2)
+    squares.may_go_on.clear()
+    answers = [client.post("/v1/jobs", json={"prompt": "a", "n": 1 + i}) for i in range(5)]
+    assert answers[-1].status_code == 429
+    assert int(answers[-1].headers["retry-after"]) > 0
+    squares.may_go_on.set()
+
+
+# ---- OpenAI's client, over a real socket
+
+
+@pytest.fixture
+def url(tmp_path, squares):
+    """Address of a server on a port of its own."""
+    app = make_app(ServeConfig(library=str(tmp_path / "library")), lambda: squares)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started and app.state.hub.engine is not None)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_the_openai_client_draws(url, squares):
+    squares.seconds = 2.4
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = client.images.generate(model="any", prompt="a", n=2, size="8x8", extra_body={"seed": 9})
+        pictures = [Image.open(io.BytesIO(base64.b64decode(image.b64_json))) for image in answer.data]
+        assert [picture.getpixel((0, 0)) for picture in pictures] == [colour("a", 9, 0), colour("a", 9, 1)]
+        events = list(client.images.generate(model="any", prompt="a", stream=True, partial_images=2))
+        assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
+        (link,) = client.images.generate(model="any", prompt="a", response_format="url").data
+        assert link.url.startswith(f"{url}/v1/images/")
+        with pytest.raises(openai.BadRequestError, match="8x8"):
+            client.images.generate(model="any", prompt="a", size="1024x1024")
+
+
+def test_who_hangs_up_cancels(url, squares):
+    squares.may_go_on.clear()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1.0, max_retries=0) as client:
+        with pytest.raises(openai.APITimeoutError):
+            client.images.generate(model="any", prompt="a")
+        threading.Timer(1.5, squares.may_go_on.set).start()
+
+        def over():
+            jobs = client.get("/jobs", cast_to=dict)["jobs"]
+            return jobs[0]["state"] == "canceled"
+
+        wait_for(over)
+
+
+# ---- the encoder-decoder server
+
+
+def test_the_codec_gives_the_tokenizers_own_tokens_and_images(serve, squares, tiny_vae):
+    client, picture = serve(squares), Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
+    image = to_tensor(fit(picture, 16))[None]
+    wanted = tiny_vae.encode(image)
+    found = client.post("/encode/16", files={"file": ("a.png", png(picture), "image/png")}).json()
+    assert torch.equal(torch.tensor(found), wanted.view(1, 4, 4))
+    answer = client.post("/decode?format=png", json=found)
+    reconstruction = png(to_pil(tiny_vae.decode(wanted)[0]))
+    assert Image.open(io.BytesIO(answer.content)).tobytes() == Image.open(io.BytesIO(reconstruction)).tobytes()
+    both = client.post("/encode-decode/16?format=png", files={"file": png(picture)})
+    assert both.content == answer.content
+    assert client.post("/decode", content=json.dumps(found)).headers["content-type"] == "image/jpeg"  # no content type
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("size", [16, 32, 21])
+def test_images_of_every_mode_and_size_are_encoded(serve, squares, mode, size):
+    """Of a size that is no multiple of the tokens' the rest is cut off, as there."""
+    client = serve(squares)
+    picture = Image.new(mode, (64, 48), 1 if mode in ("1", "P", "L", "I;16") else None)
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    file = io.BytesIO()
+    picture.save(file, form)
+    found = client.post(f"/encode/{size}", files={"file": file.getvalue()}).json()
+    assert (len(found), len(found[0]), len(found[0][0])) == (1, size // 4, size // 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status"),
+    [
+        ("/encode/32", {"files": {"file": png(Image.new("RGB", (16, 64)))}}, 422),
+        ("/encode/16", {"files": {"file": b"no image"}}, 415),
+        ("/encode/16", {"files": {"file": png(Image.new("RGB", (64, 64)))[:60]}}, 415),
+        ("/encode/16", {"data": {"other": "x"}}, 400),
+        ("/encode/seven", {"files": {"file": png(Image.new("RGB", (64, 64)))}}, 422),
+        ("/encode/4", {"files": {"file": png(Image.new("RGB", (64, 64)))}}, 422),
+        ("/encode/16", {"files": {"file": png(Image.new("1", (3000, 3000)))}}, 413),
+        ("/decode", {"json": [[[0, 12], [1, 2]]]}, 422),
+        ("/decode", {"json": [[[0, -1], [1, 2]]]}, 422),
+        ("/decode", {"json": [[[0, 1], [1]]]}, 422),
+        ("/decode", {"json": [[0, 1], [1, 2]]}, 422),
+        ("/decode", {"json": [[[0.5, 1], [1, 2]]]}, 422),
+        ("/decode", {"json": []}, 422),
+        ("/decode", {"json": {"a": 1}}, 422),
+        ("/decode", {"json": [[[True, 1], [1, 2]]]}, 422),
+        ("/decode", {"json": [[[0, 1, 2], [1, 2, 3]]]}, 422),
+        ("/decode", {"content": b"\xff{"}, 422),
+        ("/decode", {"content": b"[" * 100_000}, 422),
+        ("/decode?item=1", {"json": [[[0, 1], [1, 2]]]}, 422),
+        ("/decode?format=exe", {"json": [[[0, 1], [1, 2]]]}, 422),
+    ],
+)
+def test_what_the_codec_cannot_read_is_refused(serve, squares, path, options, status):
+    """Where the encoder-decoder server answered 500, or its GPU was lost."""
+    answer = serve(squares, pixels=1_000_000).post(path, **options)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+
+
+# ---- safety
+
+
+def test_other_hosts_and_origins_are_refused(serve, squares):
+    client = serve(squares, origins=["https://friend.example"])
+    assert client.get("/v1/jobs", headers={"Host": "evil.example"}).status_code == 400
+    for origin, status in (("http://evil.example", 403), ("null", 403), ("https://friend.example", 202), (None, 202)):
+        headers = {} if origin is None else {"Origin": origin}
+        answer = client.post("/v1/jobs", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == status
+        assert answer.headers.get("access-control-allow-origin") == (origin if status == 202 else None)
+    form = {"Content-Type": "text/plain"}  # what a page may send without asking
+    assert client.post("/v1/jobs", content='{"prompt": "a"}', headers=form).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../ledger.sqlite", "/..%2fledger.sqlite", "/%2e%2e/ledger.sqlite", "/..\\ledger.sqlite", "//etc/passwd",
+        "/v1/images/..%2f..%2fledger.sqlite", "/v1/images/%2fetc%2fpasswd.png", "/v1/images/../ledger.sqlite",
+        "/app.js/../../../pyproject.toml", "/v1/jobs/../images/x.png", "/v1/images/" + "0" * 32 + ".png",
+    ],
+)  # fmt: skip
+def test_no_path_leads_out(serve, squares, path):
+    answer = serve(squares).get(path)
+    assert answer.status_code in (400, 404, 405)
+    assert "SQLite" not in answer.text
+
+
+def test_bodies_are_bounded(serve, squares):
+    client = serve(squares, body_mb=0.1)
+    assert client.post("/v1/jobs", json={"prompt": "a" * 200_000}).status_code == 413
+    assert client.post("/encode/16", files={"file": b"x" * 200_000}).status_code == 413
+
+
+def test_pages_run_nothing_of_others(serve, squares):
+    client = serve(squares)
+    for path in ("/", "/app.js", "/docs.html", "/v1/jobs", "/nothing"):
+        policy = client.get(path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert client.get(path).headers["x-content-type-options"] == "nosniff"
+    for name in ("app.js", "docs.js", "index.html", "docs.html"):
+        text = client.get(f"/{name}").text
+        assert "innerHTML" not in text
+        assert "http://" not in text
+        assert "https://" not in text
+
+
+def test_each_key_has_its_own_jobs(serve, squares, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("".join(f"{name}:{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("ann", "bob")))
+    client = serve(squares, keys=str(file))
+    ann, bob = ({"Authorization": f"Bearer {name}"} for name in ("ann", "bob"))
+    for headers in ({}, {"Authorization": "Bearer eve"}, {"Authorization": "Basic ann"}, {"Authorization": "ann"}):
+        assert client.post("/v1/jobs", json={"prompt": "a"}, headers=headers).status_code == 401
+        assert client.get("/metrics", headers=headers).status_code == 401
+        assert client.post("/decode", json=[[[0]]], headers=headers).status_code == 401
+    job = client.post("/v1/jobs", json={"prompt": "a"}, headers=ann).json()["id"]
+    image = ended(client, job, headers=ann)["images"][0]
+    for path in (f"/v1/jobs/{job}", f"/v1/jobs/{job}/events", f"/v1/jobs/{job}/images.zip", image["url"],
+                 f"/v1/images/{image['id']}"):  # fmt: skip
+        assert client.get(path, headers=ann).status_code == 200
+        assert client.get(path, headers=bob).status_code == 404
+    assert client.delete(f"/v1/jobs/{job}", headers=bob).status_code == 404
+    assert client.delete(f"/v1/images/{image['id']}", headers=bob).status_code == 404
+    assert client.get("/v1/images", headers=bob).json()["images"] == []
+
+
+def test_an_open_server_needs_keys(tmp_path):
+    with pytest.raises(UserError, match="keys=FILE"):
+        ServeConfig(host="0.0.0.0")
+    ServeConfig(host="::1")
+    file = tmp_path / "keys"
+    file.write_text("ann:secret\n")
+    with pytest.raises(UserError, match="line 1"):
+        make_app(ServeConfig(host="0.0.0.0", keys=str(file), library=str(tmp_path)))
+
+
+def test_metrics_and_health(serve, squares):
+    client = serve(squares)
+    draw(client)
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert 'dalle_jobs{state="succeeded"} 1.0' in client.get("/metrics").text
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/jobs", "/v1/images/generations", "/encode/{size}", "/decode", "/encode-decode/{size}"} <= set(paths)
+
+
+def test_a_server_whose_models_are_missing_says_so(tmp_path):
+    from fastapi.testclient import TestClient
+
+    def broken():
+        raise FileNotFoundError("/secret/place")
+
+    with TestClient(make_app(ServeConfig(library=str(tmp_path)), broken), base_url="http://localhost") as client:
+        wait_for(lambda: "log says why" in client.get("/readyz").text)
+        answer = client.post("/v1/jobs", json={"prompt": "a"})
+        assert answer.status_code == 503
+        assert "secret" not in answer.text
+
+
+# ---- the models
+
+
+def test_images_are_the_generators_whatever_is_drawn_beside_them(make_dalle, tmp_path):
+    """Three prompts with a seed each, in one batch, against each alone."""
+    dalle = make_dalle(text_len=8, text_vocab_size=270, caption_dropout=0.1)
+    dalle.text_tokenizer = BPETokenizer.train(["red", "green", "blue"], 270)
+    dalle.config.text_vocab_size = 270
+    save(dalle, tmp_path / "dalle.safetensors")
+    engine = LocalEngine(str(tmp_path / "dalle.safetensors"), device=torch.device("cpu"))
+    sampling = SamplingConfig(cfg_scale=2.0)
+    requests = [
+        Draw(prompt=p, seed=seed, indices=(0, 3), keep=2, sampling=sampling)
+        for p, seed in (("red", 1), ("green", 2), ("red", 3))
+    ]
+    events = list(engine.draw(requests))
+    drawn = {event.number: event.images for event in events if isinstance(event, Drawn)}
+    assert sorted(drawn) == [0, 1, 2]
+    alone = Generator(dalle)
+    for number, request in enumerate(requests):
+        wanted = alone.candidates(request.prompt, [0, 3], seed=request.seed, sampling=sampling)
+        assert [index for _, index, _ in drawn[number]] == [0, 3]
+        for (image, _, score), expected in zip(drawn[number], wanted.images, strict=True):
+            assert score is None
+            assert image.tobytes() == to_pil(expected).tobytes()
+    with pytest.raises(UserError):
+        engine.check(Draw(prompt="red " * 50, seed=0, indices=(0,), keep=1, sampling=sampling))
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_image(make_dalle, tmp_path, monkeypatch):
+    dalle = make_dalle(text_len=8, text_vocab_size=270)
+    dalle.text_tokenizer = BPETokenizer.train(["red"], 270)
+    dalle.config.text_vocab_size = 270
+    save(dalle, tmp_path / "dalle.safetensors")
+    engine = LocalEngine(str(tmp_path / "dalle.safetensors"), device=torch.device("cpu"))
+    request = Draw(prompt="red", seed=1, indices=(0, 1, 2, 3), keep=4, sampling=SamplingConfig())
+    wanted = [event for event in engine.draw([request]) if isinstance(event, Drawn)]
+    start, sizes = engine.generator.decoder.start, []
+
+    def small(text, candidates=1, *args, **more):
+        sizes.append(candidates)
+        if candidates > 1:
+            raise torch.OutOfMemoryError
+        return start(text, candidates, *args, **more)
+
+    monkeypatch.setattr(engine.generator.decoder, "start", small)
+    found = [event for event in engine.draw([request]) if isinstance(event, Drawn)]
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    for (one, _, _), (two, _, _) in zip(wanted[0].images, found[0].images, strict=True):
+        assert one.tobytes() == two.tobytes()
