@@ -7,7 +7,7 @@ RUN ?= runs/demo/$(STAMP)
 PROMPT = a red apple
 QUOTED = $(subst ','\'',$(subst ",\",$(value PROMPT)))
 
-.PHONY: sample demo serve test browser-test format
+.PHONY: sample demo serve test server-test format
 
 # Draw with the weights that come along: 64 candidates, the best 8 kept. Several prompts: PROMPT="a red apple|a blue heart"
 sample: $(VENV)/demo.installed
@@ -36,9 +36,9 @@ test: $(VENV)/test.installed
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-# The pages of the server in Debian's chromium: apt-get install chromium chromium-driver
-browser-test: $(VENV)/test.installed
-	$(BIN)/python -m pytest tests/serving/test_browser.py -m browser
+# The server's pages in a browser and its ledger in PostgreSQL: apt-get install chromium chromium-driver postgresql
+server-test: $(VENV)/test.installed
+	$(BIN)/python -m pytest tests/serving -m "browser or postgresql"
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff format .

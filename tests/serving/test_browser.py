@@ -1,4 +1,4 @@
-"""The pages in a real browser: Debian's chromium and its driver. ``make browser-test`` runs these."""
+"""The pages in a real browser: Debian's chromium and its driver. ``make server-test`` runs these."""
 
 import io
 import threading

@@ -3,17 +3,20 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from PIL import Image
 
 from dalle_pytorch.serving.doctor import repair
-from dalle_pytorch.serving.ledger import DIED, MAX_ATTEMPTS, Conflict, Ledger, NewImage, QueueFull
+from dalle_pytorch.serving.ledger import DIED, MAX_ATTEMPTS, METADATA, Conflict, Ledger, NewImage, QueueFull
 from dalle_pytorch.serving.library import Library
 from dalle_pytorch.serving.worker import Worker
 
@@ -35,9 +38,41 @@ def image(number: int = 0) -> NewImage:
     return NewImage(f"{number:032x}", 0, "a", 0, 0, None, "model", {})
 
 
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory):
+    """Address of a PostgreSQL server of the test's own, of Debian's package; it does not run as root."""
+    (tools,) = Path("/usr/lib/postgresql").glob("*/bin")
+    folder = tmp_path_factory.mktemp("postgresql")
+    shutil.chown(folder, "postgres")
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+
+    def tool(name: str, *arguments: str) -> None:
+        subprocess.run([*as_user, tools / name, *arguments], check=True, capture_output=True, cwd="/")
+
+    tool("initdb", "--pgdata", f"{folder}/data", "--auth", "trust")
+    options = f"-k {folder} -c listen_addresses='' -c max_connections=200"
+    tool("pg_ctl", "--pgdata", f"{folder}/data", "--log", f"{folder}/log", "--options", options, "--wait", "start")
+    yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+    tool("pg_ctl", "--pgdata", f"{folder}/data", "--mode", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def url(request, tmp_path):
+    """Address of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.sqlite"
+    address = request.getfixturevalue("postgresql")
+    engine = sqlalchemy.create_engine(address)
+    METADATA.drop_all(engine)
+    engine.dispose()
+    return address
+
+
 @pytest.fixture
-def ledger(tmp_path):
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", lease=0.5)
+def ledger(url):
+    ledger = Ledger(url, lease=0.5)
     yield ledger
     ledger.close()
 
@@ -164,15 +199,15 @@ def test_search_takes_signs_as_they_are(ledger):
         assert [row["prompt"] for row in ledger.images(text=text)] == found
 
 
-def _work(folder: Path) -> None:
-    ledger = Ledger(f"sqlite:///{folder}/ledger.sqlite", lease=0.6)
+def _work(folder: Path, url: str) -> None:
+    ledger = Ledger(url, lease=0.6)
     Worker(ledger, Library(folder), lambda: Squares(seconds=0.05)).run()
 
 
-def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
+def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path, url):
     """50 times SIGKILL among three workers: jobs end succeeded with all their images, or failed with the reason."""
     context, rng = multiprocessing.get_context("fork"), random.Random(0)
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", lease=0.6)
+    ledger = Ledger(url, lease=0.6)
     jobs = [add(ledger, f"prompt {i}", keep=3, batch=str(i % 3)).id for i in range(120)]
     ledger.close()  # a connection must not cross a fork
     workers, killed = [], 0
@@ -180,7 +215,7 @@ def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
         ledger.close()
         workers = [worker for worker in workers if worker.is_alive()]
         while len(workers) < 3:
-            workers.append(context.Process(target=_work, args=(tmp_path,), daemon=True))
+            workers.append(context.Process(target=_work, args=(tmp_path, url), daemon=True))
             workers[-1].start()
         time.sleep(rng.uniform(0.02, 0.25))
         if killed < 50:
