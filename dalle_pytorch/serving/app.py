@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dalle_pytorch.distributed import find_device
 from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.files import is_unicode
 from dalle_pytorch.serving.codec import Codec
 from dalle_pytorch.serving.codec import routes as codec_routes
 from dalle_pytorch.serving.config import ServeConfig
@@ -54,6 +56,9 @@ SECURE = {
 }
 
 
+Before = Annotated[int, Query(ge=0, lt=1 << 53, description="rows to leave out")]
+
+
 class DrawBody(BaseModel):
     """What to draw."""
 
@@ -68,7 +73,7 @@ class DrawBody(BaseModel):
     )
     negative_prompt: str = ""
     temperature: float | None = Field(None, ge=0, le=100)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=1 << 31)
     top_p: float | None = Field(None, gt=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     cfg_scale: float | None = Field(None, ge=-100, le=100)
@@ -149,11 +154,17 @@ class Hub:
             HTTPException: it cannot be drawn, or there is no room.
         """
         limits, names = self.config.limits, ("temperature", "top_k", "top_p", "min_p", "cfg_scale")
-        indices = list(range(body.num_candidates or body.n)) if body.indices is None else body.indices
-        if max(len(body.prompt), len(body.negative_prompt)) > limits.prompt:
-            raise HTTPException(422, f"a prompt has {limits.prompt} characters at most")
-        if len(indices) > limits.images or len(set(indices)) < len(indices):
-            raise HTTPException(422, f"a job draws {limits.images} different images at most, got {len(indices)}")
+        for text in (body.prompt, body.negative_prompt):
+            if len(text) > limits.prompt:
+                raise HTTPException(422, f"a prompt has {limits.prompt} characters at most")
+            if "\0" in text or not is_unicode(text):
+                raise HTTPException(422, "a prompt holds a character that is no text")
+        count = (body.num_candidates or body.n) if body.indices is None else len(body.indices)
+        if count > limits.images:
+            raise HTTPException(422, f"a job draws {limits.images} images at most, got {count}")
+        indices = list(range(count)) if body.indices is None else body.indices
+        if len(set(indices)) < count:
+            raise HTTPException(422, "indices must be different numbers")
         keep = len(indices) if body.indices is not None else body.n
         if keep > len(indices):
             raise HTTPException(422, f"n ({keep}) must not be above num_candidates ({len(indices)})")
@@ -350,7 +361,7 @@ def job_routes(hub: Hub) -> APIRouter:
 
     @router.get("")
     def jobs(
-        owner: Owner, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Annotated[int, Query(ge=0)] = 0,
+        owner: Owner, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = 0,
         state: Annotated[list[str] | None, Query()] = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The latest jobs, newest first; `before` leaves out so many."""
@@ -428,7 +439,7 @@ def image_routes(hub: Hub) -> APIRouter:
     @router.get("")
     def images(
         owner: Owner, search: Annotated[str, Query(max_length=200)] = "",
-        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = 0,
     ) -> dict[str, Any]:  # fmt: skip
         """Images, the newest job's first; `search` finds words of the prompt, `before` leaves out so many."""
         rows = hub.ledger.images(owner, text=search, limit=limit, before=before)
@@ -489,17 +500,23 @@ def openai_routes(hub: Hub) -> APIRouter:
                 job = await run_in_threadpool(hub.ledger.get, job.id)
         finally:
             if job.state not in DONE:  # the client is gone
-                hub.ledger.cancel(job.id)
+                await give_up(hub, job)
         if job.state != SUCCEEDED:
             raise HTTPException(500 if job.error else 409, job.error or "the job was canceled")
         rows = await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000))
         if body.response_format == "url":
             data = [{"url": f"{str(request.base_url).rstrip('/')}/v1/images/{row['id']}.png"} for row in rows]
         else:
-            data = [{"b64_json": base64_of(hub, row["id"])} for row in rows]
+            data = await run_in_threadpool(lambda: [{"b64_json": base64_of(hub, row["id"])} for row in rows])
         return JSONResponse({"created": int(job.created), "data": data, "seed": job.parameters["seed"]})
 
     return router
+
+
+async def give_up(hub: Hub, job: Job) -> None:
+    """Cancel a job whose client is gone, though the request that waits for it is being ended."""
+    with anyio.CancelScope(shield=True):
+        await run_in_threadpool(hub.ledger.cancel, job.id)
 
 
 async def partial_events(hub: Hub, job: Job, owner: str, wanted: int) -> AsyncIterator[str]:
@@ -524,10 +541,11 @@ async def partial_events(hub: Hub, job: Job, owner: str, wanted: int) -> AsyncIt
             return
         kind = "image_generation.completed"
         for row in await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000)):
-            yield event(kind, {"type": kind, "b64_json": base64_of(hub, row["id"]), "created_at": int(job.created)})
+            text = await run_in_threadpool(base64_of, hub, row["id"])
+            yield event(kind, {"type": kind, "b64_json": text, "created_at": int(job.created)})
     finally:
         if not done:
-            hub.ledger.cancel(job.id)
+            await give_up(hub, job)
 
 
 def event(kind: str, content: dict[str, Any]) -> str:

@@ -274,6 +274,8 @@ class Ledger:
             most: images that are drawn together.
         """
         self.release_expired()
+        if not self.read(sa.select(JOBS.c.id).where(JOBS.c.state == QUEUED).limit(1)):  # an idle worker writes nothing
+            return []
         order = (JOBS.c.priority.desc(), JOBS.c.number)
         with self.write() as connection:
             first = sa.select(JOBS.c.id, JOBS.c.batch, JOBS.c.count).where(JOBS.c.state == QUEUED).order_by(*order)
