@@ -5,6 +5,7 @@ It takes the settings of serve.py. Server and workers share the ledger and the l
 
 import logging
 import signal
+import threading
 from pathlib import Path
 
 from dalle_pytorch.commands.serve import NOT_INSTALLED
@@ -27,12 +28,13 @@ def main(config: ServeConfig) -> None:
     ledger = Ledger(config.database_url(), lease=config.lease)
     worker = Worker(ledger, Library(Path(config.library)), local_engine(config))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
+        # in a thread: the signal may come while this one holds the event's lock
+        signal.signal(number, lambda *_: threading.Thread(target=worker.stop).start())
     print(f"worker {worker.name}: weights {config.weights}, library {config.library}", flush=True)
     worker.run()
     ledger.close()
     if worker.failure is not None:
-        raise UserError(f"the models cannot be loaded: {worker.failure}")
+        raise UserError(worker.failure)
 
 
 if __name__ == "__main__":

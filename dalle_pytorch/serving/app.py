@@ -28,12 +28,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dalle_pytorch.distributed import find_device
-from dalle_pytorch.errors import UserError, first_line
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.files import is_unicode
 from dalle_pytorch.serving.codec import Codec
 from dalle_pytorch.serving.codec import routes as codec_routes
@@ -56,7 +57,7 @@ SECURE = {
 }
 
 
-Before = Annotated[int, Query(ge=0, lt=1 << 53, description="rows to leave out")]
+Before = Annotated[str | None, Query(pattern="^[0-9a-f]{32}$", description="id of the last one of the page before")]
 
 
 class DrawBody(BaseModel):
@@ -86,8 +87,8 @@ class ImagesBody(BaseModel):
     model_config = ConfigDict(extra="ignore")  # clients send fields that mean nothing here: model, user, quality
 
     prompt: str = Field(min_length=1, examples=["a red apple"])
-    n: int = Field(1, ge=1)
-    size: str = "auto"
+    n: int | None = Field(1, ge=1)
+    size: str | None = "auto"
     response_format: Literal["url", "b64_json"] | None = "b64_json"
     output_format: Literal["png"] | None = "png"
     stream: bool | None = False
@@ -100,6 +101,9 @@ class ImagesBody(BaseModel):
     temperature: float | None = None
 
 
+NO_KEY = "no key, or one that is not known"
+
+
 class Hub:
     """What the routes share."""
 
@@ -108,7 +112,7 @@ class Hub:
         self.keys = Keys(config.keys)
         self.engine: Any = None
         self.codec: Codec | None = None
-        self.failure: str | None = None
+        self.broken = False
         self.loading = threading.Lock()
         self.worker = Worker(ledger, library, self.load) if config.workers else None
 
@@ -117,11 +121,12 @@ class Hub:
         with self.loading:
             if self.engine is None:
                 try:
-                    self.engine = self.make_engine()
-                except Exception as error:
-                    self.failure = first_line(error)
+                    engine = self.make_engine()
+                    self.codec = Codec(engine.vae, max_pixels=self.config.limits.pixels)
+                    self.engine = engine
+                except Exception:
+                    self.broken = True
                     raise
-                self.codec = Codec(self.engine.vae, max_pixels=self.config.limits.pixels)
             return self.engine
 
     def loaded(self) -> Any:
@@ -130,8 +135,10 @@ class Hub:
         Raises:
             HTTPException: they cannot be loaded, or are not yet.
         """
-        if self.failure is not None:
+        if self.broken:
             raise HTTPException(503, "the models cannot be loaded; the server's log says why")
+        if self.worker is not None and self.worker.failure is not None:
+            raise HTTPException(503, "the worker has given up; the server's log says why")
         if self.engine is None:
             raise HTTPException(503, "the models are being loaded", headers={"Retry-After": "5"})
         return self.engine
@@ -144,7 +151,7 @@ class Hub:
         """
         owner = self.keys.owner(authorization)
         if owner is None:
-            raise HTTPException(401, "no key, or one that is not known", headers={"WWW-Authenticate": "Bearer"})
+            raise HTTPException(401, NO_KEY, headers={"WWW-Authenticate": "Bearer"})
         return owner
 
     def submit(self, body: DrawBody, owner: str, idempotency: str | None = None) -> Job:
@@ -186,8 +193,9 @@ class Hub:
         alike = {key: value for key, value in parameters.items() if key not in ("prompt", "seed")}
         try:
             return self.ledger.add(
-                owner, "draw", parameters, count=len(indices), batch=batch_of(alike), priority=body.priority,
-                idempotency=idempotency, max_queued=limits.queued, max_owned=limits.owned,
+                owner, "draw", parameters, count=len(indices), batch=digest_of(alike), priority=body.priority,
+                idempotency=idempotency, request=digest_of(body.model_dump()), max_queued=limits.queued,
+                max_owned=limits.owned,
             )  # fmt: skip
         except QueueFull as error:
             raise HTTPException(429, "too many jobs are waiting", headers={"Retry-After": "10"}) from error
@@ -208,9 +216,9 @@ class Hub:
         return shown
 
 
-def batch_of(alike: dict[str, Any]) -> str:
-    """A text that jobs have in common which may be drawn together."""
-    return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()
+def digest_of(values: dict[str, Any]) -> str:
+    """A short text that stands for some values: equal ones have the same."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def image_view(row: Any) -> dict[str, Any]:
@@ -237,7 +245,19 @@ def make_app(config: ServeConfig, engine: Callable[[], Any] | None = None) -> Fa
         work = hub.worker.run if hub.worker is not None else hub.load
         thread = threading.Thread(target=work, name="worker", daemon=True)
         thread.start()
+        stopping = threading.Event()
+
+        def reap() -> None:
+            """Queue the jobs of dead workers again, also while no worker is there to do so."""
+            while not stopping.wait(config.lease / 3):
+                try:
+                    hub.ledger.release_expired()
+                except Exception:
+                    log.exception("the ledger does not answer")
+
+        threading.Thread(target=reap, name="reaper", daemon=True).start()
         yield
+        stopping.set()
         if hub.worker is not None:
             hub.worker.stop()
             await run_in_threadpool(thread.join, 10)
@@ -248,9 +268,9 @@ def make_app(config: ServeConfig, engine: Callable[[], Any] | None = None) -> Fa
         max_body_size=int(config.limits.body_mb * 1e6),
     )  # fmt: skip
     app.state.hub = hub
-    app.add_middleware(Guard, hosts=hosts_of(config), origins=config.origins)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts_of(config), www_redirect=False)
-    app.add_exception_handler(HTTPException, told)
+    app.add_middleware(Guard, keys=hub.keys, origins=config.origins)  # the outermost: its headers are on every answer
+    app.add_exception_handler(StarletteHTTPException, told)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, defect)
     app.include_router(job_routes(hub))
@@ -278,8 +298,8 @@ def hosts_of(config: ServeConfig) -> list[str]:
 class Guard:
     """Headers of every answer, and refusal of requests that another site's page makes in somebody's browser."""
 
-    def __init__(self, app: ASGIApp, hosts: list[str], origins: list[str]) -> None:
-        self.app, self.hosts, self.origins = app, hosts, set(origins)
+    def __init__(self, app: ASGIApp, keys: Keys, origins: list[str]) -> None:
+        self.app, self.keys, self.origins = app, keys, set(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
@@ -296,8 +316,14 @@ class Guard:
             return
         if request.method == "OPTIONS":
             allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-allow-headers":
-                       "authorization, content-type, idempotency-key, prefer"}  # fmt: skip
+                       "authorization, content-type, idempotency-key"}  # fmt: skip
             await Response(status_code=204, headers={**cors, **(allowed if cors else {})})(scope, receive, send)
+            return
+
+        # before the body is read
+        private = request.url.path.startswith(("/v1/", "/encode", "/decode", "/metrics"))
+        if private and self.keys.owner(request.headers.get("authorization")) is None:
+            await error_answer(401, NO_KEY, {"WWW-Authenticate": "Bearer", **SECURE, **cors})(scope, receive, send)
             return
 
         async def answer(message: Message) -> None:
@@ -321,7 +347,7 @@ async def told(request: Request, error: Any) -> Response:
 
 
 async def invalid(request: Request, error: Any) -> Response:
-    """Answer a request that does not fit its schema: 415 for a file that is none, else 422."""
+    """Answer a request that does not fit its schema: 400 where the file is missing, else 422."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
     status = 400 if first["type"] == "missing" and first["loc"][0] == "body" and where == "file" else 422
@@ -361,10 +387,10 @@ def job_routes(hub: Hub) -> APIRouter:
 
     @router.get("")
     def jobs(
-        owner: Owner, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = 0,
+        owner: Owner, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = None,
         state: Annotated[list[str] | None, Query()] = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """The latest jobs, newest first; `before` leaves out so many."""
+        """The latest jobs, newest first; with `before` those that came before that job."""
         found = hub.ledger.jobs(owner, states=state or (), limit=limit, before=before)
         return {"jobs": [hub.view(job, owner) for job in found], "seconds_an_image": hub.ledger.seconds_an_image()}
 
@@ -438,10 +464,10 @@ def image_routes(hub: Hub) -> APIRouter:
 
     @router.get("")
     def images(
-        owner: Owner, search: Annotated[str, Query(max_length=200)] = "",
-        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = 0,
+        owner: Owner, search: Annotated[str, Query(max_length=200, pattern=r"^[^\x00]*$")] = "",
+        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Images, the newest job's first; `search` finds words of the prompt, `before` leaves out so many."""
+        """Images, the newest job's first; `search` finds words of the prompt, `before` goes on after an image."""
         rows = hub.ledger.images(owner, text=search, limit=limit, before=before)
         return {"images": [image_view(row) for row in rows]}
 
@@ -479,15 +505,16 @@ def openai_routes(hub: Hub) -> APIRouter:
     ) -> Response:
         """Images of a prompt, answered when they are drawn. Extras: seed, num_candidates, cfg_scale, top_k, top_p."""
         side = hub.loaded().image_size
-        if body.size not in ("auto", f"{side}x{side}"):
+        if body.size not in (None, "auto", f"{side}x{side}"):
             raise HTTPException(
-                400, f"size must be auto or {side}x{side}, which this model draws; got {body.size[:20]}"
+                400, f"size must be auto or {side}x{side}, which this model draws; got {str(body.size)[:20]}"
             )
         names = ("prompt", "n", "num_candidates", "seed", "cfg_scale", "top_k", "top_p", "temperature")
         try:
             wanted = DrawBody(**{name: getattr(body, name) for name in names if getattr(body, name) is not None})
-        except ValueError as error:
-            raise HTTPException(400, first_line(error)) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         job = await run_in_threadpool(hub.submit, wanted, owner)
         if body.stream:
             events = partial_events(hub, job, owner, body.partial_images or 0)
@@ -495,14 +522,15 @@ def openai_routes(hub: Hub) -> APIRouter:
         try:
             while job.state not in DONE:
                 if await request.is_disconnected():
-                    raise asyncio.CancelledError
+                    return Response(status_code=499)
                 await asyncio.sleep(POLL)
                 job = await run_in_threadpool(hub.ledger.get, job.id)
         finally:
             if job.state not in DONE:  # the client is gone
                 await give_up(hub, job)
-        if job.state != SUCCEEDED:
-            raise HTTPException(500 if job.error else 409, job.error or "the job was canceled")
+        if job.state != SUCCEEDED:  # OpenAI's client would ask again, and draw it twice more
+            no_retry = {"x-should-retry": "false"}
+            raise HTTPException(500 if job.error else 409, job.error or "the job was canceled", headers=no_retry)
         rows = await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000))
         if body.response_format == "url":
             data = [{"url": f"{str(request.base_url).rstrip('/')}/v1/images/{row['id']}.png"} for row in rows]
@@ -563,7 +591,7 @@ def health_routes(hub: Hub) -> APIRouter:
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz")
-    def healthz() -> dict[str, str]:
+    async def healthz() -> dict[str, str]:
         """The server answers."""
         return {"status": "ok"}
 
@@ -572,7 +600,8 @@ def health_routes(hub: Hub) -> APIRouter:
         """The models are loaded and the ledger answers."""
         engine = hub.loaded()
         hub.ledger.counts()
-        return {"status": "ready", "model": engine.model, "image_size": engine.image_size}
+        limits = {"images": hub.config.limits.images, "prompt": hub.config.limits.prompt}
+        return {"status": "ready", "model": engine.model, "image_size": engine.image_size, "limits": limits}
 
     @router.get("/metrics", response_class=Response)
     def metrics(owner: Annotated[str, Depends(owner_of(hub))]) -> Response:

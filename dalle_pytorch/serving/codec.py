@@ -3,10 +3,12 @@
 Axes: b images, h w token rows and columns, n image tokens.
 """
 
+import contextlib
 import copy
 import io
 import json
 import threading
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,6 +23,10 @@ Format = Literal["jpeg", "png", "webp"]
 QUALITY = 70
 """Of JPEG and WebP files, as the encoder-decoder server has it."""
 MAX_SIDE, MAX_BATCH = 1024, 64
+MAX_WAITING = 8
+"""Requests that may wait for the image tokenizer."""
+READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats of uploads: readers that decode nothing before the number of pixels is known, and start no other program."""
 NO_GRIDS = "the body must be a JSON array [images][rows][columns] of integers"
 IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {f"image/{form}": {} for form in ("jpeg", "png", "webp")}}}
 TOKENS = {
@@ -46,6 +52,7 @@ class Codec:
 
     def __init__(self, vae: Any, *, max_pixels: int) -> None:
         self.vae, self.max_pixels, self.lock = vae, max_pixels, threading.Lock()
+        self.room = threading.BoundedSemaphore(MAX_WAITING)
         self.factor = vae.image_size // vae.grid_size
         self.device = next(vae.parameters()).device
 
@@ -62,10 +69,12 @@ class Codec:
             HTTPException: no image, too many pixels, or one that is smaller.
         """
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=READ) as image:
                 width, height = image.size
         except Exception as error:  # foreign bytes break Pillow's readers in any way
             raise HTTPException(415, "the file is no image that can be read") from error
+        if size < self.factor:
+            raise HTTPException(422, f"a token of this image tokenizer covers {self.factor} pixels, size is {size}")
         if width * height > self.max_pixels:
             raise HTTPException(413, f"the image has {width} x {height} pixels, {self.max_pixels} at most")
         if min(width, height) < size:
@@ -77,23 +86,41 @@ class Codec:
         whole = size - size % self.factor
         return to_tensor(square)[None, :, :whole, :whole]
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A place among the few requests that wait for the image tokenizer: threads that wait are kept from others.
+
+        Raises:
+            HTTPException: there is none.
+        """
+        if not self.room.acquire(blocking=False):
+            raise HTTPException(503, "too many images at once", headers={"Retry-After": "1"})
+        try:
+            yield
+        finally:
+            self.room.release()
+
     def encode(self, data: bytes, size: int) -> list[list[list[int]]]:
         """Tokens ``[1, h, w]`` of an uploaded image.
 
         Raises:
             HTTPException: as ``read``; or a size that the image tokenizer does not read.
         """
+        with self.turn():
+            return self._encode(data, size)
+
+    def _encode(self, data: bytes, size: int) -> list[list[list[int]]]:
         images = self.read(data, size)
         vae = self.at(images.shape[-1] // self.factor)
         with self.lock, torch.inference_mode():
             tokens = self._run(vae.encode, images)
         return tokens.view(-1, vae.grid_size, vae.grid_size).tolist()
 
-    def decode(self, tokens: torch.Tensor) -> list[Image.Image]:
-        """Images of tokens ``[b, h, w]``, which are checked before they reach the device.
+    def decode(self, tokens: torch.Tensor, item: int = 0) -> Image.Image:
+        """One image of tokens ``[b, h, w]``, all of which are checked before any reaches the device.
 
         Raises:
-            HTTPException: another shape, or a token that is no code.
+            HTTPException: another shape, a token that is no code, or no such image.
         """
         count, rows, columns = tokens.shape
         if rows != columns or not 1 <= rows <= MAX_SIDE // self.factor or not 1 <= count <= MAX_BATCH:
@@ -103,10 +130,12 @@ class Codec:
             raise HTTPException(
                 422, f"tokens lie in {low} to {high}, the codebook has 0 to {self.vae.codebook_size - 1}"
             )
+        if item >= count:
+            raise HTTPException(422, f"item {item} of a batch of {count}")
         vae = self.at(rows)
-        with self.lock, torch.inference_mode():
-            images = self._run(vae.decode, tokens.flatten(1))
-        return [to_pil(image.float().cpu()) for image in images]
+        with self.turn(), self.lock, torch.inference_mode():
+            (image,) = self._run(vae.decode, tokens[item : item + 1].flatten(1))
+        return to_pil(image.float())
 
     def _run(self, function: Any, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -153,7 +182,7 @@ def routes(codec: Any) -> APIRouter:
     """
     router = APIRouter(tags=["codec"])
     Size = Annotated[int, Path(ge=8, le=MAX_SIDE, description="short side of the image in pixels")]
-    Upload = Annotated[bytes, File(description="an image in any format and mode that Pillow reads")]
+    Upload = Annotated[bytes, File(description="PNG, JPEG, WebP, GIF, BMP or TIFF, in any mode")]
     Form = Annotated[Format, Query(alias="format")]
 
     @router.post("/encode/{size}")
@@ -168,19 +197,21 @@ def routes(codec: Any) -> APIRouter:
         item: Annotated[int, Query(ge=0, description="which image of the batch")] = 0,
     ) -> Response:
         """The image of tokens `[images][rows][columns]`, whatever the content type says."""
-        try:
-            grids = as_grids(json.loads(await request.body()))
-        except (ValueError, RecursionError) as error:
-            raise HTTPException(422, NO_GRIDS) from error
-        images = await run_in_threadpool(codec().decode, grids)
-        if item >= len(images):
-            raise HTTPException(422, f"item {item} of a batch of {len(images)}")
-        return encoded(images[item], form)
+        body, own = await request.body(), codec()
+
+        def answer() -> Response:
+            try:
+                grids = as_grids(json.loads(body))
+            except (ValueError, RecursionError) as error:
+                raise HTTPException(422, NO_GRIDS) from error
+            return encoded(own.decode(grids, item), form)
+
+        return await run_in_threadpool(answer)
 
     @router.post("/encode-decode/{size}", response_class=Response, responses=IMAGE)
     def encode_decode(size: Size, file: Upload, form: Form = "jpeg") -> Response:
         """An image as the tokens of it make it again."""
         own = codec()
-        return encoded(own.decode(torch.tensor(own.encode(file, size)))[0], form)
+        return encoded(own.decode(torch.tensor(own.encode(file, size))), form)
 
     return router

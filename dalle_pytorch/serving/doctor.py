@@ -1,6 +1,5 @@
 """Brings table and files of a library together again: after a lost database, a deleted file, a killed worker."""
 
-import json
 import logging
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from dalle_pytorch.serving.ledger import DONE, Ledger, NewImage
 from dalle_pytorch.serving.library import Library
 
 log = logging.getLogger(__name__)
+HOUR = 3600.0
 
 
 class Repairs(NamedTuple):
@@ -53,7 +53,8 @@ def repair(ledger: Ledger, library: Library) -> Repairs:
             values["id"] = image
             row = NewImage(**values)
             job, owner, created = str(notes["job"]), str(notes["owner"]), float(notes["created"])
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            len(row.parameters["indices"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
             unreadable.append(str(library.path(image)))
             log.warning("%s: %s", image, first_line(error))
             continue
@@ -61,9 +62,10 @@ def repair(ledger: Ledger, library: Library) -> Repairs:
         if state is None or ledger.is_adopted(job):
             ledger.adopt(job, owner, created, row)
             adopted += 1
-        elif state in DONE:
+        elif state in DONE and image not in ledger.image_ids([image]):  # it may have been finished since
             library.delete(image)
             removed += 1
+    removed += library.delete_halves(older_than=HOUR)
     lost = known - set(files)
     for image in lost:
         ledger.forget(image)

@@ -24,10 +24,10 @@ class Keys:
     """
 
     def __init__(self, file: str | None) -> None:
-        self.digests: dict[str, bytes] | None = None
+        self.digests: list[tuple[str, bytes]] | None = None
         if file is None:
             return
-        self.digests = {}
+        self.digests = []
         for number, line in enumerate(read_text(Path(file), "keys").splitlines(), start=1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -36,7 +36,7 @@ class Keys:
                 raise UserError(
                     f"keys={file}, line {number}: it must be NAME:SHA256, the hash in 64 hexadecimal digits"
                 )
-            self.digests[found["name"]] = bytes.fromhex(found["digest"])
+            self.digests.append((found["name"], bytes.fromhex(found["digest"])))  # a name may have several keys
 
     def owner(self, authorization: str | None) -> str | None:
         """Whose key a header ``Authorization: Bearer KEY`` holds; None = nobody's. All keys are compared, each in the
@@ -44,8 +44,8 @@ class Keys:
         if self.digests is None:
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
-        digest, owner = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), None
-        for name, known in self.digests.items():
+        digest, owner = hashlib.sha256(key.encode("latin-1")).digest(), None  # as headers are decoded
+        for name, known in self.digests:
             if hmac.compare_digest(digest, known) and scheme.lower() == "bearer":
                 owner = name
         return owner

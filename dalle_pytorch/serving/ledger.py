@@ -1,12 +1,11 @@
 """The ledger: jobs and images in SQL. It is the queue, and the only truth about what has happened.
 
-A job is queued, running, succeeded, failed or canceled. A worker claims queued jobs by one atomic update and holds a
+A job is queued, running, succeeded, failed or canceled. A worker claims queued jobs in one transaction and holds a
 lease, which it renews while it works. A job with an expired lease is queued again, up to ``MAX_ATTEMPTS`` times: its
 worker has died. Whoever has lost its lease cannot write a result any more, so that no job ends twice.
 """
 
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from dalle_pytorch.errors import UserError
+from dalle_pytorch.errors import UserError, first_line
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELED = "queued", "running", "succeeded", "failed", "canceled"
 DONE = (SUCCEEDED, FAILED, CANCELED)
@@ -24,7 +23,7 @@ MAX_ATTEMPTS = 3
 DIED = f"the worker died {MAX_ATTEMPTS} times while it drew this job: too little memory, or a defect"
 ADOPTED = "adopted"
 """Batch of jobs that were written from the notes of their images."""
-OTHERS = object()
+ANY_OWNER = object()
 """Any owner."""
 Row: TypeAlias = dict[str, Any]
 
@@ -51,6 +50,7 @@ JOBS = sa.Table(
     sa.Column("started", sa.Float),
     sa.Column("finished", sa.Float),
     sa.Column("idempotency", sa.String(200)),
+    sa.Column("request", sa.String(64)),
     sa.Index("by_state", "state", "priority", "number"),
     sa.UniqueConstraint("owner", "idempotency"),
 )  # fmt: skip
@@ -69,6 +69,8 @@ IMAGES = sa.Table(
     sa.Column("parameters", sa.JSON, nullable=False),
     sa.Column("created", sa.Float, nullable=False),
 )  # fmt: skip
+LOCK = 7421
+"""Number of the lock that guards the queue's limits in PostgreSQL."""
 SHOWN = [column for column in JOBS.c if column.name != "preview"]
 
 
@@ -131,21 +133,29 @@ class Ledger:
             self.engine = sa.create_engine(url, **({"connect_args": {"timeout": 30}} if self.sqlite else {}))
             if self.sqlite:
                 sa.event.listen(self.engine, "connect", _prepare_sqlite)
-            METADATA.create_all(self.engine)
+            with self.write(alone=True) as connection:
+                METADATA.create_all(connection)
         except (sa.exc.SQLAlchemyError, ImportError) as error:
-            raise UserError(f"database={url} cannot be opened: {error}") from error
+            raise UserError(f"database={_without_password(url)} cannot be opened: {first_line(error)}") from error
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction; on SQLite the only one that writes."""
+    def write(self, *, alone: bool = False) -> Iterator[Connection]:
+        """A transaction; ``alone`` with none of its kind beside it, which on SQLite all are."""
         with self.engine.begin() as connection:
             if self.sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
+            elif alone:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
             yield connection
+
+    @property
+    def now(self) -> Any:
+        """The time that leases are measured by: the database's own where several machines reach it."""
+        return time.time() if self.sqlite else sa.extract("epoch", sa.func.clock_timestamp())
 
     def read(self, query: Any) -> list[Row]:
         """Rows of a query, which waits for no writer."""
@@ -164,6 +174,7 @@ class Ledger:
         batch: str,
         priority: int = 0,
         idempotency: str | None = None,
+        request: str = "",
         max_queued: int,
         max_owned: int,
     ) -> Job:
@@ -177,6 +188,7 @@ class Ledger:
             batch: jobs with the same text may be drawn together.
             priority: higher ones come first.
             idempotency: a client's own key.
+            request: what the client has sent, or a hash of it.
             max_queued: jobs that may wait.
             max_owned: jobs of one owner that may wait.
 
@@ -186,14 +198,14 @@ class Ledger:
         """
         row = {
             "id": secrets.token_hex(16), "owner": owner, "kind": kind, "parameters": parameters, "count": count,
-            "batch": batch, "priority": priority, "idempotency": idempotency, "created": time.time(), "state": QUEUED,
-            "attempts": 0, "progress": 0.0, "cancel": False,
+            "batch": batch, "priority": priority, "idempotency": idempotency, "request": request,
+            "created": time.time(), "state": QUEUED, "attempts": 0, "progress": 0.0, "cancel": False,
         }  # fmt: skip
-        with self.write() as connection:
+        with self.write(alone=True) as connection:
             if idempotency is not None:
                 same = (JOBS.c.owner == owner) & (JOBS.c.idempotency == idempotency)
                 if found := connection.execute(sa.select(*SHOWN).where(same)).mappings().first():
-                    if found["parameters"] != json.loads(json.dumps(parameters)):
+                    if found["request"] != request:
                         raise Conflict
                     return _job(found)
             waiting = connection.execute(
@@ -207,23 +219,25 @@ class Ledger:
             connection.execute(sa.insert(JOBS).values(row))
         return self.get(row["id"])
 
-    def get(self, job: str, owner: object = OTHERS) -> Job:
+    def get(self, job: str, owner: object = ANY_OWNER) -> Job:
         """A job.
 
         Raises:
             KeyError: there is none of this id, or it is another owner's.
         """
         rows = self.read(sa.select(*SHOWN).where(JOBS.c.id == job))
-        if not rows or (owner is not OTHERS and rows[0]["owner"] != owner):
+        if not rows or (owner is not ANY_OWNER and rows[0]["owner"] != owner):
             raise KeyError(job)
         return _job(rows[0])
 
     def jobs(
-        self, owner: object = OTHERS, *, states: Sequence[str] = (), limit: int = 50, before: int = 0
+        self, owner: object = ANY_OWNER, *, states: Sequence[str] = (), limit: int = 50, before: str | None = None
     ) -> list[Job]:
-        """The latest jobs, newest first; ``before`` leaves out so many."""
-        query = sa.select(*SHOWN).order_by(JOBS.c.number.desc()).limit(limit).offset(before)
-        if owner is not OTHERS:
+        """The latest jobs, newest first, or those before the job ``before``."""
+        query = sa.select(*SHOWN).order_by(JOBS.c.number.desc()).limit(limit)
+        if before is not None:
+            query = query.where(JOBS.c.number < sa.select(JOBS.c.number).where(JOBS.c.id == before).scalar_subquery())
+        if owner is not ANY_OWNER:
             query = query.where(JOBS.c.owner == owner)
         if states:
             query = query.where(JOBS.c.state.in_(states))
@@ -243,13 +257,19 @@ class Ledger:
         return {row["state"]: row["count"] for row in rows}
 
     def seconds_an_image(self) -> float | None:
-        """Measured over the last jobs; None before the first."""
-        query = sa.select(JOBS.c.count, JOBS.c.started, JOBS.c.finished).where(
-            JOBS.c.state == SUCCEEDED, JOBS.c.batch != ADOPTED
+        """Measured over the last batches, whose jobs began at the same time; None before the first."""
+        batches = (
+            sa.select(
+                sa.func.sum(JOBS.c.count).label("images"), JOBS.c.started, sa.func.max(JOBS.c.finished).label("end")
+            )
+            .where(JOBS.c.state == SUCCEEDED, JOBS.c.batch != ADOPTED)
+            .group_by(JOBS.c.started)
+            .order_by(JOBS.c.started.desc())
+            .limit(10)
         )
-        rows = self.read(query.order_by(JOBS.c.finished.desc()).limit(20))
-        images = sum(row["count"] for row in rows)
-        return sum(row["finished"] - row["started"] for row in rows) / images if images else None
+        rows = self.read(batches)
+        images = sum(row["images"] for row in rows)
+        return sum(row["end"] - row["started"] for row in rows) / images if images else None
 
     def cancel(self, job: str) -> None:
         """Cancel a job: one that waits at once, one that runs as soon as its worker hears of it."""
@@ -278,15 +298,20 @@ class Ledger:
             return []
         order = (JOBS.c.priority.desc(), JOBS.c.number)
         with self.write() as connection:
-            first = sa.select(JOBS.c.id, JOBS.c.batch, JOBS.c.count).where(JOBS.c.state == QUEUED).order_by(*order)
+            first = (
+                sa.select(JOBS.c.id, JOBS.c.batch, JOBS.c.count, JOBS.c.priority)
+                .where(JOBS.c.state == QUEUED)
+                .order_by(*order)
+            )
             locked = first.limit(1).with_for_update(skip_locked=True)
             head = connection.execute(locked).mappings().first()
             if head is None:
                 return []
             room = max(most // head["count"], 1)
-            alike = first.where(JOBS.c.batch == head["batch"]).limit(room).with_for_update(skip_locked=True)
+            same = (JOBS.c.batch == head["batch"]) & (JOBS.c.priority == head["priority"])
+            alike = first.where(same).limit(room).with_for_update(skip_locked=True)
             ids = [row["id"] for row in connection.execute(alike).mappings()]
-            taken = {"state": RUNNING, "worker": worker, "lease": time.time() + self.lease, "started": time.time()}
+            taken = {"state": RUNNING, "worker": worker, "lease": self.now + self.lease, "started": time.time()}
             update = sa.update(JOBS).where(JOBS.c.id.in_(ids), JOBS.c.state == QUEUED)
             connection.execute(update.values(**taken, attempts=JOBS.c.attempts + 1, progress=0.0, preview=None))
             rows = connection.execute(sa.select(*SHOWN).where(JOBS.c.id.in_(ids)).order_by(*order)).mappings().all()
@@ -294,7 +319,7 @@ class Ledger:
 
     def release_expired(self) -> None:
         """Queue the jobs of dead workers again, and fail those that have killed too many."""
-        late = (JOBS.c.state == RUNNING) & (JOBS.c.lease < time.time())
+        late = (JOBS.c.state == RUNNING) & (JOBS.c.lease < self.now)
         if not self.read(sa.select(JOBS.c.id).where(late).limit(1)):
             return
         with self.write() as connection:
@@ -308,7 +333,7 @@ class Ledger:
         """Renew the lease of jobs; those that are to be given up, canceled or no longer held."""
         with self.write() as connection:
             held = JOBS.c.id.in_(jobs) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
-            connection.execute(sa.update(JOBS).where(held).values(lease=time.time() + self.lease))
+            connection.execute(sa.update(JOBS).where(held).values(lease=self.now + self.lease))
             kept = connection.execute(sa.select(JOBS.c.id).where(held, ~JOBS.c.cancel)).scalars().all()
         return set(jobs) - set(kept)
 
@@ -335,20 +360,38 @@ class Ledger:
         return True
 
     def end(self, worker: str, jobs: Sequence[str], state: str, error: str | None = None) -> None:
-        """End jobs without a result: failed, canceled, or queued again by a worker that stops."""
-        values = {"state": state, "error": error, "worker": None, "preview": None}
-        if state == QUEUED:  # the worker is well: this attempt does not count
-            values |= {"attempts": JOBS.c.attempts - 1, "started": None, "progress": 0.0}
-        else:
-            values |= {"finished": time.time()}
+        """End jobs without a result: failed, or canceled."""
+        values = {"state": state, "error": error, "worker": None, "preview": None, "finished": time.time()}
         with self.write() as connection:
             held = JOBS.c.id.in_(jobs) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
+            connection.execute(sa.update(JOBS).where(held).values(values))
+
+    def give_back(self, worker: str, jobs: Sequence[str], *, apart: bool = False) -> None:
+        """Queue jobs again that a worker holds and is well enough to give back: this attempt does not count.
+
+        Args:
+            worker: who holds them.
+            jobs: which.
+            apart: each is to be drawn alone from now on: one of them has failed, and with it all.
+        """
+        values: dict[str, Any] = {"state": QUEUED, "worker": None, "preview": None, "started": None, "progress": 0.0}
+        values |= {"attempts": JOBS.c.attempts - 1} | ({"batch": JOBS.c.id} if apart else {})
+        with self.write() as connection:
+            held = JOBS.c.id.in_(jobs) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
+            ended = {"state": CANCELED, "finished": time.time(), "worker": None, "preview": None}
+            connection.execute(sa.update(JOBS).where(held, JOBS.c.cancel).values(ended))
             connection.execute(sa.update(JOBS).where(held).values(values))
 
     # ---- images
 
     def images(
-        self, owner: object = OTHERS, *, job: str | None = None, text: str = "", limit: int = 50, before: int = 0
+        self,
+        owner: object = ANY_OWNER,
+        *,
+        job: str | None = None,
+        text: str = "",
+        limit: int = 50,
+        before: str | None = None,
     ) -> list[Row]:
         """Rows of images, the newest job's first and within a job the best first.
 
@@ -357,11 +400,22 @@ class Ledger:
             job: of one job only.
             text: part of the prompt, capital letters or not.
             limit: at most so many.
-            before: leaves out so many.
+            before: those that come after this image in that order.
         """
-        jobs = sa.select(JOBS.c.number).where(JOBS.c.id == IMAGES.c.job).scalar_subquery()
-        query = sa.select(IMAGES).order_by(jobs.desc(), IMAGES.c.place).limit(limit).offset(before)
-        if owner is not OTHERS:
+        joined = sa.select(IMAGES).join(JOBS, JOBS.c.id == IMAGES.c.job)
+        query = joined.order_by(JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number).limit(limit)
+        if before is not None:
+            last = (
+                sa.select(JOBS.c.number.label("job"), IMAGES.c.place, IMAGES.c.number)
+                .join(JOBS, JOBS.c.id == IMAGES.c.job)
+                .where(IMAGES.c.id == before)
+                .subquery()
+            )
+            later = (IMAGES.c.place > last.c.place) | (
+                (IMAGES.c.place == last.c.place) & (IMAGES.c.number > last.c.number)
+            )
+            query = query.join(last, (JOBS.c.number < last.c.job) | ((JOBS.c.number == last.c.job) & later))
+        if owner is not ANY_OWNER:
             query = query.where(IMAGES.c.owner == owner)
         if job is not None:
             query = query.where(IMAGES.c.job == job)
@@ -369,14 +423,14 @@ class Ledger:
             query = query.where(IMAGES.c.prompt.icontains(text, autoescape=True))
         return self.read(query)
 
-    def image(self, image: str, owner: object = OTHERS) -> Row:
+    def image(self, image: str, owner: object = ANY_OWNER) -> Row:
         """The row of an image.
 
         Raises:
             KeyError: there is none of this id, or it is another owner's.
         """
         rows = self.read(sa.select(IMAGES).where(IMAGES.c.id == image))
-        if not rows or (owner is not OTHERS and rows[0]["owner"] != owner):
+        if not rows or (owner is not ANY_OWNER and rows[0]["owner"] != owner):
             raise KeyError(image)
         return rows[0]
 
@@ -387,9 +441,10 @@ class Ledger:
 
     # ---- repair
 
-    def image_ids(self) -> set[str]:
-        """Ids of all images."""
-        return {row["id"] for row in self.read(sa.select(IMAGES.c.id))}
+    def image_ids(self, among: Sequence[str] | None = None) -> set[str]:
+        """Ids of all images, or of those among some."""
+        query = sa.select(IMAGES.c.id)
+        return {row["id"] for row in self.read(query if among is None else query.where(IMAGES.c.id.in_(among)))}
 
     def state(self, job: str) -> str | None:
         """State of a job; None = there is none of this id."""
@@ -415,6 +470,13 @@ class Ledger:
             )
 
 
+def _without_password(url: str) -> str:
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return "(no URL of SQLAlchemy)"
+
+
 def _job(row: Any) -> Job:
     return Job(**{name: row[name] for name in Job._fields})
 
@@ -422,5 +484,5 @@ def _job(row: Any) -> Job:
 def _prepare_sqlite(connection: Any, record: object) -> None:
     """Readers do not wait for the writer, and a commit is on disk."""
     connection.isolation_level = None  # or the driver would begin transactions by itself
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")

@@ -1,8 +1,10 @@
 """The library: images as PNG files under ids that the server makes, each with all that draws it again."""
 
+import contextlib
 import json
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,16 @@ class Library:
     def ids(self) -> list[str]:
         """All images that lie here."""
         return sorted(path.stem for path in self.folder.glob("??/*.png") if ID.fullmatch(path.stem))
+
+    def delete_halves(self, *, older_than: float) -> int:
+        """Delete what writers that were killed have left, once it is so many seconds old; how many files."""
+        count = 0
+        for path in self.folder.glob("??/.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > older_than:
+                    path.unlink()
+                    count += 1
+        return count
 
     def notes(self, image: str) -> dict[str, Any]:
         """What stands in the file of an image."""

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+import torch
 from PIL import Image
 
+from dalle_pytorch.errors import UserError
 from dalle_pytorch.serving.doctor import repair
 from dalle_pytorch.serving.ledger import DIED, MAX_ATTEMPTS, METADATA, Conflict, Ledger, NewImage, QueueFull
 from dalle_pytorch.serving.library import Library
-from dalle_pytorch.serving.worker import Worker
+from dalle_pytorch.serving.worker import MAX_DEFECTS, Worker
 
 from .conftest import Squares, wait_for
 
@@ -159,17 +161,100 @@ def test_canceled_jobs_leave_no_images(ledger):
 def test_a_worker_that_stops_gives_its_job_back(ledger):
     job = add(ledger).id
     ledger.claim("w", 1)
-    ledger.end("w", [job], "queued")
+    ledger.give_back("w", [job])
     found = ledger.get(job)
     assert (found.state, found.attempts) == ("queued", 0)
+    ledger.claim("w", 1)
+    ledger.cancel(job)  # and the worker stops before it hears of it
+    ledger.give_back("w", [job])
+    assert ledger.get(job).state == "canceled"
 
 
 def test_a_key_makes_one_job(ledger):
-    one, again = add(ledger, "a", idempotency="k"), add(ledger, "a", idempotency="k")
+    one, again = (add(ledger, "a", idempotency="k", request="r") for _ in range(2))
     assert one.id == again.id
-    assert add(ledger, "a", idempotency="k", owner="you").id != one.id
+    assert add(ledger, "a", idempotency="k", request="r", owner="you").id != one.id
     with pytest.raises(Conflict):
-        add(ledger, "b", idempotency="k")
+        add(ledger, "b", idempotency="k", request="s")
+
+
+def test_requests_at_the_same_time_keep_the_limits_and_share_a_key(ledger):
+    """Eight clients at once, three times each."""
+    found: list[object] = []
+
+    def ask(number: int) -> None:
+        for turn in range(3):
+            try:
+                found.append(add(ledger, idempotency=f"k{turn}", request="r", max_owned=2).id)
+            except QueueFull as error:
+                found.append(error)
+            except Exception as error:
+                found.append(repr(error))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ids = [each for each in found if isinstance(each, str)]
+    assert len(set(ids)) == 2
+    assert len(ids) == 16
+    assert len(ledger.jobs(limit=100)) == 2
+
+
+def test_a_ledger_can_be_opened_by_many_at_once(url):
+    """Server and workers start together on an empty database."""
+    failures: list[str] = []
+
+    def start() -> None:
+        try:
+            Ledger(url).close()
+        except UserError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_passwords_are_not_told():
+    with pytest.raises(UserError, match="cannot be opened") as caught:
+        Ledger("postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert "secret" not in str(caught.value)
+
+
+def test_low_priority_does_not_ride_along(ledger):
+    low, high = add(ledger, priority=-1).id, add(ledger).id
+    assert [job.id for job in ledger.claim("w", 10)] == [high]
+    assert [job.id for job in ledger.claim("w", 10)] == [low]
+
+
+def test_speed_counts_a_batch_once(ledger):
+    for _ in range(4):
+        add(ledger, keep=2)
+    jobs = ledger.claim("w", 8)
+    time.sleep(0.4)
+    for number, job in enumerate(jobs):
+        assert ledger.finish("w", job.id, [image(number)])
+    assert 0.05 <= ledger.seconds_an_image() < 0.3  # 0.4 s for 8 images, and some time for the database
+
+
+def test_pages_go_on_where_the_last_one_ended(ledger):
+    """Whatever is deleted or added in between."""
+    for number in range(5):
+        job = add(ledger, f"{number}", keep=2).id
+        ledger.claim("w", 1)
+        ledger.finish("w", job, [image(2 * number + place)._replace(place=place) for place in range(2)])
+    order = [row["id"] for row in ledger.images()]
+    first = ledger.images(limit=4)
+    assert [row["id"] for row in first] == order[:4]
+    ledger.forget(first[0]["id"])
+    assert [row["id"] for row in ledger.images(before=first[-1]["id"])] == order[4:]
+    jobs = [job.id for job in ledger.jobs()]
+    assert [job.id for job in ledger.jobs(before=jobs[1])] == jobs[2:]
 
 
 def test_the_queue_has_an_end(ledger):
@@ -210,7 +295,7 @@ def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path, url)
     ledger = Ledger(url, lease=0.6)
     jobs = [add(ledger, f"prompt {i}", keep=3, batch=str(i % 3)).id for i in range(120)]
     ledger.close()  # a connection must not cross a fork
-    workers, killed = [], 0
+    workers, killed, end = [], 0, time.monotonic() + 120
     while killed < 50 or ledger.counts().keys() & {"queued", "running"}:
         ledger.close()
         workers = [worker for worker in workers if worker.is_alive()]
@@ -218,6 +303,7 @@ def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path, url)
             workers.append(context.Process(target=_work, args=(tmp_path, url), daemon=True))
             workers[-1].start()
         time.sleep(rng.uniform(0.02, 0.25))
+        assert time.monotonic() < end, ledger.counts()
         if killed < 50:
             if len(ledger.jobs(states=["queued", "running"], limit=10)) < 10:  # keep them busy
                 jobs += [add(ledger, f"more {killed}", keep=3, batch=str(i % 3)).id for i in range(12)]
@@ -252,7 +338,63 @@ def test_a_worker_whose_models_are_missing_says_so(tmp_path):
 
     worker = Worker(ledger, Library(tmp_path), broken)
     worker.run()
-    assert worker.failure == "no such weights"
+    assert worker.failure == "the models cannot be loaded: no such weights"
+    ledger.close()
+
+
+class Broken(Squares):
+    """Draws nothing but errors of some kind."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def draw(self, requests):
+        if not requests:
+            yield
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "tried"), [(RuntimeError("x"), MAX_DEFECTS - 1), (torch.AcceleratorError("x"), 0)])
+def test_a_broken_device_does_not_empty_the_queue(tmp_path, error, tried):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite")
+    for number in range(20):
+        add(ledger, batch=f"{number}")
+    worker = Worker(ledger, Library(tmp_path), lambda: Broken(error))
+    worker.run()
+    assert type(error).__name__ in worker.failure
+    assert ledger.counts() == {"queued": 20 - tried} | ({"failed": tried} if tried else {})
+    ledger.close()
+
+
+def test_a_job_fails_alone(tmp_path):
+    """Three jobs of a batch, the one in the middle cannot be drawn: each is drawn by itself."""
+    ledger, library, engine = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite"), Library(tmp_path), Squares()
+    jobs = [add(ledger, prompt).id for prompt in ("a", "defect", "b")]
+    worker = Worker(ledger, library, lambda: engine)
+    while claimed := ledger.claim(worker.name, 16):
+        worker.work(engine, claimed)
+    assert [ledger.get(job).state for job in jobs] == ["succeeded", "failed", "succeeded"]
+    ledger.close()
+
+
+def test_a_job_survives_what_it_does_not_need(tmp_path, monkeypatch):
+    """Neither a preview that fails nor a note that cannot be written ends it."""
+    ledger, library, engine = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite"), Library(tmp_path), Squares()
+    job = add(ledger).id
+    worker = Worker(ledger, library, lambda: engine)
+    monkeypatch.setattr(ledger, "note", lambda *_: 1 / 0)
+    worker.work(engine, ledger.claim(worker.name, 1))
+    assert ledger.get(job).state == "succeeded"
+    ledger.close()
+
+
+def test_a_job_finished_while_files_are_checked_keeps_its_images(tmp_path, monkeypatch):
+    ledger, library = filled(tmp_path, jobs=1)
+    known = ledger.image_ids
+    monkeypatch.setattr(ledger, "image_ids", lambda among=None: set() if among is None else known(among))
+    assert repair(ledger, library).removed == 0
+    assert len(library.ids()) == 2
     ledger.close()
 
 

@@ -4,8 +4,12 @@ import base64
 import hashlib
 import io
 import json
+import socket
+import sqlite3
 import threading
+import time
 import zipfile
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -19,6 +23,7 @@ from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.images import fit, to_pil, to_tensor
 from dalle_pytorch.serving.app import make_app
+from dalle_pytorch.serving.codec import MAX_WAITING
 from dalle_pytorch.serving.config import ServeConfig
 from dalle_pytorch.serving.engine import Draw, Drawn, LocalEngine
 from dalle_pytorch.serving.library import NOTES
@@ -133,8 +138,13 @@ def test_the_library_is_paged_searched_emptied_and_packed(serve, squares):
     client = serve(squares)
     first, second = draw(client, prompt="red apple", n=3), draw(client, prompt="Blue house", n=2)
     ids = [image["id"] for image in (*second["images"], *first["images"])]
-    pages = [client.get(f"/v1/images?limit=2&before={at}").json()["images"] for at in (0, 2, 4)]
-    assert [image["id"] for page in pages for image in page] == ids
+    pages, before = [], ""
+    for _ in range(3):
+        pages += client.get(f"/v1/images?limit=2{before}").json()["images"]
+        before = f"&before={pages[-1]['id']}"
+    assert [image["id"] for image in pages] == ids
+    assert client.get("/v1/images?before=nothing").status_code == 422
+    assert client.get("/v1/images?search=%00").status_code == 422
     found = client.get("/v1/images?search=blue").json()["images"]
     assert [image["id"] for image in found] == ids[:2]
     with zipfile.ZipFile(io.BytesIO(client.get(f"/v1/jobs/{first['id']}/images.zip").content)) as packed:
@@ -147,9 +157,9 @@ def test_the_library_is_paged_searched_emptied_and_packed(serve, squares):
 
 def test_a_key_of_the_client_makes_one_job(serve, squares):
     client, headers = serve(squares), {"Idempotency-Key": "order-7"}
-    one, two = (client.post("/v1/jobs", json={"prompt": "a", "seed": 1}, headers=headers).json() for _ in range(2))
+    one, two = (client.post("/v1/jobs", json={"prompt": "a"}, headers=headers).json() for _ in range(2))
     assert one["id"] == two["id"]
-    assert client.post("/v1/jobs", json={"prompt": "b", "seed": 1}, headers=headers).status_code == 409
+    assert client.post("/v1/jobs", json={"prompt": "b"}, headers=headers).status_code == 409
 
 
 @pytest.mark.parametrize(
@@ -185,8 +195,10 @@ def test_what_cannot_be_drawn_is_refused_at_once(serve, squares, body, status):
 def test_the_queue_is_bounded(serve, squares):
     client = serve(squares, owned=2)
     squares.may_go_on.clear()
-    answers = [client.post("/v1/jobs", json={"prompt": "a", "n": 1 + i}) for i in range(5)]
-    assert answers[-1].status_code == 429
+    first = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    wait_for(lambda: client.get(f"/v1/jobs/{first}").json()["state"] == "running")
+    answers = [client.post("/v1/jobs", json={"prompt": "a"}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [202, 202, 429]
     assert int(answers[-1].headers["retry-after"]) > 0
     squares.may_go_on.set()
 
@@ -222,18 +234,26 @@ def test_the_openai_client_draws(url, squares):
             client.images.generate(model="any", prompt="a", size="1024x1024")
 
 
-def test_who_hangs_up_cancels(url, squares):
+def test_the_openai_client_draws_nothing_thrice(url, squares):
+    """It asks again after 409 and 500 unless it is told not to."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        with pytest.raises(openai.InternalServerError, match="defect"):
+            client.images.generate(model="any", prompt="defect")
+        assert len(client.get("/jobs", cast_to=dict)["jobs"]) == 1
+        answer = client.images.generate(model="any", prompt="a", n=None, size=None)
+        assert len(answer.data) == 1
+
+
+def test_who_hangs_up_cancels(url, squares, tmp_path):
     squares.may_go_on.clear()
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1.0, max_retries=0) as client:
         with pytest.raises(openai.APITimeoutError):
             client.images.generate(model="any", prompt="a")
-        threading.Timer(1.5, squares.may_go_on.set).start()
-
-        def over():
-            jobs = client.get("/jobs", cast_to=dict)["jobs"]
-            return jobs[0]["state"] == "canceled"
-
-        wait_for(over)
+        with sqlite3.connect(tmp_path / "library" / "ledger.sqlite") as rows:
+            wait_for(lambda: rows.execute("SELECT cancel FROM jobs").fetchone()[0])
+        time.sleep(1)  # two heartbeats
+        squares.may_go_on.set()
+        wait_for(lambda: client.get("/jobs", cast_to=dict)["jobs"][0]["state"] == "canceled")
 
 
 # ---- the encoder-decoder server
@@ -273,6 +293,7 @@ def test_images_of_every_mode_and_size_are_encoded(serve, squares, mode, size):
         ("/encode/16", {"files": {"file": b"no image"}}, 415),
         ("/encode/16", {"files": {"file": png(Image.new("RGB", (64, 64)))[:60]}}, 415),
         ("/encode/16", {"data": {"other": "x"}}, 400),
+        ("/encode/16", {"files": {"file": b"%!PS-Adobe-3.0 EPSF-3.0"}}, 415),
         ("/encode/seven", {"files": {"file": png(Image.new("RGB", (64, 64)))}}, 422),
         ("/encode/4", {"files": {"file": png(Image.new("RGB", (64, 64)))}}, 422),
         ("/encode/16", {"files": {"file": png(Image.new("1", (3000, 3000)))}}, 413),
@@ -313,6 +334,54 @@ def test_other_hosts_and_origins_are_refused(serve, squares):
     assert client.post("/v1/jobs", content='{"prompt": "a"}', headers=form).status_code == 422
 
 
+def test_other_requests_are_answered_while_the_codec_is_busy(serve, squares):
+    """Of very many uploads a few wait, the others are told to come again."""
+    client = serve(squares)
+    codec, picture, answers = client.app.state.hub.codec, png(Image.new("RGB", (16, 16))), []
+
+    def upload() -> None:
+        answers.append(client.post("/encode/16", files={"file": picture}).status_code)
+
+    with codec.lock:
+        threads = [threading.Thread(target=upload) for _ in range(60)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(answers) >= 60 - MAX_WAITING)
+        assert client.get("/healthz").status_code == client.get("/v1/jobs").status_code == 200
+    for thread in threads:
+        thread.join()
+    assert sorted(set(answers)) == [200, 503]
+    assert answers.count(200) == MAX_WAITING
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/v1/jobs/x/y"])
+def test_every_error_has_one_shape(serve, squares, path):
+    client = serve(squares)
+    for answer in (client.get(path), client.put("/v1/jobs", json={})):
+        assert answer.status_code in (404, 405)
+        assert answer.json()["error"]["message"]
+
+
+def test_paths_as_they_are_written_lead_nowhere(url):
+    """Over a socket, since clients tidy paths up before they send them."""
+    place = urlsplit(url)
+    for path in (
+        "/../app.py",
+        "/..%2fapp.py",
+        "/%2e%2e/app.py",
+        "/..\\app.py",
+        "/./../app.py",
+        "//../app.py",
+        "/app.js/../../app.py",
+    ):
+        with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+            request = f"GET {path} HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n\r\n"
+            connection.sendall(request.encode())
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.split()[1] in (b"400", b"404"), path
+        assert b"def make_app" not in answer
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -349,7 +418,8 @@ def test_pages_run_nothing_of_others(serve, squares):
 
 def test_each_key_has_its_own_jobs(serve, squares, tmp_path):
     file = tmp_path / "keys"
-    file.write_text("".join(f"{name}:{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("ann", "bob")))
+    pairs = (("ann", "old"), ("ann", "ann"), ("bob", "bob"))  # a name may have several keys
+    file.write_text("".join(f"{name}:{hashlib.sha256(key.encode()).hexdigest()}\n" for name, key in pairs))
     client = serve(squares, keys=str(file))
     ann, bob = ({"Authorization": f"Bearer {name}"} for name in ("ann", "bob"))
     for headers in ({}, {"Authorization": "Bearer eve"}, {"Authorization": "Basic ann"}, {"Authorization": "ann"}):
@@ -358,6 +428,10 @@ def test_each_key_has_its_own_jobs(serve, squares, tmp_path):
         assert client.post("/decode", json=[[[0]]], headers=headers).status_code == 401
     job = client.post("/v1/jobs", json={"prompt": "a"}, headers=ann).json()["id"]
     image = ended(client, job, headers=ann)["images"][0]
+    assert client.get(f"/v1/jobs/{job}/preview.png", headers=bob).status_code == 404
+    assert client.get("/v1/jobs", headers=bob).json()["jobs"] == []
+    big = client.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})
+    assert big.status_code == 401  # before the body is looked at
     for path in (f"/v1/jobs/{job}", f"/v1/jobs/{job}/events", f"/v1/jobs/{job}/images.zip", image["url"],
                  f"/v1/images/{image['id']}"):  # fmt: skip
         assert client.get(path, headers=ann).status_code == 200

@@ -8,7 +8,12 @@ const STATES = { queued: "waiting", running: "drawing", succeeded: "done", faile
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem("key");
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  const answer = await fetch(path, { ...options, headers });
+  let answer;
+  try { answer = await fetch(path, { ...options, headers }); }
+  catch (error) {  // no connection, or a key that no header can hold
+    $("key-form").hidden = !key;
+    throw new Error(`the server does not answer: ${error.message}`);
+  }
   if (answer.ok) return answer;
   let message = answer.statusText;
   try { message = (await answer.json()).error.message; } catch { /* no JSON: the status says it */ }
@@ -53,7 +58,9 @@ function cardOf(id) {
 }
 
 async function render(job) {
-  const card = cardOf(job.id), part = (name) => card.querySelector(name), over = !["queued", "running"].includes(job.state);
+  const card = cardOf(job.id);
+  card.open = ["queued", "running"].includes(job.state);
+  const part = (name) => card.querySelector(name), over = !card.open;
   part("h2").textContent = job.prompt;
   const ahead = job.state === "queued" && job.position ? `, ${job.position} before it` : "";
   const seconds = job.finished && job.started ? `, ${(job.finished - job.started).toFixed(1)} s` : "";
@@ -67,6 +74,10 @@ async function render(job) {
   part(".zip").hidden = job.state !== "succeeded";
   part(".zip").onclick = attempt(() => download(`/v1/jobs/${job.id}/images.zip`, `${job.id}.zip`));
   if (over) part(".preview").hidden = true;
+  if (job.state === "running" && job.progress > 0 && job.progress !== card.progress) {
+    card.progress = job.progress;
+    show(part(".preview"), `/v1/jobs/${job.id}/preview.png?${job.progress}`).then(() => { part(".preview").hidden = !card.open; }, () => {});
+  }
   if (job.images && !part(".grid").childElementCount) part(".grid").append(...job.images.map(figureOf));
 }
 
@@ -82,6 +93,7 @@ function figureOf(image) {
   const score = image.score === null ? "" : ` · ${image.score.toFixed(3)}`;
   figure.querySelector("figcaption").textContent = location.hash === "#library" ? image.prompt : `#${image.index}${score}`;
   figure.querySelector("figcaption").title = `${image.prompt}, seed ${image.seed}, index ${image.index}${score}`;
+  for (const button of figure.querySelectorAll("button")) button.setAttribute("aria-label", `${button.textContent} image ${image.place + 1} of ${image.prompt}`);
   figure.querySelector(".redraw").onclick = attempt(async () => {
     const row = await json(`/v1/images/${image.id}`);
     location.hash = "#draw";
@@ -97,29 +109,22 @@ function figureOf(image) {
 }
 
 async function submit(body) {
-  const job = await post("/v1/jobs", body);
-  await render(job);
-  follow(job.id).catch(tell);
+  await render(await post("/v1/jobs", body));
+  watch();
 }
 
-// Server-sent events by fetch: EventSource cannot send a key.
-async function follow(id) {
-  const reader = (await ask(`/v1/jobs/${id}/events`)).body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    text += value;
-    const events = text.split("\n\n");
-    text = events.pop();
-    for (const lines of events.map((event) => event.split("\n"))) {
-      const data = lines.find((line) => line.startsWith("data: "));
-      if (!data) continue;
-      const content = JSON.parse(data.slice(6));
-      if (lines[0] === "event: preview") show(cardOf(id).querySelector(".preview"), content.url).catch(() => {});
-      else await render(content);
+// All open jobs are asked for together: a stream for each would take up the browser's few connections.
+let watching = false;
+
+async function watch() {
+  if (watching) return;
+  watching = true;
+  try {
+    while ([...cards.values()].some((card) => card.open)) {
+      await new Promise((resolve) => setTimeout(resolve, 400));
+      try { await showJobs(); tell(null); } catch (error) { tell(error); await new Promise((resolve) => setTimeout(resolve, 2000)); }
     }
-  }
+  } finally { watching = false; }
 }
 
 async function download(path, name) {
@@ -136,24 +141,22 @@ $("prompt-form").onsubmit = attempt(async () => {
 });
 
 async function showJobs() {
-  const { jobs } = await json("/v1/jobs?limit=10");
-  for (const job of jobs.reverse()) {
-    if (cards.has(job.id)) continue;
-    await render(job);
-    if (["queued", "running"].includes(job.state)) follow(job.id).catch(tell);
-  }
+  const { jobs } = await json("/v1/jobs?limit=20");
+  for (const job of jobs.reverse()) if (cards.get(job.id)?.open ?? true) await render(job);
+  for (const [id, card] of cards) if (card.open && !jobs.some((job) => job.id === id)) await render(await json(`/v1/jobs/${id}`));
 }
 
 // ---- library
 
 const PAGE = 48;
-let shown = 0;
+let shown = 0, last = null;
 
 async function showImages(anew) {
-  if (anew) { shown = 0; $("images").replaceChildren(); }
-  const query = new URLSearchParams({ search: $("search").value, limit: PAGE, before: shown });
+  if (anew) { shown = 0; last = null; $("images").replaceChildren(); }
+  const query = new URLSearchParams({ search: $("search").value, limit: PAGE, ...(last ? { before: last } : {}) });
   const { images } = await json(`/v1/images?${query}`);
   shown += images.length;
+  last = images.at(-1)?.id ?? last;
   $("images").append(...images.map(figureOf));
   $("more").hidden = images.length < PAGE;
   $("no-images").hidden = shown > 0;
@@ -184,25 +187,50 @@ $("codec-form").onsubmit = attempt(async () => {
   $("perturb").disabled = false;
 });
 
+function stopPerturbing() {
+  perturbing = false;
+  $("perturb").textContent = "Perturb";
+}
+
 $("perturb").onclick = attempt(async () => {
-  perturbing = !perturbing;
-  $("perturb").textContent = perturbing ? "Stop" : "Perturb";
-  while (perturbing && tokens) {
-    const row = tokens[0][Math.floor(Math.random() * tokens[0].length)], at = Math.floor(Math.random() * row.length);
-    row[at] = Math.max(0, row[at] + (Math.random() < 0.5 ? -1 : 1));
-    try { await decoded(tokens); } catch (error) { row[at] -= 1; if (perturbing && row[at] < 0) throw error; }
-    await new Promise((resolve) => setTimeout(resolve, 10));
-  }
+  if (perturbing) return stopPerturbing();
+  perturbing = true;
+  $("perturb").textContent = "Stop";
+  try {
+    while (perturbing && tokens) {
+      const row = tokens[0][Math.floor(Math.random() * tokens[0].length)], at = Math.floor(Math.random() * row.length), old = row[at];
+      row[at] = Math.max(0, old + (Math.random() < 0.5 ? -1 : 1));
+      // one above the last code is refused
+      try { await decoded(tokens); } catch (error) { if (row[at] <= old) throw error; row[at] = old; }
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+  } finally { stopPerturbing(); }
 });
 
 // ---- pages
 
+// What the server allows, once its models are loaded.
+async function limit() {
+  try {
+    const { limits } = await json("/readyz");
+    $("prompt").maxLength = limits.prompt;
+    for (const name of ["n", "num_candidates"]) {
+      const input = document.querySelector(`.settings [name=${name}]`);
+      input.max = limits.images;
+      if (Number(input.value) > limits.images) input.value = limits.images;
+    }
+  } catch { /* not loaded yet: a job that asks for too much is refused with the number */ }
+}
+
 const go = attempt(async () => {
   const page = PAGES.includes(location.hash.slice(1)) ? location.hash.slice(1) : "draw";
   for (const name of PAGES) $(name).hidden = name !== page;
-  for (const link of document.querySelectorAll("nav a")) link.toggleAttribute("aria-current", link.hash === `#${page}`);
-  if (page !== "codec") perturbing = false;
-  if (page === "draw") { await showJobs(); $("prompt").focus(); }
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${page}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  if (page !== "codec") stopPerturbing();
+  if (page === "draw") { $("prompt").focus(); await limit(); await showJobs(); watch(); }
   if (page === "library") await showImages(true);
   if (page === "codec" && !$("size").value) $("size").value = (await json("/readyz")).image_size;
 });
