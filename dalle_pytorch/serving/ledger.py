@@ -135,8 +135,19 @@ class Ledger:
                 sa.event.listen(self.engine, "connect", _prepare_sqlite)
             with self.write(alone=True) as connection:
                 METADATA.create_all(connection)
+                found = sa.inspect(connection)
+                missing = [
+                    c for t in METADATA.sorted_tables for c in t.c if not _is_among(c, found.get_columns(t.name))
+                ]
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             raise UserError(f"database={_without_password(url)} cannot be opened: {first_line(error)}") from error
+
+        if missing:
+            self.close()
+            raise UserError(
+                f"database={_without_password(url)} is of another version: it has no {missing[0]}. Move it away, and "
+                "let serve.py repair=true write a new one from the images"
+            )
 
     def close(self) -> None:
         """Close all connections."""
@@ -468,6 +479,10 @@ class Ledger:
             connection.execute(
                 sa.insert(IMAGES).values({**image._asdict(), "job": job, "owner": owner, "created": created})
             )
+
+
+def _is_among(column: sa.Column[Any], found: Sequence[Any]) -> bool:
+    return any(each["name"] == column.name for each in found)
 
 
 def _without_password(url: str) -> str:

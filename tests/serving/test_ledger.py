@@ -220,6 +220,16 @@ def test_a_ledger_can_be_opened_by_many_at_once(url):
     assert failures == []
 
 
+def test_a_ledger_of_another_version_is_refused(url):
+    Ledger(url).close()
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN request")
+    engine.dispose()
+    with pytest.raises(UserError, match=r"no jobs.request.*repair=true"):
+        Ledger(url)
+
+
 def test_passwords_are_not_told():
     with pytest.raises(UserError, match="cannot be opened") as caught:
         Ledger("postgresql+psycopg://me:secret@127.0.0.1:1/none")
