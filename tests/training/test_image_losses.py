@@ -15,6 +15,11 @@ from dalle_pytorch.training.image_losses import AdversaryConfig, ImageLosses, Pe
 from dalle_pytorch.training.vae import make_vae
 
 FSQ = ["model=fsq", "model.image_size=16", "model.num_layers=2", "model.hidden_dim=16", "model.num_resnet_blocks=1"]
+VQGAN = [
+    "model=vqgan", "model.image_size=16", "model.ch=8", "model.ch_mult=[1,2]", "model.num_res_blocks=1",
+    "model.attention_levels=[]", "model.z_channels=8", "model.embed_dim=4", "model.norm_groups=4",
+    "model.codebook_size=16",
+]  # fmt: skip
 ADVERSARY = [
     "adversary.weight=0.5", "adversary.start=3", "adversary.r1=0.1", "adversary.r1_every=2",
     "adversary.discriminator.width=8", "adversary.discriminator.num_layers=1", "adversary.lr=1e-3",
@@ -147,9 +152,11 @@ def test_spectral_norms_follow_the_weights_once_a_step():
     torch.testing.assert_close(largest, torch.tensor(1.0), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("norm", ["group", "spectral"])
-def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, all_losses, tmp_path, run_command, unchecked_shapes, norm):
-    more = [*all_losses, f"adversary.discriminator.norm={norm}"]
+@pytest.mark.parametrize(("norm", "model"), [("group", []), ("spectral", []), ("group", VQGAN)])
+def test_a_resumed_run_ends_as_one_that_did_not_stop(
+    shards, all_losses, tmp_path, run_command, unchecked_shapes, norm, model
+):
+    more = [*(model or FSQ), *all_losses[len(FSQ) :], f"adversary.discriminator.norm={norm}"]
     run_command(train_vae.main, *settings(shards, tmp_path / "whole", *more))
     run_command(train_vae.main, *settings(shards, tmp_path / "parts", *more))
     for name in ("step_00000012.ckpt", "best.ckpt"):
@@ -162,6 +169,27 @@ def test_a_resumed_run_ends_as_one_that_did_not_stop(shards, all_losses, tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in a)
     files = [dalle_pytorch.load(tmp_path / name / "vae.safetensors").state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at it
+def test_compiled_networks_learn_the_same(shards, vgg_file, tmp_path, run_command, unchecked_shapes):
+    """Up to rounding, which Adam's first steps make larger."""
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        more = [*FSQ, "perceptual.weight=0.1", f"perceptual.network={vgg_file}", "trainer.limit_val_batches=0"]
+        more += [f"compile={compiled}", "data.jitter=0", "trainer.max_steps=3", "optim.lr=1e-4"]
+        run_command(train_vae.main, *settings(shards, tmp_path / name, *more))
+    for loss in ("train/loss", "train/lpips"):
+        plain, compiled = (logged(tmp_path / name, loss) for name in ("plain", "compiled"))
+        assert plain == pytest.approx(compiled, rel=1e-3)
+
+
+def test_bf16_trains_with_all_losses(shards, all_losses, tmp_path, run_command, unchecked_shapes):
+    """The losses are those of fp32 but for rounding. (A CPU that has no bf16 trains in fp32 instead.)"""
+    for name, precision in (("whole", "32-true"), ("half", "bf16-mixed")):
+        more = [*all_losses, "data.jitter=0", "trainer.max_steps=3", "optim.lr=1e-4", f"trainer.precision={precision}"]
+        run_command(train_vae.main, *settings(shards, tmp_path / name, *more))
+    whole, half = (logged(tmp_path / name, "train/loss") for name in ("whole", "half"))
+    assert whole == pytest.approx(half, rel=0.05)
 
 
 def test_an_accumulated_step_is_one_step(shards, all_losses, tmp_path, run_command, unchecked_shapes):
