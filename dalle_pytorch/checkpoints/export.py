@@ -141,6 +141,11 @@ def card(model: nn.Module, head: Header, config: ExportConfig) -> str:
         lines += [config.description, ""]
     count = sum(parameter.numel() for parameter in model.parameters())
     included = ", image tokenizer included" if head["vae"] else ""
+    if head.get("text_encoder"):
+        encoder: Any = model.text_encoder
+        count_of = f"{sum(parameter.numel() for parameter in encoder.parameters()):,}"
+        name_of = head["text_encoder"]["config"]["network"].get("model_type")
+        included += f"; {count_of} of them are a pretrained text encoder ({name_of}) with a licence of its own"
     lines += [f"A `{kind}` of {count:,} parameters{included}.", ""]
     foreign = head["config"].get("foreign", {})
     settings = {

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -12,6 +13,16 @@ from dalle_pytorch.errors import UserError, first_line, some
 from dalle_pytorch.models.text_encoder import TextEncoder, TextEncoderConfig
 from dalle_pytorch.text import HFDirectoryTokenizer
 
+POSITIONS_BEHIND_PAD = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "data2vec-text",
+    "longformer",
+    "ibert",
+)
+"""Networks that count positions from the id of the padding on, and so have fewer than their settings say."""
 PROBE = "a"  # a text of which any vocabulary has a token
 
 
@@ -37,24 +48,32 @@ def load_text_encoder(weights: str | Path) -> tuple[TextEncoder, HFDirectoryToke
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         settings = getattr(settings, "text_config", settings)  # of two towers the one for text
         net, info = AutoModelForTextEncoding.from_pretrained(
-            folder, config=settings, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+            folder, config=settings, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            dtype=torch.float32,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{hint}: {first_line(error)}") from error
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise UserError(f"{hint}: it has no {some(missing)}")
     tokenizer = HFDirectoryTokenizer(folder)
     start, end = _marks(tokenizer)
+    rows, ids = net.get_input_embeddings().num_embeddings, tokenizer.vocab_size - tokenizer.shift
+    if ids > rows:
+        raise UserError(f"{weights}: its tokenizer has {ids} ids, the encoder knows {rows}")
+    network = json.loads(settings.to_json_string(use_diff=False))
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and settings.model_type in POSITIONS_BEHIND_PAD:
+        positions -= settings.pad_token_id + 1
     config = TextEncoderConfig(
-        network=json.loads(settings.to_json_string(use_diff=False)),
+        network={key: value for key, value in network.items() if key not in ("_name_or_path", "transformers_version")},
         width=settings.hidden_size,
-        max_tokens=getattr(settings, "max_position_embeddings", None),
+        max_tokens=positions,
         start_id=start,
         end_id=end,
         pad_id=getattr(settings, "pad_token_id", None) or 0,
         token_shift=tokenizer.shift,
     )
-    return TextEncoder(config, net).requires_grad_(False).eval(), tokenizer
+    return TextEncoder(config, _without_pooler(net)).requires_grad_(False).eval(), tokenizer
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
@@ -71,7 +90,14 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         net: nn.Module = AutoModelForTextEncoding.from_config(AutoConfig.for_model(name, **settings))
     except (ValueError, KeyError) as error:
         raise UserError(f"transformers knows no text encoder {name!r}: {first_line(error)}") from error
-    return TextEncoder(config, net)
+    return TextEncoder(config, _without_pooler(net))
+
+
+def _without_pooler(net: Any) -> nn.Module:
+    """The network without what makes one feature of a text: it is not read, and often has no trained weights."""
+    if getattr(net, "pooler", None) is not None:
+        net.pooler = None
+    return net
 
 
 def _marks(tokenizer: HFDirectoryTokenizer) -> tuple[int | None, int | None]:

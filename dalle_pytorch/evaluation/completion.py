@@ -50,8 +50,8 @@ class CompletionConfig:
     rows: list[float] = field(default_factory=list)
     """The top is given, so much of the height each; in (0, 1)."""
     hole: list[float] = field(default_factory=list)
-    """All but the middle square is given, whose side is so much of the picture's; in (0, 1). A model writes in raster
-    order: what is given below it is not seen."""
+    """All but the middle square is given, whose side is so much of the picture's; in (0, 1). In raster order
+    what is given below it is not seen; with sampling.strategy=random all is."""
     num_pictures: int = 16
     """Pictures to complete, with captions that all differ."""
     num_candidates: int = 2

@@ -45,6 +45,7 @@ from dalle_pytorch.evaluation.zero_shot import evaluate_zero_shot
 from dalle_pytorch.generation.generator import Generator, best_precision, text_tokenizer_of
 from dalle_pytorch.generation.rerank import as_scorers
 from dalle_pytorch.generation.sampling import SamplingConfig
+from dalle_pytorch.generation.strategies import find_strategy
 from dalle_pytorch.models.image_tokenizer import margin_of
 from dalle_pytorch.models.lpips import LPIPS
 from dalle_pytorch.models.probe import Probe
@@ -176,6 +177,8 @@ def check(dalle: Any, config: EvaluateConfig) -> None:
 def drawn_how(config: EvaluateConfig, sampling: SamplingConfig, **counts: int) -> Protocol:
     """The protocol of drawn pictures; ``counts`` are of prompts, and of candidates where not ``num_candidates``."""
     settings = {f"sampling.{key}": str(value) for key, value in asdict(sampling).items()}
+    if find_strategy(sampling.strategy).order is None:
+        del settings["sampling.order_seed"]
     precision = best_precision(find_device(config.device))
     arithmetic = {} if precision == "fp32" else {"precision": precision}
     return {**settings, **arithmetic, "seed": config.seed, "candidates": config.num_candidates, **counts}

@@ -16,7 +16,7 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.decoder import Decoder
 from dalle_pytorch.generation.rerank import Ranking, Scorer, as_scorers, rank, score
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
-from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens, find_strategy
+from dalle_pytorch.generation.strategies import KnownTokens, check_strategy, draw_image_tokens, find_strategy
 from dalle_pytorch.models.text_to_image import TextToImage
 from dalle_pytorch.models.two_towers import TwoTowers
 from dalle_pytorch.text import TextTokenizer
@@ -74,7 +74,7 @@ class SampleOptions(TypedDict, total=False):
     truncate: bool
     """Cut a prompt longer than the context instead of raising; False."""
     preview_rows: int
-    """Give a Preview after so many token rows each; 0 = none."""
+    """Give a Preview after so many token rows each; 0 = none. There are none of a random order, which has no rows."""
     progress: Callable[[int], object]
     """Called with the number of image tokens that have just been drawn."""
 
@@ -149,7 +149,7 @@ class Generator:
         if len(seeds) not in (1, len(prompts)):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: one, or one for each")
         if sampling is not None:
-            find_strategy(sampling.strategy)
+            check_strategy(sampling, self.dalle)
         if sampling is not None and sampling.guided() and not self.dalle.config.caption_dropout:
             raise UserError(
                 f"guidance (cfg_scale={sampling.cfg_scale}, cfg_schedule={sampling.cfg_schedule}) needs a model that "
@@ -240,6 +240,8 @@ class Generator:
                 f"given tokens of {len(given.tokens)} images for {len(prompts)} prompts: one, or one for each"
             )
         size = self.micro_batch(sampling, len(indices))
+        if find_strategy(sampling.strategy).order is not None:
+            preview_rows = 0
         for numbers, part in micro_batches(len(prompts), list(indices), size):
             drawn, wanted = list(numbers), part
             if self.decoder.compiled:  # fill up: another number of rows would be another program to translate

@@ -47,7 +47,7 @@ class Drawing:
         order: raster positions in the order in which they are drawn, on the CPU; None = raster order.
 
     Raises:
-        UserError: shapes that do not fit, or an order that the model has not learned; names them.
+        UserError: shapes that do not fit; names them.
     """
 
     def __init__(
@@ -65,11 +65,6 @@ class Drawing:
             raise UserError(
                 f"uniforms of shape {tuple(uniforms.shape)} given, expected (candidates of {prompts} prompts, image "
                 f"tokens) = (a multiple of {prompts}, {count})"
-            )
-        if order is not None and not decoder.dalle.any_order:
-            raise UserError(
-                f"strategy={sampling.strategy} draws in another order than the raster's, which this model has not "
-                "learned: train one with model.any_order=true and random_order, or use strategy=raster"
             )
         self.decoder, self.uniforms, self.sampling = decoder, uniforms, sampling
         self.candidates, device = len(uniforms) // prompts, text_tokens.device
@@ -220,6 +215,19 @@ def find_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
+def check_strategy(sampling: SamplingConfig, dalle: TextToImage) -> None:
+    """Refuse a strategy that there is not, and an order that a model has not learned.
+
+    Raises:
+        UserError: names it.
+    """
+    if find_strategy(sampling.strategy).order is not None and not dalle.any_order:
+        raise UserError(
+            f"sampling.strategy={sampling.strategy} draws in another order than the raster's, which this model has not "
+            "learned: train one with model.any_order=true and random_order, or use strategy=raster"
+        )
+
+
 def draw_image_tokens(
     decoder: Decoder,
     text_tokens: Int[Tensor, "p t"],
@@ -236,6 +244,7 @@ def draw_image_tokens(
     Raises:
         UserError: shapes that do not fit, or scores that are not finite; names them.
     """
+    check_strategy(sampling, decoder.dalle)
     strategy, count = find_strategy(sampling.strategy), decoder.dalle.num_image_tokens
     order = None
     if strategy.order is not None:

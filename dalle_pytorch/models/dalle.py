@@ -209,7 +209,7 @@ class DALLE(TextToImage):
         self.text_proj = nn.Sequential()
         if config.text_features:
             norm = nn.LayerNorm(config.text_features, elementwise_affine=False)
-            self.text_proj = nn.Sequential(norm, Linear(config.text_features, config.dim))
+            self.text_proj = nn.Sequential(norm, Linear(config.text_features, config.dim, bias=config.bias))
         self.text_emb = nn.Embedding(config.embedded_ids + config.num_pads, config.dim)  # ids, then the pads
         self.image_emb = nn.Embedding(self.codebook_size, config.dim)
         self.bos = nn.Parameter(torch.zeros(config.dim)) if config.foreign.bos else None

@@ -70,7 +70,9 @@ class TextEncoder(nn.Module):
         """
         config, marks = self.config, self.config.marks
         start = 0 if config.start_id is None else 1
-        lengths = (text_tokens != 0).sum(dim=1, keepdim=True)
+        lengths, given = (text_tokens != 0).sum(dim=1, keepdim=True), text_tokens.shape[1]
+        if text_tokens.device.type == "cpu":  # a GPU would have to be waited for
+            text_tokens = text_tokens[:, : max(int(lengths.max()) + 1, 1)]
         at = torch.arange(text_tokens.shape[1] + marks, device=text_tokens.device)
         ids = F.pad(text_tokens - config.token_shift, (start, marks - start))
         if config.start_id is not None:
@@ -83,4 +85,5 @@ class TextEncoder(nn.Module):
             values = self.net(input_ids=ids, attention_mask=read.long()).last_hidden_state
         count = text_tokens.shape[1]
         ends = int(config.end_id is not None) * (lengths > 0)
-        return TextFeatures(values[:, start : start + count], torch.arange(count, device=ids.device) < lengths + ends)
+        values = F.pad(values[:, start : start + count], (0, 0, 0, given - count))
+        return TextFeatures(values, torch.arange(given, device=ids.device) < lengths + ends)

@@ -14,7 +14,7 @@ from dalle_pytorch.config import RENAMED, register
 from dalle_pytorch.data.batches import Batch
 from dalle_pytorch.errors import ConfigError, UserError
 from dalle_pytorch.generation.sampling import SamplingConfig, candidate_uniforms
-from dalle_pytorch.generation.strategies import generate_image_tokens
+from dalle_pytorch.generation.strategies import find_strategy, generate_image_tokens
 from dalle_pytorch.models.dalle import DALLEConfig
 from dalle_pytorch.models.dalle_bart import DALLEBartConfig
 from dalle_pytorch.models.image_tokenizer import CodeLogits, ImageTokenizer
@@ -67,9 +67,10 @@ class TrainDALLEConfig(RunConfig):
     """Phrases that exclude each other, such as the names of styles. With model.contrast_weight a picture's wrong
     caption is half the time its own with another phrase, where it holds one, and otherwise another picture's."""
     random_order: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(start=0.0, end=0.0))
-    """Share of the images whose tokens are learned in a random order, over the training, with model.any_order. RAR's
-    falls from 1 to 0, ``random_order.start=1 random_order.share=0.75``, and what it learns draws in raster order; one
-    that stays above 0 keeps sampling.strategy=random as well."""
+    """Share of the images whose tokens are learned in a random order, over the training, with model.any_order. One that
+    falls from 1 to 0, ``random_order.start=1 random_order.share=0.75``, ends in raster order, as RAR does (there it
+    stays at 1 for half of the training and falls in a line over the next quarter). One that stays above 0 keeps
+    sampling.strategy=random as well."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text tokenizer."""
     text_encoder: str | None = None
@@ -89,7 +90,7 @@ class TrainDALLEConfig(RunConfig):
             raise UserError(f"image_codes must be one of {', '.join(IMAGE_CODES)}, got {self.image_codes!r}")
         check_phrases(self.contrast_phrases, "contrast_phrases")
         if self.text_encoder is not None and (
-            self.text.tokenizer != "bpe" or self.text.tokenizer_from or self.text.bpe_dropout
+            self.text.tokenizer != "bpe" or self.text.tokenizer_from or self.text.path or self.text.bpe_dropout
         ):
             raise UserError(
                 f"text_encoder={self.text_encoder} brings its tokenizer, which has no BPE dropout: leave "
@@ -250,7 +251,12 @@ def check_order(config: TrainDALLEConfig) -> None:
     Raises:
         ConfigError: says which.
     """
-    shares, can = (config.random_order.start, config.random_order.end), getattr(config.model, "any_order", False)
+    schedule, can = config.random_order, getattr(config.model, "any_order", False)
+    shares = (schedule.start, schedule.start if schedule.shape == "constant" else schedule.end)
+    if find_strategy(config.sampling.strategy).order is not None and not can:
+        raise ConfigError(
+            f"sampling.strategy={config.sampling.strategy} needs a model of any order: model.any_order=true"
+        )
     if not all(0 <= share <= 1 for share in shares):
         raise ConfigError(f"random_order.start and .end are shares of the images, in [0, 1], got {shares}")
     if any(shares) and not can:

@@ -160,7 +160,16 @@ def flops(net: DALLE) -> tuple[float, float]:
     image = net.image_head.weight.numel()
     # under wrong captions everything but the text head once more; the image head of the contrast for itself, twice
     heads = 2 * (text * (text_length - 1) + (3 if config.contrast_weight else 1) * image * net.num_image_tokens)
-    return 3.0 * captions_each(net) * (2 * matrices(net) * length + attention), 3.0 * heads
+    blocks = 3.0 * captions_each(net) * (2 * matrices(net) * length + attention)
+    if net.text_encoder is not None:  # only forward, over the text alone
+        blocks += captions_each(net) * 2.0 * config.text_len * encoder_matrices(net.text_encoder)
+    return blocks, 3.0 * heads
+
+
+def encoder_matrices(text_encoder: nn.Module) -> int:
+    """Weights of a text encoder that products read."""
+    tables = {id(m.weight) for m in text_encoder.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.numel() for p in text_encoder.parameters() if p.ndim == 2 and id(p) not in tables)
 
 
 def captions_each(net: DALLE) -> int:

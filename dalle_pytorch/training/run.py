@@ -357,8 +357,11 @@ def make_trainer(
 def _model_differences(before: Header, now: Header, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     # what a header of an earlier version lacks is at its default
     yield from differences(asdict(checkpoint.config_of(before)), now["config"], prefix)
-    if before["vae"] is not None and now["vae"] is not None:
-        yield from _model_differences(before["vae"], now["vae"], "vae.")
+    for part in ("vae", "text_encoder"):
+        if before.get(part) is not None and now[part] is not None:
+            yield from _model_differences(before[part], now[part], f"{part}.")
+    if now["text_encoder"] is not None and before["text_tokenizer"] != now["text_tokenizer"]:
+        yield "text tokenizer", "another one", f"that of the text encoder ({now['text_tokenizer']['kind']})"
 
 
 def _final(trainer: pl.Trainer, lit: LitBase[Any], keep: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -5,9 +5,11 @@ import torch
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.decoder import Decoder
+from dalle_pytorch.generation.generator import Candidates, Generator, Preview
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.generation.strategies import KnownTokens, draw_image_tokens, random_order
 from dalle_pytorch.models.dalle import DALLEConfig
+from dalle_pytorch.text import BPETokenizer
 from dalle_pytorch.training.dalle import orders
 
 TEXT = torch.tensor([[3, 1, 4, 0], [1, 5, 0, 0]])
@@ -87,6 +89,23 @@ def test_drawn_in_a_random_order_as_without_a_cache(make_dalle, scale, known):
         picked = sampling.pick(uncond + scale * (cond - uncond), uniforms[:, order[place]])
         expected[:, order[place]] = picked
     assert torch.equal(tokens, expected)
+
+
+def test_there_are_no_previews_of_a_random_order(make_dalle):
+    """They would show rows, and tokens are drawn anywhere."""
+    generator = Generator(with_tokenizer(make_dalle(**FREE)))
+    for strategy, wanted in (("raster", {Preview, Candidates}), ("random", {Candidates})):
+        sampling = SamplingConfig(strategy=strategy)
+        assert {type(event) for event in generator.sample("red", [0], sampling=sampling, preview_rows=1)} == wanted
+    with pytest.raises(UserError, match="not learned"):
+        Generator(with_tokenizer(make_dalle())).check(["red"], SamplingConfig(strategy="random"))
+
+
+def with_tokenizer(dalle):
+    dalle.text_tokenizer = BPETokenizer.train(["red"], 260)
+    dalle.config.text_vocab_size = 260
+    dalle.text_emb = torch.nn.Embedding(260 + dalle.config.num_pads, dalle.config.dim)
+    return dalle
 
 
 def test_an_order_is_a_function_of_its_seed():

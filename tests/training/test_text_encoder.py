@@ -155,10 +155,39 @@ def test_misfits_are_refused(folder, tiny_vae, tmp_path):
             DALLEConfig(dim=32, text_len=31).fitted(tiny_vae, tokenizer, encoder).build(tiny_vae, encoder)
     with pytest.raises(FileNotFoundError, match="no folder"):
         load_text_encoder(tmp_path / "nothing")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"a":10', '"a": 99').replace('"a": 10', '"a": 99'))
+    with pytest.raises(UserError, match=r"100 ids, the encoder knows 11"):
+        load_text_encoder(folder)
+    (folder / "tokenizer.json").write_text(text)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "model_type": "vit"}))
     with pytest.raises(UserError, match="no text encoder"):
         load_text_encoder(folder)
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+def test_it_is_fp32_without_paths_and_without_a_pooler(folder):
+    """Whatever it is stored in: a checkpoint gives it back in fp32, and holds nothing that is not read."""
+    net = transformers.BertModel.from_pretrained(folder, dtype=torch.bfloat16)
+    net.save_pretrained(folder)
+    encoder, _ = load_text_encoder(folder)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    assert not any("pooler" in name for name in encoder.state_dict())
+    assert str(folder) not in json.dumps(encoder.config.network)
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+def test_networks_that_count_positions_from_the_padding_have_fewer(folder):
+    """RoBERTa: the longest caption that is let in can be read."""
+    settings = transformers.RobertaConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=20,
+        **{**SMALL, "pad_token_id": 1},
+    )  # fmt: skip
+    transformers.RobertaModel(settings).save_pretrained(folder)
+    encoder, _ = load_text_encoder(folder)
+    assert encoder.config.max_tokens == 18
+    encoder.encode(torch.full((1, 16), 5))  # 18 with the marks
 
 
 @pytest.mark.parametrize("folder", ["bert"], indirect=True)
@@ -189,6 +218,12 @@ def test_trained_and_resumed_by_the_command(folder, shards, vae_file, tmp_path, 
         code, error = run_command(train_dalle.main, *small(tmp_path / "no", 2), *arguments)
         assert code in (1, 2)
         assert message in error
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"triangle"', '"hexagon"'))
+    code, error = run_command(train_dalle.main, *small(tmp_path / "parts", 6, "resume=true"))
+    assert code == 1
+    assert "text tokenizer was another one" in error
+    (folder / "tokenizer.json").write_text(text)
     torch.manual_seed(1)
     transformers.BertModel(KINDS["bert"][0]()).save_pretrained(folder)
     code, error = run_command(train_dalle.main, *small(tmp_path / "parts", 6, "resume=true"))

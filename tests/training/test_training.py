@@ -101,6 +101,11 @@ def test_a_dalle_of_random_orders_resumes_exactly(shards, vae_file, tmp_path, ru
         (["random_order.start=1"], "model.any_order=true"),
         (["model.any_order=true", "model.shift_tokens=false"], "set random_order.start=1"),
         (["model.any_order=true", "model.shift_tokens=false", "random_order.start=2"], "shares of the images"),
+        (["sampling.strategy=random"], "needs a model of any order"),
+        (
+            ["model.any_order=true", "model.shift_tokens=false", "random_order={start: 0, end: 1, shape: constant}"],
+            "set",
+        ),
         (["model=bart", "random_order.start=1"], "not there for a DALL·E mini"),
     ],
 )
