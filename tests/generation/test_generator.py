@@ -135,7 +135,7 @@ def test_arguments_of_the_wrong_kind_are_named(prompted):
         generator.generate(["a", "b"], num_candidates=1, num_keep=1)
     with pytest.raises(ValueError, match="seed must be an integer, got None"):
         generator.candidates("a red apple", [0], seed=None)
-    with pytest.raises(ValueError, match="strategy must be one of raster, speculative, got 'halton'"):
+    with pytest.raises(ValueError, match="strategy must be one of raster, random, speculative, got 'halton'"):
         generator.candidates("a red apple", [0], sampling=SamplingConfig(strategy="halton"))
 
 
