@@ -396,6 +396,26 @@ def test_no_path_leads_out(serve, squares, path):
     assert "SQLite" not in answer.text
 
 
+def test_strange_headers_cost_nothing(serve, squares):
+    """Thousands of ranges, line breaks and names of files."""
+    client = serve(squares)
+    url = draw(client)["images"][0]["url"]
+    started = time.monotonic()
+    for ranges in (
+        "bytes=" + ",".join(f"{i}-{i}" for i in range(2000)),
+        "bytes=-" + "9" * 50,
+        "bytes=5-1",
+        "lines=1-2",
+    ):
+        assert client.get(url, headers={"Range": ranges}).status_code in (200, 206, 400, 416)
+    assert time.monotonic() - started < 5
+    answer = client.get("/v1/jobs/x%0d%0aSet-Cookie:%20a=b/images.zip")
+    assert answer.status_code == 404
+    assert "set-cookie" not in answer.headers
+    files = {"file": ('../../x"\r\nX: y.png', png(Image.new("RGB", (16, 16))), "text/html")}
+    assert client.post("/encode/16", files=files).status_code == 200  # its name and its type mean nothing
+
+
 def test_bodies_are_bounded(serve, squares):
     client = serve(squares, body_mb=0.1)
     assert client.post("/v1/jobs", json={"prompt": "a" * 200_000}).status_code == 413
