@@ -67,6 +67,8 @@ class Engine(Protocol):
     model: str
     """Hash of the weights that draw."""
     image_size: int
+    vae: Any
+    """The image tokenizer, for the codec."""
     together: int
     """Images that are drawn in one go."""
 

@@ -136,6 +136,8 @@ class Worker:
             self.ledger.give_back(self.name, names, apart=True)
         else:
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: a defect, see the log"
+            if isinstance(error, torch.OutOfMemoryError):
+                told = "out of memory, even with one image at a time"
             self.ledger.end(self.name, names, FAILED, told)
 
     def note(self, job: Job, event: Step) -> None:
