@@ -26,6 +26,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, R
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,6 +44,7 @@ from dalle_pytorch.serving.engine import Draw, LocalEngine
 from dalle_pytorch.serving.keys import Keys
 from dalle_pytorch.serving.ledger import DONE, QUEUED, RUNNING, SUCCEEDED, Conflict, Job, Ledger, QueueFull
 from dalle_pytorch.serving.library import Library
+from dalle_pytorch.serving.similar import Similar
 from dalle_pytorch.serving.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,15 @@ SECURE = {
 Before = Annotated[str | None, Query(pattern="^[0-9a-f]{32}$", description="id of the last one of the page before")]
 
 
+class Completion(BaseModel):
+    """An image to complete."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(pattern="^[0-9a-f]{32}$", description="id of an image of the library")
+    rows: int = Field(ge=1, description="token rows that stay, from the top")
+
+
 class DrawBody(BaseModel):
     """What to draw."""
 
@@ -73,6 +84,7 @@ class DrawBody(BaseModel):
         None, min_length=1, description="draw these candidates only, as an image's row names them"
     )
     negative_prompt: str = ""
+    complete: Completion | None = Field(None, description="keep the top of an image, and draw the rest anew")
     temperature: float | None = Field(None, ge=0, le=100)
     top_k: int | None = Field(None, ge=0, lt=1 << 31)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -102,6 +114,8 @@ class ImagesBody(BaseModel):
 
 
 NO_KEY = "no key, or one that is not known"
+PRIVATE = ("/v1/", "/encode", "/decode", "/compare", "/metrics")
+"""What paths begin with that need a key, where there are any."""
 
 
 class Hub:
@@ -112,6 +126,7 @@ class Hub:
         self.keys = Keys(config.keys)
         self.engine: Any = None
         self.codec: Codec | None = None
+        self.similar: Similar | None = None
         self.broken = False
         self.loading = threading.Lock()
         self.worker = Worker(ledger, library, self.load) if config.workers else None
@@ -123,6 +138,8 @@ class Hub:
                 try:
                     engine = self.make_engine()
                     self.codec = Codec(engine.vae, max_pixels=self.config.limits.pixels)
+                    if engine.clip is not None:
+                        self.similar = Similar(engine.clip, self.ledger, self.library)
                     self.engine = engine
                 except Exception:
                     self.broken = True
@@ -142,17 +159,6 @@ class Hub:
         if self.engine is None:
             raise HTTPException(503, "the models are being loaded", headers={"Retry-After": "5"})
         return self.engine
-
-    def owner(self, authorization: str | None) -> str:
-        """Whose request it is.
-
-        Raises:
-            HTTPException: nobody's.
-        """
-        owner = self.keys.owner(authorization)
-        if owner is None:
-            raise HTTPException(401, NO_KEY, headers={"WWW-Authenticate": "Bearer"})
-        return owner
 
     def submit(self, body: DrawBody, owner: str, idempotency: str | None = None) -> Job:
         """Check a request and queue it.
@@ -181,7 +187,7 @@ class Hub:
             sampling = replace(self.config.sampling, **changed)
             request = Draw(
                 prompt=body.prompt, seed=seed, indices=tuple(indices), keep=keep, sampling=sampling,
-                negative_prompt=body.negative_prompt,
+                negative_prompt=body.negative_prompt, keep_rows=0 if body.complete is None else body.complete.rows,
             )  # fmt: skip
             self.loaded().check(request)
         except UserError as error:
@@ -191,14 +197,20 @@ class Hub:
             "negative_prompt": body.negative_prompt,
         }  # fmt: skip
         alike = {key: value for key, value in parameters.items() if key not in ("prompt", "seed")}
+        if body.complete is not None:
+            try:
+                self.ledger.image(body.complete.image, owner)
+            except KeyError as error:
+                raise HTTPException(404, "no such image to complete") from error
+            parameters["complete"], alike["rows"] = body.complete.model_dump(), body.complete.rows
         try:
             return self.ledger.add(
                 owner, "draw", parameters, count=len(indices), batch=digest_of(alike), priority=body.priority,
                 idempotency=idempotency, request=digest_of(body.model_dump()), max_queued=limits.queued,
-                max_owned=limits.owned,
+                max_owned=limits.owned, max_hourly=limits.hourly,
             )  # fmt: skip
         except QueueFull as error:
-            raise HTTPException(429, "too many jobs are waiting", headers={"Retry-After": "10"}) from error
+            raise HTTPException(429, str(error), headers={"Retry-After": str(error.retry_after)}) from error
         except Conflict as error:
             raise HTTPException(409, "this Idempotency-Key belongs to another request") from error
 
@@ -276,7 +288,7 @@ def make_app(config: ServeConfig, engine: Callable[[], Any] | None = None) -> Fa
     app.include_router(job_routes(hub))
     app.include_router(image_routes(hub))
     app.include_router(openai_routes(hub))
-    app.include_router(codec_routes(lambda: (hub.loaded(), hub.codec)[1]), dependencies=[Depends(owner_of(hub))])
+    app.include_router(codec_routes(lambda: (hub.loaded(), hub.codec)[1]), dependencies=[Depends(owner_of)])
     app.include_router(health_routes(hub))
     app.mount("/", StaticFiles(directory=str(resources.files("dalle_pytorch.serving") / "pages"), html=True))
     return app
@@ -320,11 +332,11 @@ class Guard:
             await Response(status_code=204, headers={**cors, **(allowed if cors else {})})(scope, receive, send)
             return
 
-        # before the body is read
-        private = request.url.path.startswith(("/v1/", "/encode", "/decode", "/metrics"))
-        if private and self.keys.owner(request.headers.get("authorization")) is None:
-            await error_answer(401, NO_KEY, {"WWW-Authenticate": "Bearer", **SECURE, **cors})(scope, receive, send)
-            return
+        if request.url.path.startswith(PRIVATE):  # before the body is read
+            request.state.owner = self.keys.owner(request.headers.get("authorization"))
+            if request.state.owner is None:
+                await error_answer(401, NO_KEY, {"WWW-Authenticate": "Bearer", **SECURE, **cors})(scope, receive, send)
+                return
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -359,18 +371,17 @@ async def defect(request: Request, error: Exception) -> Response:
     return error_answer(500, "a defect of the server; its log has the traceback")
 
 
-def owner_of(hub: Hub) -> Callable[..., str]:
-    """A dependency: whose request it is."""
+def owner_of(request: Request, key: Annotated[Any, Depends(HTTPBearer(auto_error=False))] = None) -> str:
+    """Whose request it is, which ``Guard`` has found out; ``key`` is there for the description of the API."""
+    return request.state.owner
 
-    def owner(authorization: Annotated[str | None, Header()] = None) -> str:
-        return hub.owner(authorization)
 
-    return owner
+Owner = Annotated[str, Depends(owner_of)]
 
 
 def job_routes(hub: Hub) -> APIRouter:
     """Jobs of API v1."""
-    router, Owner = APIRouter(prefix="/v1/jobs", tags=["jobs"]), Annotated[str, Depends(owner_of(hub))]
+    router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
     def mine(job: str, owner: str) -> Job:
         try:
@@ -454,7 +465,7 @@ def job_routes(hub: Hub) -> APIRouter:
 
 def image_routes(hub: Hub) -> APIRouter:
     """The library of API v1."""
-    router, Owner = APIRouter(prefix="/v1/images", tags=["images"]), Annotated[str, Depends(owner_of(hub))]
+    router = APIRouter(prefix="/v1/images", tags=["images"])
 
     def mine(image: str, owner: str) -> Any:
         try:
@@ -466,10 +477,23 @@ def image_routes(hub: Hub) -> APIRouter:
     def images(
         owner: Owner, search: Annotated[str, Query(max_length=200, pattern=r"^[^\x00]*$")] = "",
         limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = None,
+        similar: Annotated[str | None, Query(max_length=200, min_length=1, pattern=r"^[^\x00]*$")] = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Images, the newest job's first; `search` finds words of the prompt, `before` goes on after an image."""
-        rows = hub.ledger.images(owner, text=search, limit=limit, before=before)
-        return {"images": [image_view(row) for row in rows]}
+        """Images, the newest job's first; `search` finds words of the prompt, `before` goes on after an image.
+
+        `similar` gives the images that look most like some words instead, by the CLIP that ranks. Where `complete` is
+        false not all of the library was compared yet: ask again.
+        """
+        if similar is None:
+            rows = hub.ledger.images(owner, text=search, limit=limit, before=before)
+            return {"images": [image_view(row) for row in rows]}
+        if search or before is not None:
+            raise HTTPException(422, "similar stands alone: leave search and before out")
+        hub.loaded()
+        if hub.similar is None:
+            raise HTTPException(422, "similar needs a CLIP, and this server has none: start it with clip=")
+        found = hub.similar.find(similar, owner, limit)
+        return {"images": [{**image_view(row), "cosine": c} for row, c in found.rows], "complete": found.complete}
 
     @router.get("/{image}.png", response_class=FileResponse)
     def file(image: str, owner: Owner) -> FileResponse:
@@ -501,9 +525,12 @@ def openai_routes(hub: Hub) -> APIRouter:
 
     @router.post("/images/generations")
     async def generations(
-        body: ImagesBody, request: Request, owner: Annotated[str, Depends(owner_of(hub))]
+        body: ImagesBody, request: Request, owner: Owner, prefer: Annotated[str, Header()] = ""
     ) -> Response:
-        """Images of a prompt, answered when they are drawn. Extras: seed, num_candidates, cfg_scale, top_k, top_p."""
+        """Images of a prompt, answered when they are drawn. Extras: seed, num_candidates, cfg_scale, top_k, top_p.
+
+        With the header `Prefer: respond-async` (RFC 7240) the answer is 202 and the job, which goes on by itself.
+        """
         side = hub.loaded().image_size
         if body.size not in (None, "auto", f"{side}x{side}"):
             raise HTTPException(
@@ -516,6 +543,9 @@ def openai_routes(hub: Hub) -> APIRouter:
             first = error.errors()[0]
             raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         job = await run_in_threadpool(hub.submit, wanted, owner)
+        if "respond-async" in (part.strip().lower() for part in prefer.split(",")):
+            headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
+            return JSONResponse(await run_in_threadpool(hub.view, job, owner), 202, headers)
         if body.stream:
             events = partial_events(hub, job, owner, body.partial_images or 0)
             return StreamingResponse(events, media_type="text/event-stream")
@@ -601,10 +631,13 @@ def health_routes(hub: Hub) -> APIRouter:
         engine = hub.loaded()
         hub.ledger.counts()
         limits = {"images": hub.config.limits.images, "prompt": hub.config.limits.prompt}
-        return {"status": "ready", "model": engine.model, "image_size": engine.image_size, "limits": limits}
+        return {
+            "status": "ready", "model": engine.model, "image_size": engine.image_size,
+            "grid_size": engine.vae.grid_size, "limits": limits,
+        }  # fmt: skip
 
     @router.get("/metrics", response_class=Response)
-    def metrics(owner: Annotated[str, Depends(owner_of(hub))]) -> Response:
+    def metrics(owner: Owner) -> Response:
         """Prometheus' text."""
         registry = CollectorRegistry()
         jobs = Gauge("dalle_jobs", "Jobs in each state", ["state"], registry=registry)

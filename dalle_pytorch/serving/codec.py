@@ -3,10 +3,12 @@
 Axes: b images, h w token rows and columns, n image tokens.
 """
 
+import base64
 import contextlib
 import copy
 import io
 import json
+import math
 import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -17,7 +19,10 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
 from dalle_pytorch.errors import UserError
+from dalle_pytorch.evaluation.codecs import CODECS, at_bytes
+from dalle_pytorch.evaluation.reconstruction import psnr_each
 from dalle_pytorch.images import fit, open_rgb, to_pil, to_tensor
+from dalle_pytorch.serving.engine import png
 
 Format = Literal["jpeg", "png", "webp"]
 QUALITY = 70
@@ -137,6 +142,28 @@ class Codec:
             (image,) = self._run(vae.decode, tokens[item : item + 1].flatten(1))
         return to_pil(image.float())
 
+    def compare(self, data: bytes, size: int) -> list[dict[str, Any]]:
+        """An uploaded image through its tokens, and as JPEG and WebP files of at most as many bytes.
+
+        Raises:
+            HTTPException: as ``encode``.
+        """
+        with self.turn():
+            grid, image = torch.tensor(self._encode(data, size)), self.read(data, size)
+        budget = math.ceil(grid.numel() * math.log2(self.vae.codebook_size) / 8)
+        made = to_tensor(self.decode(grid))[None]
+        rows = [("tokens", made, budget)]
+        for codec in CODECS:
+            coded = at_bytes(image, codec, budget)
+            rows.append((codec.lower(), coded.images, int(coded.file_bytes[0])))
+        return [
+            {
+                "name": name, "bytes": count, "psnr": round(float(psnr_each(pixels, image)[0]), 2),
+                "png": base64.b64encode(png(to_pil(pixels[0]))).decode(),
+            }
+            for name, pixels, count in [("original", image, len(data)), *rows]
+        ]  # fmt: skip
+
     def _run(self, function: Any, x: torch.Tensor) -> torch.Tensor:
         try:
             return function(x.to(self.device)).cpu()
@@ -213,5 +240,13 @@ def routes(codec: Any) -> APIRouter:
         """An image as the tokens of it make it again."""
         own = codec()
         return encoded(own.decode(torch.tensor(own.encode(file, size))), form)
+
+    @router.post("/compare/{size}")
+    def compare(size: Size, file: Upload) -> list[dict[str, Any]]:
+        """An image as its tokens make it, and as JPEG and WebP of at most as many bytes: PNGs, bytes, PSNR in dB.
+
+        JPEG's tables alone take some 290 bytes: where `bytes` is more than the tokens', no file is so small.
+        """
+        return codec().compare(file, size)
 
     return router

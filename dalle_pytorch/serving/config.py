@@ -20,6 +20,8 @@ class LimitsConfig:
     """Jobs that may wait; further ones are answered with 429."""
     owned: int = 100
     """Jobs of one owner that may wait."""
+    hourly: int | None = None
+    """Images that one owner may ask for within an hour, candidates counted; null = any number."""
     body_mb: float = 16.0
     """Bytes of a request, in 10^6."""
     pixels: int = 4096 * 4096
@@ -33,6 +35,8 @@ class LimitsConfig:
         """
         finite(self)
         at_least_one(self, "images", "prompt", "queued", "owned", "pixels")
+        if self.hourly is not None:
+            at_least_one(self, "hourly")
         if self.body_mb <= 0:
             raise UserError(f"body_mb must be positive, got {self.body_mb}")
 

@@ -19,8 +19,10 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.generator import Generator, Preview, Ranked
 from dalle_pytorch.generation.grid import partial_picture
 from dalle_pytorch.generation.sampling import SamplingConfig
-from dalle_pytorch.images import to_pil
+from dalle_pytorch.generation.strategies import KnownTokens
+from dalle_pytorch.images import fit, to_pil, to_tensor
 from dalle_pytorch.models.image_tokenizer import margin_of
+from dalle_pytorch.models.two_towers import TwoTowers
 
 PREVIEWED = 8
 """Images of a job in its preview."""
@@ -38,6 +40,10 @@ class Draw:
     """The best of them that are kept."""
     sampling: SamplingConfig
     negative_prompt: str = ""
+    image: Image.Image | None = None
+    """An image to complete."""
+    keep_rows: int = 0
+    """Token rows of it that stay, from the top."""
 
 
 class Step(NamedTuple):
@@ -69,6 +75,8 @@ class Engine(Protocol):
     image_size: int
     vae: Any
     """The image tokenizer, for the codec."""
+    clip: TwoTowers | None
+    """Searches the library by meaning."""
     together: int
     """Images that are drawn in one go."""
 
@@ -81,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def draw(self, requests: Sequence[Draw]) -> Generated:
-        """Draw requests that have indices, sampling and negative prompt in common; closing it stops."""
+        """Draw requests that differ in prompt, seed and image only; closing it stops."""
         ...
 
 
@@ -112,6 +120,7 @@ class LocalEngine:
         self.model = weights_sha256(dalle)
         self.generator = Generator(dalle, scorers, precision=precision, memory_gb=memory_gb)
         self.vae, self.image_size, self.together = dalle.vae, dalle.vae.image_size, together
+        self.clip = next((scorer for scorer in scorers if isinstance(scorer, TwoTowers)), None)
 
     def check(self, request: Draw) -> None:
         """As Engine says."""
@@ -120,6 +129,9 @@ class LocalEngine:
             self.generator.check([request.negative_prompt])
             if not request.sampling.guided():
                 raise UserError("negative_prompt acts through guidance: set cfg_scale above 1")
+        grid = self.generator.dalle.grid_size
+        if request.keep_rows >= grid:
+            raise UserError(f"rows must lie in 1 to {grid - 1}: an image has {grid} token rows, got {request.keep_rows}")
 
     def draw(self, requests: Sequence[Draw]) -> Generated:
         """As Engine says. Out of memory, the batch is halved; what is drawn does not change."""
@@ -148,7 +160,7 @@ class LocalEngine:
         for number, event in self.generator.stream_each(
             [request.prompt for request in requests], first.indices, num_keep=first.keep,
             seed=[request.seed for request in requests], sampling=first.sampling,
-            negative_prompt=first.negative_prompt, preview_rows=1,
+            negative_prompt=first.negative_prompt, preview_rows=1, given=self.given(requests),
         ):  # fmt: skip
             if isinstance(event, Preview):
                 share = len(event.indices) / total * event.done / count
@@ -157,6 +169,15 @@ class LocalEngine:
             at[number] = len(event.candidates.indices) / total
             if at[number] == 1:
                 yield Drawn(number, kept(event))
+
+    def given(self, requests: Sequence[Draw]) -> KnownTokens | None:
+        """The tokens that stay of the images to complete."""
+        dalle, rows, images = self.generator.dalle, requests[0].keep_rows, [request.image for request in requests]
+        if not rows:
+            return None
+        keep = torch.arange(dalle.num_image_tokens) < rows * dalle.grid_size
+        pixels = [to_tensor(fit(image.convert("RGB"), self.image_size)) for image in images if image is not None]
+        return KnownTokens(torch.cat([self.generator.given(each, keep).tokens for each in pixels]), keep)
 
     def preview(self, event: Preview) -> bytes:
         """The first images of a micro-batch side by side, what is not drawn yet in grey."""

@@ -8,7 +8,7 @@ worker has died. Whoever has lost its lease cannot write a result any more, so t
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import sqlalchemy as sa
@@ -69,6 +69,13 @@ IMAGES = sa.Table(
     sa.Column("parameters", sa.JSON, nullable=False),
     sa.Column("created", sa.Float, nullable=False),
 )  # fmt: skip
+FEATURES = sa.Table(
+    "features", METADATA,
+    sa.Column("image", sa.String(32), primary_key=True),
+    sa.Column("clip", sa.String(64), primary_key=True),  # hash of the weights
+    sa.Column("values", sa.LargeBinary, nullable=False),  # half precision; empty = the image cannot be read
+)  # fmt: skip
+HOUR = 3600.0
 LOCK = 7421
 """Number of the lock that guards the queue's limits in PostgreSQL."""
 SHOWN = [column for column in JOBS.c if column.name != "preview"]
@@ -109,7 +116,16 @@ class NewImage(NamedTuple):
 
 
 class QueueFull(Exception):
-    """No more jobs are taken at the moment."""
+    """No more jobs are taken at the moment.
+
+    Args:
+        message: why.
+        retry_after: seconds until it is worth to ask again.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Conflict(Exception):
@@ -188,6 +204,7 @@ class Ledger:
         request: str = "",
         max_queued: int,
         max_owned: int,
+        max_hourly: int | None = None,
     ) -> Job:
         """Queue a job, or give the one that the same key of the same owner has made.
 
@@ -202,9 +219,10 @@ class Ledger:
             request: what the client has sent, or a hash of it.
             max_queued: jobs that may wait.
             max_owned: jobs of one owner that may wait.
+            max_hourly: images that an owner may ask for within an hour; None = any number.
 
         Raises:
-            QueueFull: there is no room.
+            QueueFull: there is no room, or the owner has asked for too much.
             Conflict: the key belongs to another request.
         """
         row = {
@@ -226,9 +244,20 @@ class Ledger:
             )
             counts = {row.owner: row.waiting for row in waiting}
             if sum(counts.values()) >= max_queued or counts.get(owner, 0) >= max_owned:
-                raise QueueFull
+                raise QueueFull("too many jobs are waiting", 10)
+            if max_hourly is not None:
+                self._check_hour(connection, owner, count, max_hourly)
             connection.execute(sa.insert(JOBS).values(row))
         return self.get(row["id"])
+
+    def _check_hour(self, connection: Connection, owner: str, count: int, most: int) -> None:
+        """Refuse what goes beyond an owner's images of an hour; canceled jobs count, since some were drawn."""
+        lately = (JOBS.c.owner == owner) & (JOBS.c.created > time.time() - HOUR) & (JOBS.c.batch != ADOPTED)
+        query = sa.select(sa.func.sum(JOBS.c.count), sa.func.min(JOBS.c.created)).where(lately)
+        images, first = connection.execute(query).one()
+        if (images or 0) + count > most:
+            wait = 1 if first is None else int(first + HOUR - time.time()) + 1
+            raise QueueFull(f"{images or 0} images in the last hour and {count} more, {most} at most", wait)
 
     def get(self, job: str, owner: object = ANY_OWNER) -> Job:
         """A job.
@@ -445,10 +474,41 @@ class Ledger:
             raise KeyError(image)
         return rows[0]
 
+    def images_of(self, ids: Sequence[str]) -> list[Row]:
+        """The rows of some images, in any order."""
+        return self.read(sa.select(IMAGES).where(IMAGES.c.id.in_(ids)))
+
     def forget(self, image: str) -> None:
         """Delete the row of an image."""
         with self.write() as connection:
+            connection.execute(sa.delete(FEATURES).where(FEATURES.c.image == image))
             connection.execute(sa.delete(IMAGES).where(IMAGES.c.id == image))
+
+    # ---- search by meaning
+
+    def without_features(self, clip: str, owner: str, limit: int) -> list[str]:
+        """The newest images of an owner that a CLIP has not looked at."""
+        seen = sa.and_(FEATURES.c.image == IMAGES.c.id, FEATURES.c.clip == clip)
+        query = sa.select(IMAGES.c.id).outerjoin(FEATURES, seen).where(IMAGES.c.owner == owner)
+        query = query.where(FEATURES.c.image.is_(None)).order_by(IMAGES.c.number.desc()).limit(limit)
+        return [row["id"] for row in self.read(query)]
+
+    def add_features(self, clip: str, features: Mapping[str, bytes]) -> None:
+        """Keep what a CLIP sees in images."""
+        if not features:
+            return
+        with self.write(alone=True) as connection:  # of two servers the second finds them there
+            there = sa.select(FEATURES.c.image).where(FEATURES.c.clip == clip, FEATURES.c.image.in_(list(features)))
+            known = set(connection.execute(there).scalars())
+            rows = [{"image": name, "clip": clip, "values": v} for name, v in features.items() if name not in known]
+            if rows:
+                connection.execute(sa.insert(FEATURES), rows)
+
+    def features(self, clip: str, owner: str) -> dict[str, bytes]:
+        """What a CLIP sees in each image of an owner."""
+        query = sa.select(FEATURES.c.image, FEATURES.c["values"]).join(IMAGES, IMAGES.c.id == FEATURES.c.image)
+        rows = self.read(query.where(FEATURES.c.clip == clip, IMAGES.c.owner == owner))
+        return {row["image"]: row["values"] for row in rows if row["values"]}
 
     # ---- repair
 

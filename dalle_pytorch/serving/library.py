@@ -50,6 +50,16 @@ class Library:
             image.save(temporary, format="PNG", pnginfo=text)
         return name
 
+    def open(self, image: str) -> Image.Image:
+        """An image in RGB.
+
+        Raises:
+            KeyError: no id that this server could have made.
+            OSError: there is no whole file of it.
+        """
+        with Image.open(self.path(image)) as picture:
+            return picture.convert("RGB")
+
     def delete(self, image: str) -> None:
         """Delete the file of an image; it may be gone already."""
         self.path(image).unlink(missing_ok=True)

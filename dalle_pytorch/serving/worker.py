@@ -27,8 +27,18 @@ MAX_DEFECTS = 5
 """Failed batches in a row after which a worker gives up: its device is broken, and would empty the queue."""
 
 
-def request_of(parameters: dict[str, Any]) -> Draw:
-    """What a job asks for."""
+def request_of(parameters: dict[str, Any], library: Library) -> Draw:
+    """What a job asks for.
+
+    Raises:
+        UserError: an image that it completes is gone.
+    """
+    image, complete = None, parameters.get("complete")
+    if complete is not None:
+        try:
+            image = library.open(complete["image"])
+        except (OSError, KeyError) as error:
+            raise UserError(f"the image {complete['image']}, which this job completes, is gone") from error
     return Draw(
         prompt=parameters["prompt"],
         seed=parameters["seed"],
@@ -36,6 +46,8 @@ def request_of(parameters: dict[str, Any]) -> Draw:
         keep=parameters["keep"],
         sampling=SamplingConfig(**parameters["sampling"]),
         negative_prompt=parameters.get("negative_prompt", ""),
+        image=image,
+        keep_rows=0 if complete is None else complete["rows"],
     )
 
 
@@ -94,7 +106,7 @@ class Worker:
         self.lost, self.held = set(), [job.id for job in jobs]
         noted, open_jobs = dict.fromkeys(range(len(jobs)), 0.0), dict(enumerate(jobs))
         try:
-            with contextlib.closing(engine.draw([request_of(job.parameters) for job in jobs])) as events:
+            with contextlib.closing(engine.draw([request_of(job.parameters, self.library) for job in jobs])) as events:
                 for event in events:
                     for number in [n for n, job in open_jobs.items() if job.id in self.lost]:
                         self.ledger.end(self.name, [open_jobs.pop(number).id], CANCELED)

@@ -24,8 +24,8 @@ class Squares:
 
     model, image_size, together = "squares", 8, 16
 
-    def __init__(self, vae=None, *, seconds: float = 0.0, steps: int = 4) -> None:
-        self.vae, self.seconds, self.steps = vae, seconds, steps
+    def __init__(self, vae=None, *, seconds: float = 0.0, steps: int = 4, clip=None) -> None:
+        self.vae, self.seconds, self.steps, self.clip = vae, seconds, steps, clip
         self.batches: list[int] = []
         self.may_go_on = threading.Event()
         self.may_go_on.set()
@@ -62,7 +62,7 @@ def serve(tmp_path):
     clients = []
 
     def start(engine, **settings) -> TestClient:
-        names = ("images", "prompt", "queued", "owned", "body_mb", "pixels")
+        names = ("images", "prompt", "queued", "owned", "hourly", "body_mb", "pixels")
         limits = LimitsConfig(**{name: settings.pop(name) for name in names if name in settings})
         config = ServeConfig(library=str(tmp_path / "library"), limits=limits, **settings)
         client = TestClient(

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import openai
@@ -22,6 +23,7 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.generation.generator import Generator
 from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.images import fit, to_pil, to_tensor
+from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.serving.app import make_app
 from dalle_pytorch.serving.codec import MAX_WAITING
 from dalle_pytorch.serving.config import ServeConfig
@@ -203,6 +205,45 @@ def test_the_queue_is_bounded(serve, squares):
     squares.may_go_on.set()
 
 
+def test_an_owner_may_ask_for_so_many_images_an_hour(serve, squares, tmp_path):
+    """Candidates count, refused jobs do not; once the hour is over there is room again."""
+    client = serve(squares, hourly=10)
+    assert draw(client, n=2, num_candidates=6)["state"] == "succeeded"
+    refused = client.post("/v1/jobs", json={"prompt": "a", "n": 5})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (
+        429, "6 images in the last hour and 5 more, 10 at most",
+    )  # fmt: skip
+    assert 3590 <= int(refused.headers["retry-after"]) <= 3601
+    assert draw(client, n=4)["state"] == "succeeded"
+    with sqlite3.connect(tmp_path / "library" / "ledger.sqlite") as rows:
+        rows.execute("UPDATE jobs SET created = created - 3601")
+    assert draw(client, n=5)["state"] == "succeeded"
+
+
+def test_an_image_is_found_by_what_it_shows(serve, squares, tiny_clip):
+    """In the order of the CLIP's own scores, and no more once it is deleted."""
+    clip = CLIP(replace(tiny_clip.config, text_vocab_size=260))
+    clip.text_tokenizer, squares.clip = BPETokenizer.train(["red green"], 260), clip
+    client = serve(squares)
+    images = draw(client, n=6)["images"]
+    found = client.get("/v1/images", params={"similar": "red"}).json()
+    assert found["complete"]
+    pixels = [to_tensor(Image.open(io.BytesIO(client.get(image["url"]).content))) for image in images]
+    scores = clip.score(torch.stack(pixels), "red")
+    wanted = [images[at]["id"] for at in scores.argsort(descending=True)]
+    assert [image["id"] for image in found["images"]] == wanted
+    assert [image["cosine"] for image in found["images"]] == pytest.approx(sorted(scores.tolist())[::-1], abs=2e-3)
+    assert client.delete(f"/v1/images/{wanted[0]}").status_code == 204
+    later = client.get("/v1/images", params={"similar": "red", "limit": 2}).json()["images"]
+    assert [image["id"] for image in later] == wanted[1:3]
+    assert client.get("/v1/images", params={"similar": "red", "search": "a"}).status_code == 422
+
+
+def test_a_library_without_a_clip_says_so(serve, squares):
+    answer = serve(squares).get("/v1/images", params={"similar": "red"})
+    assert (answer.status_code, "clip=" in answer.text) == (422, True)
+
+
 # ---- OpenAI's client, over a real socket
 
 
@@ -242,6 +283,16 @@ def test_the_openai_client_draws_nothing_thrice(url, squares):
         assert len(client.get("/jobs", cast_to=dict)["jobs"]) == 1
         answer = client.images.generate(model="any", prompt="a", n=None, size=None)
         assert len(answer.data) == 1
+
+
+def test_who_prefers_not_to_wait_gets_the_job(url, squares):
+    squares.may_go_on.clear()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = client.post("/images/generations", cast_to=dict, body={"prompt": "a"},
+                             options={"headers": {"Prefer": "respond-async, wait=10"}})  # fmt: skip
+        assert answer["state"] in ("queued", "running")
+        squares.may_go_on.set()
+        wait_for(lambda: client.get(f"/jobs/{answer['id']}", cast_to=dict)["state"] == "succeeded")
 
 
 def test_who_hangs_up_cancels(url, squares, tmp_path):
@@ -493,6 +544,22 @@ def test_a_server_whose_models_are_missing_says_so(tmp_path):
         assert "secret" not in answer.text
 
 
+def test_an_image_is_compared_with_files_of_as_many_bytes(serve, squares, tiny_vae):
+    picture = Image.effect_noise((32, 32), 60).convert("RGB")
+    answer = serve(squares).post("/compare/16", files={"file": png(picture)})
+    rows = {row["name"]: row for row in answer.json()}
+    assert list(rows) == ["original", "tokens", "jpeg", "webp"]
+    assert rows["tokens"]["bytes"] == 8  # 16 tokens of 12 codes: 57.4 bits
+    assert rows["original"]["psnr"] == 120
+    target = to_tensor(fit(picture, 16))
+    with torch.no_grad():
+        made = tiny_vae.decode(tiny_vae.encode(target[None]))[0]
+    shown = to_tensor(Image.open(io.BytesIO(base64.b64decode(rows["tokens"]["png"]))))
+    torch.testing.assert_close(shown, made.clamp(0, 1), atol=0.5 / 255 + 1e-6, rtol=0)
+    wanted = float(-10 * (shown - target).square().mean().log10())
+    assert rows["tokens"]["psnr"] == pytest.approx(wanted, abs=0.02)
+
+
 # ---- the models
 
 
@@ -520,6 +587,44 @@ def test_images_are_the_generators_whatever_is_drawn_beside_them(make_dalle, tmp
             assert image.tobytes() == to_pil(expected).tobytes()
     with pytest.raises(UserError):
         engine.check(Draw(prompt="red " * 50, seed=0, indices=(0,), keep=1, sampling=sampling))
+
+
+def test_the_top_of_an_image_stays_where_it_is_completed(make_dalle, serve, tmp_path):
+    """Two images of one batch, each completed as the Generator does; and what cannot be completed."""
+    dalle = make_dalle(text_len=8, text_vocab_size=270)
+    dalle.text_tokenizer = BPETokenizer.train(["red"], 270)
+    dalle.config.text_vocab_size = 270
+    save(dalle, tmp_path / "dalle.safetensors")
+    client = serve(LocalEngine(str(tmp_path / "dalle.safetensors"), device=torch.device("cpu")))
+    images, generator, keep = draw(client, prompt="red", n=2, seed=1)["images"], Generator(dalle), torch.arange(16) < 8
+    asked = [
+        client.post("/v1/jobs", json={"prompt": "red", "n": 2, "seed": 5, "complete": {"image": i["id"], "rows": 2}})
+        for i in images
+    ]
+    for image, answer in zip(images, asked, strict=True):
+        job = ended(client, answer.json()["id"])
+        original = to_tensor(Image.open(io.BytesIO(client.get(image["url"]).content)).convert("RGB"))
+        wanted = generator.candidates("red", [0, 1], seed=5, given=generator.given(original, keep))
+        for row, pixels in zip(job["images"], wanted.images, strict=True):
+            drawn = Image.open(io.BytesIO(client.get(row["url"]).content))
+            assert drawn.tobytes() == to_pil(pixels).tobytes()
+    for complete, status in (
+        ({"image": images[0]["id"], "rows": 4}, 422), ({"image": "0" * 32, "rows": 2}, 404),
+        ({"image": "../x", "rows": 2}, 422),
+    ):  # fmt: skip
+        assert client.post("/v1/jobs", json={"prompt": "red", "complete": complete}).status_code == status
+
+
+def test_a_job_whose_image_is_gone_fails_and_says_so(serve, squares):
+    client = serve(squares)
+    image = draw(client)["images"][0]["id"]
+    squares.may_go_on.clear()
+    client.post("/v1/jobs", json={"prompt": "before"})
+    waiting = client.post("/v1/jobs", json={"prompt": "a", "complete": {"image": image, "rows": 1}}).json()["id"]
+    client.delete(f"/v1/images/{image}")
+    squares.may_go_on.set()
+    job = ended(client, waiting)
+    assert (job["state"], job["error"]) == ("failed", f"the image {image}, which this job completes, is gone")
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_image(make_dalle, tmp_path, monkeypatch):

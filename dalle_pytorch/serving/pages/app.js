@@ -82,9 +82,9 @@ async function render(job) {
 }
 
 function bodyOf(job) {
-  const { prompt, seed, indices, keep, sampling, negative_prompt } = job.parameters;
+  const { prompt, seed, indices, keep, sampling, negative_prompt, complete } = job.parameters;
   const { temperature, top_k, top_p, min_p, cfg_scale } = sampling;
-  return { prompt, seed, n: keep, num_candidates: indices.length, negative_prompt, temperature, top_k, top_p, min_p, cfg_scale };
+  return { prompt, seed, n: keep, num_candidates: indices.length, negative_prompt, complete, temperature, top_k, top_p, min_p, cfg_scale };
 }
 
 function figureOf(image) {
@@ -98,6 +98,12 @@ function figureOf(image) {
     const row = await json(`/v1/images/${image.id}`);
     location.hash = "#draw";
     await submit({ ...bodyOf(row), n: 1, num_candidates: undefined, indices: [row.index] });
+  });
+  figure.querySelector(".complete").onclick = attempt(async () => {
+    const row = await json(`/v1/images/${image.id}`), { grid_size } = await json("/readyz");
+    location.hash = "#draw";
+    const count = Number(document.querySelector(".settings [name=n]").value);
+    await submit({ ...bodyOf(row), seed: undefined, n: count, num_candidates: count, complete: { image: image.id, rows: grid_size >> 1 } });
   });
   figure.querySelector(".delete").onclick = attempt(async () => {
     if (!confirm("Delete this image for good?")) return;
@@ -153,12 +159,13 @@ let shown = 0, last = null;
 
 async function showImages(anew) {
   if (anew) { shown = 0; last = null; $("images").replaceChildren(); }
-  const query = new URLSearchParams({ search: $("search").value, limit: PAGE, ...(last ? { before: last } : {}) });
+  const words = $("search").value.trim(), similar = $("meaning").checked && words !== "";
+  const query = new URLSearchParams({ limit: PAGE, ...(similar ? { similar: words } : { search: words, ...(last ? { before: last } : {}) }) });
   const { images } = await json(`/v1/images?${query}`);
   shown += images.length;
   last = images.at(-1)?.id ?? last;
   $("images").append(...images.map(figureOf));
-  $("more").hidden = images.length < PAGE;
+  $("more").hidden = similar || images.length < PAGE;
   $("no-images").hidden = shown > 0;
 }
 
@@ -178,13 +185,41 @@ async function decoded(grid) {
 
 $("file").onchange = () => { if ($("file").files[0]) $("original").src = URL.createObjectURL($("file").files[0]); };
 
-$("codec-form").onsubmit = attempt(async () => {
+async function upload(route, size) {
   const form = new FormData();
   form.append("file", $("file").files[0]);
-  tokens = await json(`/encode/${$("size").value}`, { method: "POST", body: form });
+  return json(`/${route}/${size}`, { method: "POST", body: form });
+}
+
+$("codec-form").onsubmit = attempt(async () => {
+  tokens = await upload("encode", $("size").value);
   await decoded(tokens);
   $("codec-note").textContent = `${tokens[0].length} x ${tokens[0][0].length} tokens`;
-  $("perturb").disabled = false;
+  for (const name of ["perturb", "compare", "benchmark"]) $(name).disabled = false;
+});
+
+$("compare").onclick = attempt(async () => {
+  const rows = await upload("compare", $("size").value);
+  $("comparison").replaceChildren(...rows.map(({ name, bytes, psnr, png }) => {
+    const figure = document.createElement("figure"), img = document.createElement("img"), note = document.createElement("figcaption");
+    Object.assign(img, { src: `data:image/png;base64,${png}`, alt: name });
+    note.textContent = name === "original" ? `original file: ${bytes} bytes` : `${name}: ${bytes} bytes, ${psnr} dB`;
+    figure.append(img, note);
+    return figure;
+  }));
+});
+
+$("benchmark").onclick = attempt(async () => {
+  const body = $("speeds").tBodies[0], picture = await createImageBitmap($("file").files[0]), RUNS = 10;
+  $("speeds").hidden = false;
+  body.replaceChildren();
+  for (const size of [64, 128, 256, 512].filter((side) => side <= Math.min(picture.width, picture.height))) {
+    const start = performance.now();
+    for (let run = 0; run < RUNS; run++) await upload("encode", size);
+    const row = body.insertRow();
+    row.insertCell().textContent = size;
+    row.insertCell().textContent = (1000 * RUNS / (performance.now() - start)).toFixed(1);
+  }
 });
 
 function stopPerturbing() {
