@@ -36,9 +36,9 @@ test: $(VENV)/test.installed
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-# The server's pages in a browser and its ledger in PostgreSQL: apt-get install chromium chromium-driver postgresql
+# The server's pages in a browser, its ledger in PostgreSQL, made-up requests: apt-get install chromium chromium-driver postgresql
 server-test: $(VENV)/test.installed
-	$(BIN)/python -m pytest tests/serving -m "browser or postgresql"
+	$(BIN)/python -m pytest tests/serving -m "browser or postgresql or fuzz"
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff format .

@@ -3,6 +3,7 @@
     pip install --no-deps --target dall_e_only dall-e==0.1 attrs
     PYTHONPATH=dall_e_only python benchmarks/codec.py         # without the package: ours alone
     PYTHONPATH=dall_e_only python benchmarks/codec.py --sizes 64 128 --batches 1
+    python benchmarks/codec.py --server                       # instead: the server's routes beside the bare network
 
 The full network with random weights, in our bf16 with rounded ones; the package knows fp32 only on a CPU. All take
 turns in one process, and the fastest run of each counts. Encoding is from pictures to codes, decoding from codes to
@@ -11,16 +12,23 @@ decoding a sixth less than the package. Ratios matter, not times. Prints Markdow
 """
 
 import argparse
+import contextlib
 import copy
+import functools
+import io
+import json
+import subprocess
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sampling import ceilings
 from torch import Tensor, nn
 
@@ -28,6 +36,9 @@ from dalle_pytorch.checkpoints import checkpoint
 from dalle_pytorch.checkpoints.importers.openai_dvae import convert
 from dalle_pytorch.models.openai_dvae import Conv2d, OpenAIDVAE, OpenAIDVAEConfig
 
+PORT = 8766
+SEED = {64: "3.56", 128: "1.95", 256: "0.70", 512: "0.19"}
+"""What the README of dall-e-encoder-decoder-server says of a CPU."""
 Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """What encodes and what decodes."""
 
@@ -146,6 +157,63 @@ def row(codecs: dict[str, Codec], size: int, batch: int, decodes: bool, limits: 
     return f"| {' | '.join(cells)} |"
 
 
+def upload(url: str, picture: bytes) -> bytes:
+    """Send a picture as a form does; the answer."""
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n' + picture + b"\r\n--x--\r\n"
+    with urlopen(Request(url, body, {"Content-Type": "multipart/form-data; boundary=x"}), timeout=120) as answer:
+        return answer.read()
+
+
+def post_json(url: str, body: bytes) -> bytes:
+    """Send JSON; the answer."""
+    with urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=120) as answer:
+        return answer.read()
+
+
+def images_a_second(seconds: float, run: Callable[..., object], *arguments: object) -> float:
+    """How often something runs in a second, after one run to warm up."""
+    run(*arguments)
+    count, start = 0, time.perf_counter()
+    while count < 3 or time.perf_counter() - start < seconds:
+        run(*arguments)
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def against_server(vae: OpenAIDVAE, sizes: list[int], seconds: float) -> None:
+    """Print how fast a server encodes and decodes, one request after the other, beside the bare network."""
+    picture, patches = io.BytesIO(), torch.rand(1, 3, 80, 80)
+    pixels = (F.interpolate(patches, scale_factor=8)[0] * 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(picture, "JPEG", quality=90)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(vae, Path(folder) / "vae.safetensors")
+        command = [sys.executable, "-m", "dalle_pytorch.commands.serve", f"port={PORT}", f"library={folder}/library"]
+        server = subprocess.Popen([*command, f"vae={folder}/vae.safetensors"], stdout=subprocess.DEVNULL)
+        url = f"http://127.0.0.1:{PORT}"
+        try:
+            for _ in range(240):
+                with contextlib.suppress(OSError):
+                    urlopen(f"{url}/readyz", timeout=5)
+                    break
+                time.sleep(0.5)
+            print("images a second | encode: bare | HTTP | share | seed, its CPU | decode: bare | HTTP | share")
+            print("|---" * 8)
+            rate = functools.partial(images_a_second, seconds)
+            for size in sizes:
+                own, data = resized(vae, size), picture.getvalue()
+                images = torch.rand(1, 3, size, size)
+                grid = json.loads(upload(f"{url}/encode/{size}", data))
+                tokens, body = torch.tensor(grid).flatten(1), json.dumps(grid).encode()
+                bare = [rate(own.encode, images), rate(own.decode, tokens)]
+                served = [rate(upload, f"{url}/encode/{size}", data), rate(post_json, f"{url}/decode", body)]
+                cells = [f"{size}", *(f"{speed:.2f}" for speed in (bare[0], served[0])), f"{served[0] / bare[0]:.0%}"]
+                cells += [SEED.get(size, "-"), f"{bare[1]:.2f}", f"{served[1]:.2f}", f"{served[1] / bare[1]:.0%}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,10 +221,14 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seconds", type=float, default=10, help="for each line; two rounds at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--server", action="store_true", help="the server's routes beside the bare network")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
+    if settings.server:
+        against_server(make_ours(None), settings.sizes, settings.seconds)
+        return
     limits, parts = ceilings(), make_peer()
     ours = {"fp32": make_ours(parts)}
     ours["bf16"] = copy.deepcopy(ours["fp32"]).bfloat16()

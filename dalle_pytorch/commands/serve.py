@@ -5,6 +5,7 @@ Without ``weights=`` it draws with those that come along, on http://127.0.0.1:80
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from dalle_pytorch.config import entry
 from dalle_pytorch.errors import UserError
@@ -32,10 +33,17 @@ def main(config: ServeConfig) -> None:
     app = make_app(config)
     scheme = "https" if config.tls_cert else "http"
     print(f"{scheme}://{config.host}:{config.port}  weights {config.weights}, library {config.library}", flush=True)
-    uvicorn.run(
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:  # before it waits for the clients that wait for images
+            app.state.hub.stop()
+            super().handle_exit(sig, frame)
+
+    settings = uvicorn.Config(
         app, host=config.host, port=config.port, ssl_certfile=config.tls_cert, ssl_keyfile=config.tls_key,
         log_level="warning", server_header=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
+    Server(settings).run()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dalle_pytorch.checkpoints.loading import load_vae
 from dalle_pytorch.distributed import find_device
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.files import is_unicode
@@ -49,7 +50,7 @@ from dalle_pytorch.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 POLL = 0.15
-"""Seconds between two looks at a job that somebody waits for."""
+"""Seconds between two looks at the jobs that somebody waits for."""
 SECURE = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -118,12 +119,57 @@ PRIVATE = ("/v1/", "/encode", "/decode", "/compare", "/metrics")
 """What paths begin with that need a key, where there are any."""
 
 
+class Watch:
+    """Jobs that somebody waits for: one look at the ledger for all of them.
+
+    Args:
+        ledger: has the jobs.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.task, self.stopping = ledger, None, False
+        self.waiting: dict[asyncio.Future[None], Job] = {}
+
+    async def changed(self, job: Job, seconds: float = 1.0) -> bool:
+        """Wait until the state or the progress of a job is another, at most for so long; whether it is.
+
+        Raises:
+            HTTPException: the server is being stopped.
+        """
+        if self.stopping:
+            raise HTTPException(503, "the server is being stopped", headers={"Retry-After": "5"})
+        future = asyncio.get_running_loop().create_future()
+        self.waiting[future] = job
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self._look())
+        try:
+            await asyncio.wait_for(future, seconds)
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            del self.waiting[future]
+
+    async def _look(self) -> None:
+        while self.waiting:
+            await asyncio.sleep(POLL)
+            waiting = dict(self.waiting)
+            try:
+                now = await run_in_threadpool(self.ledger.progress, {job.id for job in waiting.values()})
+            except Exception:
+                log.exception("the ledger does not answer")
+                continue
+            for future, job in waiting.items():
+                if now.get(job.id) != (job.state, job.progress) and not future.done():
+                    future.set_result(None)
+
+
 class Hub:
     """What the routes share."""
 
     def __init__(self, config: ServeConfig, ledger: Ledger, library: Library, engine: Callable[[], Any]) -> None:
         self.config, self.ledger, self.library, self.make_engine = config, ledger, library, engine
-        self.keys = Keys(config.keys)
+        self.keys, self.watch = Keys(config.keys), Watch(ledger)
         self.engine: Any = None
         self.codec: Codec | None = None
         self.similar: Similar | None = None
@@ -131,13 +177,19 @@ class Hub:
         self.loading = threading.Lock()
         self.worker = Worker(ledger, library, self.load) if config.workers else None
 
+    def stop(self) -> None:
+        """End what waits, and let the worker give back what it draws."""
+        self.watch.stopping = True
+        if self.worker is not None:
+            self.worker.stop()
+
     def load(self) -> Any:
         """The models of this process, loaded once; ready before the first job."""
         with self.loading:
             if self.engine is None:
                 try:
                     engine = self.make_engine()
-                    self.codec = Codec(engine.vae, max_pixels=self.config.limits.pixels)
+                    self.codec = Codec(self.codec_vae(engine), max_pixels=self.config.limits.pixels)
                     if engine.clip is not None:
                         self.similar = Similar(engine.clip, self.ledger, self.library)
                     self.engine = engine
@@ -145,6 +197,12 @@ class Hub:
                     self.broken = True
                     raise
             return self.engine
+
+    def codec_vae(self, engine: Any) -> Any:
+        """The image tokenizer of the codec's routes."""
+        if self.config.vae is None:
+            return engine.vae
+        return load_vae(self.config.vae, map_location=find_device(self.config.device))
 
     def loaded(self) -> Any:
         """The models.
@@ -214,6 +272,24 @@ class Hub:
         except Conflict as error:
             raise HTTPException(409, "this Idempotency-Key belongs to another request") from error
 
+    def get(self, job: str, owner: str) -> Job:
+        """A job of an owner.
+
+        Raises:
+            HTTPException: there is none.
+        """
+        try:
+            return self.ledger.get(job, owner)
+        except KeyError as error:
+            raise HTTPException(404, "no such job") from error
+
+    def preview(self, job: Job) -> bytes | None:
+        """The images of a running job as far as they are; the worker makes them from now on, if it has not yet."""
+        if job.state in DONE:
+            return None
+        self.ledger.want_preview(job.id)
+        return self.ledger.preview(job.id)
+
     def view(self, job: Job, owner: str) -> dict[str, Any]:
         """A job as clients see it."""
         shown: dict[str, Any] = {
@@ -270,8 +346,8 @@ def make_app(config: ServeConfig, engine: Callable[[], Any] | None = None) -> Fa
         threading.Thread(target=reap, name="reaper", daemon=True).start()
         yield
         stopping.set()
+        hub.stop()
         if hub.worker is not None:
-            hub.worker.stop()
             await run_in_threadpool(thread.join, 10)
         hub.ledger.close()
 
@@ -383,12 +459,6 @@ def job_routes(hub: Hub) -> APIRouter:
     """Jobs of API v1."""
     router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-    def mine(job: str, owner: str) -> Job:
-        try:
-            return hub.ledger.get(job, owner)
-        except KeyError as error:
-            raise HTTPException(404, "no such job") from error
-
     @router.post("", status_code=202)
     def submit(
         body: DrawBody, owner: Owner, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
@@ -408,26 +478,26 @@ def job_routes(hub: Hub) -> APIRouter:
     @router.get("/{job}")
     def one(job: str, owner: Owner) -> dict[str, Any]:
         """A job, with its images once it has succeeded."""
-        return hub.view(mine(job, owner), owner)
+        return hub.view(hub.get(job, owner), owner)
 
     @router.delete("/{job}")
     def cancel(job: str, owner: Owner) -> dict[str, Any]:
         """Cancel a job that waits or runs; one that has ended stays as it is."""
-        hub.ledger.cancel(mine(job, owner).id)
-        return hub.view(mine(job, owner), owner)
+        hub.ledger.cancel(hub.get(job, owner).id)
+        return hub.view(hub.get(job, owner), owner)
 
-    @router.get("/{job}/preview.png", response_class=Response)
+    @router.get("/{job}/preview.png", response_class=Response, responses={204: {"description": "none yet"}})
     def preview(job: str, owner: Owner) -> Response:
-        """The images of a running job as far as they are, side by side."""
-        found = hub.ledger.preview(mine(job, owner).id)
+        """The images of a running job as far as they are, side by side; made from the first time on that one asks."""
+        found = hub.preview(hub.get(job, owner))
         if found is None:
-            raise HTTPException(404, "no preview yet")
+            return Response(status_code=204)
         return Response(found, media_type="image/png", headers={"Cache-Control": "no-store"})
 
     @router.get("/{job}/images.zip", response_class=Response)
     def archive(job: str, owner: Owner) -> Response:
         """All images of a job."""
-        file, rows = io.BytesIO(), hub.ledger.images(owner, job=mine(job, owner).id, limit=1000)
+        file, rows = io.BytesIO(), hub.ledger.images(owner, job=hub.get(job, owner).id, limit=1000)
         with zipfile.ZipFile(file, "w") as packed:
             for row in rows:
                 with contextlib.suppress(FileNotFoundError):
@@ -438,25 +508,29 @@ def job_routes(hub: Hub) -> APIRouter:
     @router.get("/{job}/events")
     async def events(job: str, owner: Owner) -> StreamingResponse:
         """Server-sent events: the job whenever it changes, up to its end; `preview` where there is a new one."""
-        await run_in_threadpool(mine, job, owner)
+        first = await run_in_threadpool(hub.get, job, owner)
 
         async def stream() -> AsyncIterator[str]:
-            last, shown, asked = "", 0.0, time.monotonic()
+            found, last, shown, asked = first, "", 0.0, time.monotonic()
             while True:
-                view = await run_in_threadpool(lambda: hub.view(mine(job, owner), owner))
+                view = await run_in_threadpool(hub.view, found, owner)
                 text = json.dumps(view)
                 if text != last:
-                    yield f"event: {view['state']}\ndata: {text}\n\n"
+                    yield f"event: {found.state}\ndata: {text}\n\n"
                     last, asked = text, time.monotonic()
-                if view["state"] == RUNNING and view["progress"] > shown:
-                    shown = view["progress"]
-                    yield f"event: preview\ndata: {json.dumps({'url': f'/v1/jobs/{job}/preview.png?{shown}'})}\n\n"
-                if view["state"] in DONE:
+                if found.state == RUNNING and found.progress > shown:
+                    shown = found.progress
+                    if await run_in_threadpool(hub.preview, found) is not None:
+                        yield f"event: preview\ndata: {json.dumps({'url': f'/v1/jobs/{job}/preview.png?{shown}'})}\n\n"
+                if found.state in DONE:
+                    return
+                if hub.watch.stopping:
                     return
                 if time.monotonic() - asked > 10:  # proxies close what is silent
                     yield ": waiting\n\n"
                     asked = time.monotonic()
-                await asyncio.sleep(POLL)
+                await hub.watch.changed(found)
+                found = await run_in_threadpool(hub.get, job, owner)
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -553,8 +627,8 @@ def openai_routes(hub: Hub) -> APIRouter:
             while job.state not in DONE:
                 if await request.is_disconnected():
                     return Response(status_code=499)
-                await asyncio.sleep(POLL)
-                job = await run_in_threadpool(hub.ledger.get, job.id)
+                if await hub.watch.changed(job):
+                    job = await run_in_threadpool(hub.ledger.get, job.id)
         finally:
             if job.state not in DONE:  # the client is gone
                 await give_up(hub, job)
@@ -585,14 +659,16 @@ async def partial_events(hub: Hub, job: Job, owner: str, wanted: int) -> AsyncIt
             job = await run_in_threadpool(hub.ledger.get, job.id)
             if job.state in DONE:
                 break
-            if sent < wanted and job.progress >= (sent + 1) / (wanted + 1):
-                preview = await run_in_threadpool(hub.ledger.preview, job.id)
-                if preview is not None:
+            if sent < wanted:
+                preview = await run_in_threadpool(hub.preview, job)
+                if preview is not None and job.progress >= (sent + 1) / (wanted + 1):
                     kind = "image_generation.partial_image"
                     text = base64.b64encode(preview).decode()
                     yield event(kind, {"type": kind, "partial_image_index": sent, "b64_json": text})
                     sent += 1
-            await asyncio.sleep(POLL)
+            if hub.watch.stopping:
+                return
+            await hub.watch.changed(job)
         done = True
         if job.state != SUCCEEDED:
             yield event("error", {"type": "error", "error": {"message": job.error or "the job was canceled"}})

@@ -64,6 +64,8 @@ class ServeConfig:
     """The DALLE: a file, a folder, the name of a release or an id of the hub, as for generate.py."""
     clip: str | None = None
     """The CLIP that ranks; several with | between them; null = nothing ranks."""
+    vae: str | None = None
+    """The image tokenizer of the codec's routes: a file or a name, such as openai_dvae; null = the DALLE's own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How images are drawn where a request does not say."""
     device: str = "auto"

@@ -131,7 +131,9 @@ class LocalEngine:
                 raise UserError("negative_prompt acts through guidance: set cfg_scale above 1")
         grid = self.generator.dalle.grid_size
         if request.keep_rows >= grid:
-            raise UserError(f"rows must lie in 1 to {grid - 1}: an image has {grid} token rows, got {request.keep_rows}")
+            raise UserError(
+                f"rows must lie in 1 to {grid - 1}: an image has {grid} token rows, got {request.keep_rows}"
+            )
 
     def draw(self, requests: Sequence[Draw]) -> Generated:
         """As Engine says. Out of memory, the batch is halved; what is drawn does not change."""

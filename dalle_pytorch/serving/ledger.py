@@ -8,7 +8,7 @@ worker has died. Whoever has lost its lease cannot write a result any more, so t
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import sqlalchemy as sa
@@ -44,6 +44,7 @@ JOBS = sa.Table(
     sa.Column("lease", sa.Float),
     sa.Column("progress", sa.Float, nullable=False, default=0.0),
     sa.Column("preview", sa.LargeBinary),
+    sa.Column("watched", sa.Boolean, nullable=False, default=False),  # somebody wants previews
     sa.Column("cancel", sa.Boolean, nullable=False, default=False),
     sa.Column("error", sa.Text),
     sa.Column("created", sa.Float, nullable=False),
@@ -99,6 +100,15 @@ class Job(NamedTuple):
     created: float
     started: float | None
     finished: float | None
+
+
+class Beat(NamedTuple):
+    """What a worker learns when it renews its leases."""
+
+    lost: set[str]
+    """Jobs to give up: canceled, or no longer held."""
+    watched: set[str]
+    """Jobs whose previews somebody wants."""
 
 
 class NewImage(NamedTuple):
@@ -319,6 +329,17 @@ class Ledger:
             connection.execute(sa.update(JOBS).where(mine, JOBS.c.state == QUEUED).values(now))
             connection.execute(sa.update(JOBS).where(mine, JOBS.c.state == RUNNING).values(cancel=True))
 
+    def progress(self, jobs: Collection[str]) -> dict[str, tuple[str, float]]:
+        """State and progress of some jobs."""
+        rows = self.read(sa.select(JOBS.c.id, JOBS.c.state, JOBS.c.progress).where(JOBS.c.id.in_(jobs)))
+        return {row["id"]: (row["state"], row["progress"]) for row in rows}
+
+    def want_preview(self, job: str) -> None:
+        """Ask the worker of a job for previews."""
+        if self.read(sa.select(JOBS.c.id).where(JOBS.c.id == job, ~JOBS.c.watched)):
+            with self.write() as connection:
+                connection.execute(sa.update(JOBS).where(JOBS.c.id == job).values(watched=True))
+
     def preview(self, job: str) -> bytes | None:
         """The last preview of a job, a PNG."""
         rows = self.read(sa.select(JOBS.c.preview).where(JOBS.c.id == job))
@@ -369,13 +390,13 @@ class Ledger:
             connection.execute(sa.update(JOBS).where(late, JOBS.c.cancel).values(ended))
             connection.execute(sa.update(JOBS).where(late).values(state=QUEUED, worker=None))
 
-    def beat(self, worker: str, jobs: Sequence[str]) -> set[str]:
-        """Renew the lease of jobs; those that are to be given up, canceled or no longer held."""
+    def beat(self, worker: str, jobs: Sequence[str]) -> Beat:
+        """Renew the lease of jobs."""
         with self.write() as connection:
             held = JOBS.c.id.in_(jobs) & (JOBS.c.worker == worker) & (JOBS.c.state == RUNNING)
             connection.execute(sa.update(JOBS).where(held).values(lease=self.now + self.lease))
-            kept = connection.execute(sa.select(JOBS.c.id).where(held, ~JOBS.c.cancel)).scalars().all()
-        return set(jobs) - set(kept)
+            kept = connection.execute(sa.select(JOBS.c.id, JOBS.c.watched).where(held, ~JOBS.c.cancel)).all()
+        return Beat(set(jobs) - {row.id for row in kept}, {row.id for row in kept if row.watched})
 
     def note(self, worker: str, job: str, progress: float, preview: bytes | None = None) -> None:
         """Say how far a job is."""

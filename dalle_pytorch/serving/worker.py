@@ -66,6 +66,7 @@ class Worker:
         self.stopping, self.ended = threading.Event(), threading.Event()
         self.held: list[str] = []
         self.lost: set[str] = set()
+        self.watched: set[str] = set()
         self.defects = 0
         """Batches in a row that have failed for no fault of a request."""
         self.failure: str | None = None
@@ -103,7 +104,7 @@ class Worker:
         Raises:
             DBAPIError: the database does not answer; the jobs stay held until their lease is over.
         """
-        self.lost, self.held = set(), [job.id for job in jobs]
+        self.lost, self.watched, self.held = set(), set(), [job.id for job in jobs]
         noted, open_jobs = dict.fromkeys(range(len(jobs)), 0.0), dict(enumerate(jobs))
         try:
             with contextlib.closing(engine.draw([request_of(job.parameters, self.library) for job in jobs])) as events:
@@ -155,7 +156,8 @@ class Worker:
     def note(self, job: Job, event: Step) -> None:
         """Say how far a job is; a job does not fail because that cannot be said."""
         try:
-            self.ledger.note(self.name, job.id, event.progress, event.preview())
+            preview = event.preview() if job.id in self.watched else None
+            self.ledger.note(self.name, job.id, event.progress, preview)
         except Exception:
             log.exception("no preview of job %s", job.id)
 
@@ -176,6 +178,8 @@ class Worker:
         while not self.ended.wait(min(self.ledger.lease / 4, 0.5)):
             if held := list(self.held):
                 try:
-                    self.lost |= self.ledger.beat(self.name, held)
+                    beat = self.ledger.beat(self.name, held)
+                    self.lost |= beat.lost
+                    self.watched = beat.watched
                 except Exception:
                     log.exception("heartbeat")

@@ -1,5 +1,6 @@
 """The pages in a real browser: Debian's chromium and its driver. ``make server-test`` runs these."""
 
+import dataclasses
 import io
 import threading
 import time
@@ -8,8 +9,10 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.serving.app import make_app
 from dalle_pytorch.serving.config import ServeConfig
+from dalle_pytorch.text import BPETokenizer
 
 from .conftest import Squares, wait_for
 
@@ -131,6 +134,90 @@ def test_an_image_goes_through_the_codec(browser, run, tiny_vae, tmp_path):
     time.sleep(0.5)
     assert find(browser, "#perturb").text == "Stop"
     find(browser, "#perturb").click()
+
+
+def test_an_image_is_compared_and_the_codec_is_timed(browser, run, tiny_vae, tmp_path):
+    file = tmp_path / "picture.png"
+    Image.effect_noise((80, 70), 60).save(file)
+    url, _ = run(Squares(tiny_vae))
+    browser.get(f"{url}/#codec")
+    find(browser, "#file").send_keys(str(file))
+    wait_for(lambda: find(browser, "#size").get_attribute("value"))
+    find(browser, "#codec-form button").click()
+    wait_for(lambda: find(browser, "#compare").is_enabled())
+    find(browser, "#compare").click()
+    loaded(browser, "#comparison img", 4)
+    notes = [note.text for note in browser.find_elements("css selector", "#comparison figcaption")]
+    assert [note.split(":")[0] for note in notes] == ["original file", "tokens", "jpeg", "webp"]
+    find(browser, "#benchmark").click()
+    cells = wait_for(lambda: [cell.text for cell in browser.find_elements("css selector", "#speeds td")])
+    assert cells[0] == "64"
+    assert float(cells[1]) > 0
+
+
+README = """
+// After selecting a file with the file-picker:
+let formData = new FormData();
+formData.append("file", fileEl.files[0]);
+
+// Encode:
+let encoded = await fetch("http://0.0.0.0:8080/encode/256", {
+  method: 'POST',
+  body: formData,
+}).then(r => r.json());
+
+// Decode:
+let decoded = await fetch("http://0.0.0.0:8080/decode", {
+  method: 'POST',
+  body: JSON.stringify(encoded),
+}).then(r => r.blob());
+
+imgEl.src = URL.createObjectURL(decoded);
+
+let result = await fetch("http://0.0.0.0:8080/encode-decode/256", {
+  method: 'POST',
+  body: formData,
+}).then(r => r.blob());
+"""
+"""The example of https://github.com/josephrocca/dall-e-encoder-decoder-server's README."""
+
+
+def test_the_example_of_the_encoder_decoder_server_runs(browser, run, tiny_vae, tmp_path):
+    """Unchanged but for the host; its image must arrive, as large as it says."""
+    file = tmp_path / "picture.jpg"
+    Image.effect_noise((300, 280), 60).convert("RGB").save(file)
+    url, _ = run(Squares(tiny_vae))
+    browser.get(f"{url}/#codec")
+    find(browser, "#file").send_keys(str(file))
+    code = README.replace("http://0.0.0.0:8080", url)
+    script = f"""
+        const done = arguments[arguments.length - 1];
+        const fileEl = document.getElementById("file"), imgEl = document.getElementById("decoded");
+        (async () => {{ {code}
+            await imgEl.decode();
+            return [encoded.length, encoded[0].length, encoded[0][0].length, imgEl.naturalWidth, result.type];
+        }})().then(done, (error) => done(String(error)));
+    """
+    assert browser.execute_async_script(script) == [1, 64, 64, 256, "image/jpeg"]
+
+
+def test_an_image_is_completed_and_found_by_what_it_shows(browser, run, tiny_vae, tiny_clip):
+    clip = CLIP(dataclasses.replace(tiny_clip.config, text_vocab_size=260))
+    clip.text_tokenizer = BPETokenizer.train(["red green"], 260)
+    url, _ = run(Squares(tiny_vae, clip=clip))
+    browser.get(url)
+    find(browser, "#prompt").send_keys("red\n")
+    loaded(browser, ".job .grid img", 8)
+    find(browser, ".job .complete").click()
+    wait_for(lambda: len(browser.find_elements("css selector", ".job")) == 2)
+    loaded(browser, ".job:first-child .grid img", 8)
+    browser.get(f"{url}/#library")
+    loaded(browser, "#images img", 16)
+    browser.execute_script("for (const figure of document.querySelectorAll('#images figure')) figure.id = 'old'")
+    find(browser, "#meaning").click()
+    find(browser, "#search").send_keys("green\n")
+    wait_for(lambda: not browser.find_elements("css selector", "#old"))
+    loaded(browser, "#images img", 16)
 
 
 def test_the_api_is_described(browser, run, tiny_vae):

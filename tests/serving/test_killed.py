@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -11,9 +12,13 @@ import urllib.error
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import pytest
+import trustme
 from PIL import Image
 
 from dalle_pytorch.serving.library import Library
+
+from .conftest import wait_for
 
 SERVER = """
 import sys
@@ -35,6 +40,12 @@ class VAE(torch.nn.Module):
 KILLS = 12
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def ask(url: str, body: dict | None = None, key: str = "") -> dict | None:
     """An answer; None while nobody answers, or not yet."""
     headers = {"Content-Type": "application/json", **({"Idempotency-Key": key} if key else {})}
@@ -42,7 +53,8 @@ def ask(url: str, body: dict | None = None, key: str = "") -> dict | None:
         with urlopen(Request(url, None if body is None else json.dumps(body).encode(), headers), timeout=10) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        assert error.code == 503
+        if error.code != 503:  # the models are not loaded yet
+            raise
     except OSError:
         pass
     return None
@@ -50,9 +62,7 @@ def ask(url: str, body: dict | None = None, key: str = "") -> dict | None:
 
 def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
     """Clients ask again with their key until they are answered. Each job ends once, with all its images, whole."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url, library, dice = f"http://127.0.0.1:{port}", tmp_path / "library", random.Random(0)
     command = [sys.executable, "-c", VAE + SERVER, str(port), str(library)]
 
@@ -96,3 +106,37 @@ def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
             with Image.open(files.path(image["id"])) as picture:
                 picture.load()
             assert files.notes(image["id"])["prompt"] == name
+
+
+def test_the_command_serves_https_and_ends_with_a_signal(tmp_path):
+    """With a certificate; plain HTTP gets no answer. The weights that come along are loaded."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    port = free_port()
+    settings = [
+        f"port={port}",
+        f"library={tmp_path}/library",
+        f"tls_cert={tmp_path}/cert.pem",
+        f"tls_key={tmp_path}/key.pem",
+    ]
+    server = subprocess.Popen([sys.executable, "-m", "dalle_pytorch.commands.serve", *settings], cwd=tmp_path)
+
+    def ready() -> bool:
+        try:
+            with urlopen(f"https://127.0.0.1:{port}/readyz", timeout=5, context=context) as answer:
+                return json.load(answer)["status"] == "ready"
+        except OSError:
+            return False
+
+    try:
+        wait_for(ready, 60)
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
+        server.terminate()
+        assert server.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        server.kill()

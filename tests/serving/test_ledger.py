@@ -117,7 +117,7 @@ def test_the_job_of_a_dead_worker_is_done_by_another_and_once(ledger):
     assert ledger.claim("next", 1) == []
     time.sleep(0.6)
     assert [found.id for found in ledger.claim("next", 1)] == [job]
-    assert ledger.beat("dead", [job]) == {job}
+    assert ledger.beat("dead", [job]).lost == {job}
     assert not ledger.finish("dead", job, [image(1)])
     assert ledger.finish("next", job, [image(2)])
     assert not ledger.finish("next", job, [image(3)])
@@ -129,7 +129,7 @@ def test_a_heartbeat_keeps_the_lease(ledger):
     ledger.claim("slow", 1)
     for _ in range(4):
         time.sleep(0.25)
-        assert ledger.beat("slow", [job]) == set()
+        assert ledger.beat("slow", [job]) == (set(), set())
         assert ledger.claim("next", 1) == []
 
 
@@ -149,7 +149,7 @@ def test_canceled_jobs_leave_no_images(ledger):
     ledger.cancel(waiting)
     ledger.cancel(running)
     assert ledger.get(waiting).state == "canceled"
-    assert ledger.beat("w", [running]) == {running}
+    assert ledger.beat("w", [running]).lost == {running}
     assert not ledger.finish("w", running, [image()])
     ledger.end("w", [running], "canceled")
     assert ledger.get(running).state == "canceled"

@@ -91,7 +91,7 @@ def test_jobs_that_fit_together_are_drawn_together(serve, squares):
 
 def test_events_tell_the_whole_story(serve, squares):
     client = serve(squares)
-    squares.seconds = 1.0
+    squares.seconds, squares.steps = 3.0, 12
     job = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
     lines = client.get(f"/v1/jobs/{job}/events").text.splitlines()
     kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]

@@ -26,10 +26,13 @@ const post = (path, body) => json(path, { method: "POST", headers: { "Content-Ty
 
 // Images need the key as well, which an <img> cannot send.
 async function show(img, path) {
-  const url = URL.createObjectURL(await (await ask(path)).blob());
+  const answer = await ask(path);
+  if (answer.status === 204) return false;  // no preview yet
+  const url = URL.createObjectURL(await answer.blob());
   img.onload = () => URL.revokeObjectURL(url);
   img.src = url;
   img.hidden = false;
+  return true;
 }
 
 function tell(error) {
@@ -76,7 +79,7 @@ async function render(job) {
   if (over) part(".preview").hidden = true;
   if (job.state === "running" && job.progress > 0 && job.progress !== card.progress) {
     card.progress = job.progress;
-    show(part(".preview"), `/v1/jobs/${job.id}/preview.png?${job.progress}`).then(() => { part(".preview").hidden = !card.open; }, () => {});
+    show(part(".preview"), `/v1/jobs/${job.id}/preview.png?${job.progress}`).then((shown) => { if (shown) part(".preview").hidden = !card.open; }, () => {});
   }
   if (job.images && !part(".grid").childElementCount) part(".grid").append(...job.images.map(figureOf));
 }

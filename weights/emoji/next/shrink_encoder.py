@@ -27,6 +27,7 @@ def kept_pieces(vocabulary: dict[str, int], count: int) -> list[str]:
 
 
 def main() -> None:
+    """Read, cut, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
