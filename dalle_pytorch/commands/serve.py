@@ -1,9 +1,11 @@
 """A server: ``serve.py weights=runs/mine/dalle/dalle.safetensors clip=runs/mine/clip/clip.safetensors``.
 
-Without ``weights=`` it draws with those that come along, on http://127.0.0.1:8000.
+Without ``weights=`` it draws with those that come along, on http://127.0.0.1:8000. ``serve.py import-library PATH``
+takes over the library of a playground.
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,20 @@ def main(config: ServeConfig) -> None:
 
         from dalle_pytorch.serving.app import make_app
         from dalle_pytorch.serving.doctor import repair
+        from dalle_pytorch.serving.keys import ANYONE
         from dalle_pytorch.serving.ledger import Ledger
         from dalle_pytorch.serving.library import Library
+        from dalle_pytorch.serving.takeover import take_over
     except ModuleNotFoundError as error:
         raise UserError(NOT_INSTALLED) from error
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     if config.repair:
-        print(repair(Ledger(config.database_url()), Library(Path(config.library))))
+        library = Library(Path(config.library))
+        print(repair(Ledger(config.database_url()), library))
+        return
+    if config.import_library is not None:
+        library = Library(Path(config.library))
+        print(take_over(Path(config.import_library), Ledger(config.database_url()), library, config.owner or ANYONE))
         return
     app = make_app(config)
     scheme = "https" if config.tls_cert else "http"
@@ -46,5 +55,15 @@ def main(config: ServeConfig) -> None:
     Server(settings).run()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """``import-library PATH``, or a server."""
+    if sys.argv[1:2] == ["import-library"]:
+        if len(sys.argv) < 3:
+            sys.exit("usage: serve.py import-library PATH [library=...] [database=...]")
+        path = sys.argv[2].replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv[1:3] = [f"import_library='{path}'"]
     main()
+
+
+if __name__ == "__main__":
+    run()

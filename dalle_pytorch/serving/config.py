@@ -60,6 +60,8 @@ class ServeConfig:
     """Key file of the certificate."""
     keys: str | None = None
     """File of keys, a line each: a name, a colon, the key's SHA-256 in hexadecimal. Null = no keys are asked for."""
+    admins: list[str] = field(default_factory=list)
+    """Names in keys that may pause the queue; without keys everyone may."""
     weights: str = "emoji"
     """The DALLE: a file, a folder, the name of a release or an id of the hub, as for generate.py."""
     clip: str | None = None
@@ -86,6 +88,12 @@ class ServeConfig:
     """Seconds until the job of a dead worker is queued again."""
     repair: bool = False
     """Only bring ledger and files of the library together again, and say what was mended."""
+    import_library: str | None = None
+    """Only copy the library of a playground into this one; serve.py import-library PATH says the same."""
+    owner: str | None = None
+    """Only with import_library, on a server with keys: the name whose images those will be."""
+    inspiration: str | None = None
+    """Text file with parts of prompts for the page that puts them together (docs/serving.md); null = one for emoji."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """What a client may ask for."""
 

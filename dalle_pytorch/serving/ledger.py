@@ -6,8 +6,8 @@ worker has died. Whoever has lost its lease cannot write a result any more, so t
 """
 
 import contextlib
-import secrets
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,6 +33,8 @@ JOBS = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival
     sa.Column("id", sa.String(32), nullable=False, unique=True),
     sa.Column("owner", sa.String(100), nullable=False),
+    sa.Column("person", sa.String(100), nullable=False, default=""),  # who takes turns with whom
+    sa.Column("turn", sa.Integer, nullable=False, default=0),
     sa.Column("kind", sa.String(20), nullable=False),
     sa.Column("parameters", sa.JSON, nullable=False),
     sa.Column("batch", sa.String(200), nullable=False),  # jobs of one batch may be drawn together
@@ -52,7 +54,7 @@ JOBS = sa.Table(
     sa.Column("finished", sa.Float),
     sa.Column("idempotency", sa.String(200)),
     sa.Column("request", sa.String(64)),
-    sa.Index("by_state", "state", "priority", "number"),
+    sa.Index("by_state", "state", "priority", "turn", "number"),
     sa.UniqueConstraint("owner", "idempotency"),
 )  # fmt: skip
 IMAGES = sa.Table(
@@ -76,10 +78,20 @@ FEATURES = sa.Table(
     sa.Column("clip", sa.String(64), primary_key=True),  # hash of the weights
     sa.Column("values", sa.LargeBinary, nullable=False),  # half precision; empty = the image cannot be read
 )  # fmt: skip
+SETTINGS = sa.Table(
+    "settings",
+    METADATA,
+    sa.Column("name", sa.String(40), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
 HOUR = 3600.0
 LOCK = 7421
 """Number of the lock that guards the queue's limits in PostgreSQL."""
 SHOWN = [column for column in JOBS.c if column.name != "preview"]
+WITH_TIMES = sa.select(IMAGES, JOBS.c.started, JOBS.c.finished).join(JOBS, JOBS.c.id == IMAGES.c.job)
+"""Images, and when their job was drawn."""
+ORDER = (JOBS.c.priority.desc(), JOBS.c.turn, JOBS.c.number)
+"""The queue: the highest priority first, people by turns, and each one's jobs as they came."""
 
 
 class Job(NamedTuple):
@@ -87,6 +99,8 @@ class Job(NamedTuple):
 
     id: str
     owner: str
+    person: str
+    """Who asked, where one owner stands for all."""
     kind: str
     parameters: dict[str, Any]
     count: int
@@ -100,6 +114,46 @@ class Job(NamedTuple):
     created: float
     started: float | None
     finished: float | None
+
+
+class Ahead(NamedTuple):
+    """What is drawn or waits before a queued job."""
+
+    jobs: int
+    images: int
+
+
+class NewJob(NamedTuple):
+    """What is to be queued."""
+
+    parameters: dict[str, Any]
+    """All that is needed to draw it."""
+    count: int
+    """Images that it asks for."""
+    batch: str
+    """Jobs with the same text may be drawn together."""
+    priority: int = 0
+    """Higher ones come first."""
+
+
+class Limits(NamedTuple):
+    """What may wait, and be asked for."""
+
+    queued: int
+    """Jobs that may wait."""
+    owned: int
+    """Jobs of one owner that may wait."""
+    hourly: int | None = None
+    """Images that an owner may ask for within an hour; None = any number."""
+
+
+class Usage(NamedTuple):
+    """What an owner has of the limits."""
+
+    waiting: int
+    """Jobs."""
+    hour: int
+    """Images asked for within the last hour."""
 
 
 class Beat(NamedTuple):
@@ -202,63 +256,65 @@ class Ledger:
     # ---- asking for jobs
 
     def add(
-        self,
-        owner: str,
-        kind: str,
-        parameters: dict[str, Any],
-        *,
-        count: int,
-        batch: str,
-        priority: int = 0,
-        idempotency: str | None = None,
-        request: str = "",
-        max_queued: int,
-        max_owned: int,
-        max_hourly: int | None = None,
-    ) -> Job:
-        """Queue a job, or give the one that the same key of the same owner has made.
+        self, owner: str, requests: Sequence[NewJob], limits: Limits, *, person: str = "", key: str | None = None,
+        digest: str = "",
+    ) -> list[Job]:  # fmt: skip
+        """Queue jobs, all of them or none; or give those that the same key of the same owner has made.
 
         Args:
-            owner: who asks.
-            kind: what is asked for.
-            parameters: all that is needed to draw it.
-            count: images that it asks for.
-            batch: jobs with the same text may be drawn together.
-            priority: higher ones come first.
-            idempotency: a client's own key.
-            request: what the client has sent, or a hash of it.
-            max_queued: jobs that may wait.
-            max_owned: jobs of one owner that may wait.
-            max_hourly: images that an owner may ask for within an hour; None = any number.
+            owner: whose jobs they are.
+            requests: what is asked for.
+            limits: what may wait.
+            person: who takes turns with others.
+            key: a client's own, so that asking again makes no second job; for one request.
+            digest: what the client has sent, or a hash of it, to be compared where a key comes again.
 
         Raises:
             QueueFull: there is no room, or the owner has asked for too much.
             Conflict: the key belongs to another request.
         """
-        row = {
-            "id": secrets.token_hex(16), "owner": owner, "kind": kind, "parameters": parameters, "count": count,
-            "batch": batch, "priority": priority, "idempotency": idempotency, "request": request,
-            "created": time.time(), "state": QUEUED, "attempts": 0, "progress": 0.0, "cancel": False,
-        }  # fmt: skip
         with self.write(alone=True) as connection:
-            if idempotency is not None:
-                same = (JOBS.c.owner == owner) & (JOBS.c.idempotency == idempotency)
+            if key is not None:
+                same = (JOBS.c.owner == owner) & (JOBS.c.idempotency == key)
                 if found := connection.execute(sa.select(*SHOWN).where(same)).mappings().first():
-                    if found["request"] != request:
+                    if found["request"] != digest:
                         raise Conflict
-                    return _job(found)
-            waiting = connection.execute(
-                sa.select(JOBS.c.owner, sa.func.count().label("waiting"))
-                .where(JOBS.c.state == QUEUED)
-                .group_by(JOBS.c.owner)
-            )
-            counts = {row.owner: row.waiting for row in waiting}
-            if sum(counts.values()) >= max_queued or counts.get(owner, 0) >= max_owned:
-                raise QueueFull("too many jobs are waiting", 10)
-            if max_hourly is not None:
-                self._check_hour(connection, owner, count, max_hourly)
-            connection.execute(sa.insert(JOBS).values(row))
-        return self.get(row["id"])
+                    return [_job(found)]
+            self._check(connection, owner, len(requests), sum(request.count for request in requests), limits)
+            ids, turns = [], dict[int, int]()
+            for request in requests:
+                last = turns.get(request.priority)
+                turns[request.priority] = self._turn(connection, person, request.priority) if last is None else last + 1
+                row = {
+                    **request._asdict(), "id": uuid.uuid4().hex, "owner": owner, "person": person, "kind": "draw",
+                    "turn": turns[request.priority], "idempotency": key, "request": digest,
+                    "created": time.time(), "state": QUEUED, "attempts": 0, "progress": 0.0, "cancel": False,
+                }  # fmt: skip
+                connection.execute(sa.insert(JOBS).values(row))
+                ids.append(row["id"])
+        rows = {row["id"]: row for row in self.read(sa.select(*SHOWN).where(JOBS.c.id.in_(ids)))}
+        return [_job(rows[name]) for name in ids]
+
+    def _turn(self, connection: Connection, person: str, priority: int) -> int:
+        """The turn of a person's next job: behind their others, and with the next one of everybody else."""
+        rank = JOBS.c.priority == priority
+
+        def value(what: Any, *where: Any) -> int | None:
+            return connection.execute(sa.select(what).where(rank, *where)).scalar()
+
+        now = value(sa.func.min(JOBS.c.turn), JOBS.c.state == QUEUED)
+        if now is None:
+            now = value(sa.func.max(JOBS.c.turn), JOBS.c.state == RUNNING)
+        last = value(sa.func.max(JOBS.c.turn), JOBS.c.state == QUEUED, JOBS.c.person == person)
+        return max(now or 0, 0 if last is None else last + 1)
+
+    def _check(self, connection: Connection, owner: str, jobs: int, images: int, limits: Limits) -> None:
+        waiting = sa.select(JOBS.c.owner, sa.func.count().label("waiting")).where(JOBS.c.state == QUEUED)
+        counts = {row.owner: row.waiting for row in connection.execute(waiting.group_by(JOBS.c.owner))}
+        if sum(counts.values()) + jobs > limits.queued or counts.get(owner, 0) + jobs > limits.owned:
+            raise QueueFull("too many jobs are waiting", 10)
+        if limits.hourly is not None:
+            self._check_hour(connection, owner, images, limits.hourly)
 
     def _check_hour(self, connection: Connection, owner: str, count: int, most: int) -> None:
         """Refuse what goes beyond an owner's images of an hour; canceled jobs count, since some were drawn."""
@@ -293,13 +349,63 @@ class Ledger:
             query = query.where(JOBS.c.state.in_(states))
         return [_job(row) for row in self.read(query)]
 
-    def position(self, job: str) -> int:
-        """How many jobs are drawn or wait before a queued one."""
-        me = sa.select(JOBS.c.priority, JOBS.c.number).where(JOBS.c.id == job).subquery()
-        ahead = (JOBS.c.priority > me.c.priority) | ((JOBS.c.priority == me.c.priority) & (JOBS.c.number < me.c.number))
-        counted = (JOBS.c.state == RUNNING) | ((JOBS.c.state == QUEUED) & ahead)
-        rows = self.read(sa.select(sa.func.count().label("count")).select_from(JOBS.join(me, counted)))
-        return rows[0]["count"]
+    def ahead(self, job: str) -> Ahead:
+        """What is drawn or waits before a queued job."""
+        me = sa.select(JOBS.c.priority, JOBS.c.turn, JOBS.c.number).where(JOBS.c.id == job).subquery()
+        same, turn = JOBS.c.priority == me.c.priority, JOBS.c.turn == me.c.turn
+        earlier = (JOBS.c.turn < me.c.turn) | (turn & (JOBS.c.number < me.c.number))
+        counted = (JOBS.c.state == RUNNING) | (
+            (JOBS.c.state == QUEUED) & ((JOBS.c.priority > me.c.priority) | (same & earlier))
+        )
+        columns = sa.func.count().label("jobs"), sa.func.coalesce(sa.func.sum(JOBS.c.count), 0).label("images")
+        (row,) = self.read(sa.select(*columns).select_from(JOBS.join(me, counted)))
+        return Ahead(row["jobs"], int(row["images"]))
+
+    def queue(self, owner: object = ANY_OWNER, *, limit: int = 1000) -> list[Job]:
+        """Jobs that run, then those that wait in the order in which they are drawn."""
+        query = sa.select(*SHOWN).where(JOBS.c.state.in_((RUNNING, QUEUED)))
+        if owner is not ANY_OWNER:
+            query = query.where(JOBS.c.owner == owner)
+        running_first = sa.case((JOBS.c.state == RUNNING, 0), else_=1)
+        return [_job(row) for row in self.read(query.order_by(running_first, *ORDER).limit(limit))]
+
+    def usage(self, owner: str) -> Usage:
+        """What an owner has of the limits."""
+        lately = (JOBS.c.created > time.time() - HOUR) & (JOBS.c.batch != ADOPTED)
+        waiting = sa.func.sum(sa.case((JOBS.c.state == QUEUED, 1), else_=0))
+        hour = sa.func.sum(sa.case((lately, JOBS.c.count), else_=0))
+        (row,) = self.read(sa.select(waiting.label("waiting"), hour.label("hour")).where(JOBS.c.owner == owner))
+        return Usage(int(row["waiting"] or 0), int(row["hour"] or 0))
+
+    @property
+    def paused(self) -> bool:
+        """Whether no new job is begun."""
+        return bool(self.read(sa.select(SETTINGS).where(SETTINGS.c.name == "paused")))
+
+    def pause(self, paused: bool) -> None:
+        """Begin no new job until further notice; what is drawn already ends."""
+        with self.write(alone=True) as connection:
+            connection.execute(sa.delete(SETTINGS).where(SETTINGS.c.name == "paused"))
+            if paused:
+                connection.execute(sa.insert(SETTINGS).values(name="paused", value="yes"))
+
+    def retry(self, job: str, limits: Limits) -> None:
+        """Queue a job again that has failed or was canceled; any other stays as it is.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        with self.write(alone=True) as connection:
+            ended = (JOBS.c.id == job) & JOBS.c.state.in_((FAILED, CANCELED))
+            found = connection.execute(sa.select(*SHOWN).where(ended)).mappings().first()
+            if found is None:
+                return
+            self._check(connection, found["owner"], 1, found["count"], limits)
+            anew = {
+                "state": QUEUED, "attempts": 0, "error": None, "started": None, "finished": None, "progress": 0.0,
+                "cancel": False, "preview": None, "turn": self._turn(connection, found["person"], found["priority"]),
+            }  # fmt: skip
+            connection.execute(sa.update(JOBS).where(ended).values(anew))
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are in each state."""
@@ -357,12 +463,13 @@ class Ledger:
         self.release_expired()
         if not self.read(sa.select(JOBS.c.id).where(JOBS.c.state == QUEUED).limit(1)):  # an idle worker writes nothing
             return []
-        order = (JOBS.c.priority.desc(), JOBS.c.number)
+        if self.paused:
+            return []
         with self.write() as connection:
             first = (
                 sa.select(JOBS.c.id, JOBS.c.batch, JOBS.c.count, JOBS.c.priority)
                 .where(JOBS.c.state == QUEUED)
-                .order_by(*order)
+                .order_by(*ORDER)
             )
             locked = first.limit(1).with_for_update(skip_locked=True)
             head = connection.execute(locked).mappings().first()
@@ -375,7 +482,7 @@ class Ledger:
             taken = {"state": RUNNING, "worker": worker, "lease": self.now + self.lease, "started": time.time()}
             update = sa.update(JOBS).where(JOBS.c.id.in_(ids), JOBS.c.state == QUEUED)
             connection.execute(update.values(**taken, attempts=JOBS.c.attempts + 1, progress=0.0, preview=None))
-            rows = connection.execute(sa.select(*SHOWN).where(JOBS.c.id.in_(ids)).order_by(*order)).mappings().all()
+            rows = connection.execute(sa.select(*SHOWN).where(JOBS.c.id.in_(ids)).order_by(*ORDER)).mappings().all()
         return [_job(row) for row in rows]
 
     def release_expired(self) -> None:
@@ -463,8 +570,7 @@ class Ledger:
             limit: at most so many.
             before: those that come after this image in that order.
         """
-        joined = sa.select(IMAGES).join(JOBS, JOBS.c.id == IMAGES.c.job)
-        query = joined.order_by(JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number).limit(limit)
+        query = WITH_TIMES.order_by(JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number).limit(limit)
         if before is not None:
             last = (
                 sa.select(JOBS.c.number.label("job"), IMAGES.c.place, IMAGES.c.number)
@@ -484,20 +590,30 @@ class Ledger:
             query = query.where(IMAGES.c.prompt.icontains(text, autoescape=True))
         return self.read(query)
 
+    def groups(self, owner: object = ANY_OWNER) -> list[Row]:
+        """All images with what is said of their job in a list, the newest job's first; no parameters, so it is fast."""
+        columns = (
+            IMAGES.c.id, IMAGES.c.job, IMAGES.c.prompt, IMAGES.c.seed, JOBS.c.started, JOBS.c.finished, JOBS.c.created
+        )  # fmt: skip
+        query = sa.select(*columns).join(JOBS, JOBS.c.id == IMAGES.c.job)
+        if owner is not ANY_OWNER:
+            query = query.where(IMAGES.c.owner == owner)
+        return self.read(query.order_by(JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number))
+
     def image(self, image: str, owner: object = ANY_OWNER) -> Row:
         """The row of an image.
 
         Raises:
             KeyError: there is none of this id, or it is another owner's.
         """
-        rows = self.read(sa.select(IMAGES).where(IMAGES.c.id == image))
+        rows = self.read(WITH_TIMES.where(IMAGES.c.id == image))
         if not rows or (owner is not ANY_OWNER and rows[0]["owner"] != owner):
             raise KeyError(image)
         return rows[0]
 
     def images_of(self, ids: Sequence[str]) -> list[Row]:
         """The rows of some images, in any order."""
-        return self.read(sa.select(IMAGES).where(IMAGES.c.id.in_(ids)))
+        return self.read(WITH_TIMES.where(IMAGES.c.id.in_(ids)))
 
     def forget(self, image: str) -> None:
         """Delete the row of an image."""
@@ -547,14 +663,22 @@ class Ledger:
         """Whether a job was written from the notes of its images."""
         return bool(self.read(sa.select(JOBS.c.id).where(JOBS.c.id == job, JOBS.c.batch == ADOPTED)))
 
-    def adopt(self, job: str, owner: str, created: float, image: NewImage) -> None:
-        """Enter an image, and its job if that is lost as well, from the notes in its file."""
+    def adopt(self, job: str, owner: str, created: float, image: NewImage, *, seconds: float = 0.0) -> None:
+        """Enter an image, and its job if that is lost as well, from the notes in its file.
+
+        Args:
+            job: its job's id.
+            owner: whose it is.
+            created: when, in seconds of Unix time.
+            image: its row.
+            seconds: how long the job took.
+        """
         with self.write() as connection:
             if connection.execute(sa.select(JOBS.c.id).where(JOBS.c.id == job)).first() is None:
                 row = {
                     "id": job, "owner": owner, "kind": "draw", "parameters": image.parameters, "batch": ADOPTED,
                     "count": len(image.parameters["indices"]), "state": SUCCEEDED, "progress": 1.0, "created": created,
-                    "started": created, "finished": created,
+                    "started": created - seconds, "finished": created,
                 }  # fmt: skip
                 connection.execute(sa.insert(JOBS).values(row))
             connection.execute(

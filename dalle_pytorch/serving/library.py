@@ -3,8 +3,8 @@
 import contextlib
 import json
 import re
-import secrets
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ class Library:
             raise KeyError(image)
         return self.folder / image[:2] / f"{image}.png"
 
-    def add(self, image: Image.Image, notes: dict[str, Any]) -> str:
-        """Write an image whole, or not at all; its new id."""
-        name, text = secrets.token_hex(16), PngInfo()
+    def add(self, image: Image.Image, notes: dict[str, Any], *, name: str | None = None) -> str:
+        """Write an image whole, or not at all; its id, a new one unless it is given."""
+        name, text = name or uuid.uuid4().hex, PngInfo()
         text.add_itxt("parameters", str(notes.get("prompt", "")))  # where other programs look for the prompt
         text.add_itxt(NOTES, json.dumps(notes))
         path = self.path(name)

@@ -1,10 +1,15 @@
 """A server with an engine that draws squares of one colour, and one with real, tiny models."""
 
 import hashlib
+import os
+import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import sqlalchemy
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -13,6 +18,7 @@ from dalle_pytorch.errors import UserError
 from dalle_pytorch.serving.app import make_app
 from dalle_pytorch.serving.config import LimitsConfig, ServeConfig
 from dalle_pytorch.serving.engine import Drawn, Step, png
+from dalle_pytorch.serving.ledger import METADATA
 
 
 def colour(prompt: str, seed: int, index: int) -> tuple[int, int, int]:
@@ -101,3 +107,31 @@ def ended(client, job: str, **options):
 @pytest.fixture
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory):
+    """Address of a PostgreSQL server of the test's own, of Debian's package; it does not run as root."""
+    (tools,) = Path("/usr/lib/postgresql").glob("*/bin")
+    folder = tmp_path_factory.mktemp("postgresql")
+    shutil.chown(folder, "postgres")
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+
+    def tool(name: str, *arguments: str) -> None:
+        subprocess.run([*as_user, tools / name, *arguments], check=True, capture_output=True, cwd="/")
+
+    tool("initdb", "--pgdata", f"{folder}/data", "--auth", "trust")
+    options = f"-k {folder} -c listen_addresses='' -c max_connections=200"
+    tool("pg_ctl", "--pgdata", f"{folder}/data", "--log", f"{folder}/log", "--options", options, "--wait", "start")
+    yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+    tool("pg_ctl", "--pgdata", f"{folder}/data", "--mode", "immediate", "stop")
+
+
+def fresh(address: str) -> str:
+    """The address of a database once it is empty."""
+    engine = sqlalchemy.create_engine(address)
+    METADATA.drop_all(engine)
+    engine.dispose()
+    return address

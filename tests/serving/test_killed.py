@@ -1,6 +1,7 @@
 """The whole program, killed at random moments."""
 
 import json
+import os
 import random
 import signal
 import socket
@@ -18,16 +19,28 @@ from PIL import Image
 
 from dalle_pytorch.serving.library import Library
 
-from .conftest import wait_for
+from .conftest import fresh, wait_for
 
 SERVER = """
+import json
 import sys
 import uvicorn
 from dalle_pytorch.serving.app import make_app
 from dalle_pytorch.serving.config import ServeConfig
 from tests.serving.conftest import Squares
-app = make_app(ServeConfig(library=sys.argv[2], lease=1.0), lambda: Squares(VAE(), seconds=0.1))
+app = make_app(ServeConfig(lease=1.0, **json.loads(sys.argv[2])), lambda: Squares(VAE(), seconds=0.1))
 uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
+"""
+WORKER = """
+import json
+import sys
+from pathlib import Path
+from dalle_pytorch.serving.ledger import Ledger
+from dalle_pytorch.serving.library import Library
+from dalle_pytorch.serving.worker import Worker
+from tests.serving.conftest import Squares
+settings = json.loads(sys.argv[2])
+Worker(Ledger(settings["database"], lease=1.0), Library(Path(settings["library"])), lambda: Squares(seconds=0.1)).run()
 """
 VAE = """
 import torch
@@ -38,6 +51,7 @@ class VAE(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 """
 KILLS = 12
+KILL_SECONDS = float(os.environ.get("KILL_SECONDS", "40"))
 
 
 def free_port() -> int:
@@ -60,14 +74,20 @@ def ask(url: str, body: dict | None = None, key: str = "") -> dict | None:
     return None
 
 
+def run(code: str, port: int = 0, **settings) -> subprocess.Popen:
+    """A program of these tests."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(port), json.dumps(settings)], cwd=Path(__file__).parents[2]
+    )
+
+
 def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
     """Clients ask again with their key until they are answered. Each job ends once, with all its images, whole."""
     port = free_port()
     url, library, dice = f"http://127.0.0.1:{port}", tmp_path / "library", random.Random(0)
-    command = [sys.executable, "-c", VAE + SERVER, str(port), str(library)]
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=Path(__file__).parents[2])
+        return run(VAE + SERVER, port, library=str(library))
 
     server, kills, accepted, asked, end = start(), 0, {}, 0, time.monotonic() + 240
     kill_at = None
@@ -94,8 +114,13 @@ def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
     finally:
         server.kill()
         server.wait()
-    assert len({job["id"] for job in jobs.values()}) == len(accepted) >= KILLS
-    files = Library(library)
+    assert len(accepted) >= KILLS
+    check(jobs, accepted, Library(library))
+
+
+def check(jobs: dict[str, dict], accepted: dict[str, str], files: Library) -> None:
+    """Each job has ended, once, with all its images, whole, or with the reason."""
+    assert len({job["id"] for job in jobs.values()}) == len(accepted)
     for name, job in jobs.items():
         if job["state"] == "failed":
             assert "died 3 times" in job["error"]
@@ -106,6 +131,48 @@ def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
             with Image.open(files.path(image["id"])) as picture:
                 picture.load()
             assert files.notes(image["id"])["prompt"] == name
+
+
+@pytest.mark.postgresql
+def test_three_workers_and_two_servers_killed_at_random_lose_and_double_nothing(tmp_path, postgresql):
+    """One database, one folder; somebody is killed every second, and started again."""
+    database = fresh(postgresql)
+    settings, dice, seconds = (
+        {"library": str(tmp_path / "library"), "database": database},
+        random.Random(0),
+        KILL_SECONDS,
+    )
+    ports = [free_port(), free_port()]
+    starts = [lambda port=port: run(VAE + SERVER, port, workers=0, **settings) for port in ports]
+    starts += [lambda: run(WORKER, **settings)] * 3
+    running, accepted, asked, kills = [start() for start in starts], {}, 0, 0
+    end, kill_at = time.monotonic() + seconds, time.monotonic() + 8
+    jobs: dict[str, dict] = {}
+    try:
+        while time.monotonic() < end:
+            body = {"prompt": f"p{asked}", "n": 2, "seed": asked}
+            answer = ask(f"http://127.0.0.1:{ports[dice.randrange(2)]}/v1/jobs", body, key=f"k{asked}")
+            if answer is not None:
+                accepted[f"p{asked}"] = answer["id"]
+                asked += 1
+            time.sleep(0.02)
+            if time.monotonic() > kill_at:
+                victim = dice.randrange(len(running))
+                running[victim].kill()
+                running[victim].wait()
+                running[victim], kills, kill_at = starts[victim](), kills + 1, time.monotonic() + dice.uniform(0.5, 1.5)
+        while len(jobs) < len(accepted) and time.monotonic() < end + 120:
+            for name in accepted.keys() - jobs.keys():
+                found = ask(f"http://127.0.0.1:{ports[0]}/v1/jobs/{accepted[name]}")
+                if found is not None and found["state"] not in ("queued", "running"):
+                    jobs[name] = found
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert kills >= 0.5 * (seconds - 8) / 1.5
+    check(jobs, accepted, Library(tmp_path / "library"))
 
 
 def test_the_command_serves_https_and_ends_with_a_signal(tmp_path):

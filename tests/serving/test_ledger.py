@@ -3,9 +3,7 @@
 import multiprocessing
 import os
 import random
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -18,46 +16,40 @@ from PIL import Image
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.serving.doctor import repair
-from dalle_pytorch.serving.ledger import DIED, MAX_ATTEMPTS, METADATA, Conflict, Ledger, NewImage, QueueFull
+from dalle_pytorch.serving.ledger import (
+    DIED,
+    MAX_ATTEMPTS,
+    Conflict,
+    Job,
+    Ledger,
+    Limits,
+    NewImage,
+    NewJob,
+    QueueFull,
+)  # fmt: skip
 from dalle_pytorch.serving.library import Library
 from dalle_pytorch.serving.worker import MAX_DEFECTS, Worker
 
-from .conftest import Squares, wait_for
+from .conftest import Squares, fresh, wait_for
 
 SAMPLING = {"temperature": 1.0}
-ROOM = {"max_queued": 1000, "max_owned": 1000}
+ROOM = Limits(queued=1000, owned=1000)
 
 
 def parameters(prompt: str = "a", keep: int = 1) -> dict:
     return {"prompt": prompt, "seed": 0, "indices": list(range(keep)), "keep": keep, "sampling": SAMPLING}
 
 
-def add(ledger: Ledger, prompt: str = "a", *, owner: str = "me", batch: str = "b", keep: int = 1, **more):
-    return ledger.add(owner, "draw", parameters(prompt, keep), count=keep, batch=batch, **{**ROOM, **more})
+def add(
+    ledger: Ledger, prompt: str = "a", *, owner: str = "me", batch: str = "b", keep: int = 1, priority: int = 0,
+    limits: Limits = ROOM, **more,
+) -> Job:  # fmt: skip
+    (job,) = ledger.add(owner, [NewJob(parameters(prompt, keep), keep, batch, priority)], limits, **more)
+    return job
 
 
 def image(number: int = 0) -> NewImage:
     return NewImage(f"{number:032x}", 0, "a", 0, 0, None, "model", {})
-
-
-@pytest.fixture(scope="session")
-def postgresql(tmp_path_factory):
-    """Address of a PostgreSQL server of the test's own, of Debian's package; it does not run as root."""
-    (tools,) = Path("/usr/lib/postgresql").glob("*/bin")
-    folder = tmp_path_factory.mktemp("postgresql")
-    shutil.chown(folder, "postgres")
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(parent.stat().st_mode | 0o011)
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-
-    def tool(name: str, *arguments: str) -> None:
-        subprocess.run([*as_user, tools / name, *arguments], check=True, capture_output=True, cwd="/")
-
-    tool("initdb", "--pgdata", f"{folder}/data", "--auth", "trust")
-    options = f"-k {folder} -c listen_addresses='' -c max_connections=200"
-    tool("pg_ctl", "--pgdata", f"{folder}/data", "--log", f"{folder}/log", "--options", options, "--wait", "start")
-    yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
-    tool("pg_ctl", "--pgdata", f"{folder}/data", "--mode", "immediate", "stop")
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
@@ -65,11 +57,7 @@ def url(request, tmp_path):
     """Address of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/ledger.sqlite"
-    address = request.getfixturevalue("postgresql")
-    engine = sqlalchemy.create_engine(address)
-    METADATA.drop_all(engine)
-    engine.dispose()
-    return address
+    return fresh(request.getfixturevalue("postgresql"))
 
 
 @pytest.fixture
@@ -81,7 +69,7 @@ def ledger(url):
 
 def test_the_highest_priority_then_the_first_come(ledger):
     late, first, second = add(ledger, priority=-1), add(ledger), add(ledger)
-    assert [ledger.position(job.id) for job in (late, first, second)] == [2, 0, 1]
+    assert [ledger.ahead(job.id).jobs for job in (late, first, second)] == [2, 0, 1]
     claimed = [ledger.claim("w", 1)[0].id for _ in range(3)]
     assert claimed == [first.id, second.id, late.id]
     assert ledger.claim("w", 1) == []
@@ -171,11 +159,11 @@ def test_a_worker_that_stops_gives_its_job_back(ledger):
 
 
 def test_a_key_makes_one_job(ledger):
-    one, again = (add(ledger, "a", idempotency="k", request="r") for _ in range(2))
+    one, again = (add(ledger, "a", key="k", digest="r") for _ in range(2))
     assert one.id == again.id
-    assert add(ledger, "a", idempotency="k", request="r", owner="you").id != one.id
+    assert add(ledger, "a", key="k", digest="r", owner="you").id != one.id
     with pytest.raises(Conflict):
-        add(ledger, "b", idempotency="k", request="s")
+        add(ledger, "b", key="k", digest="s")
 
 
 def test_requests_at_the_same_time_keep_the_limits_and_share_a_key(ledger):
@@ -185,7 +173,7 @@ def test_requests_at_the_same_time_keep_the_limits_and_share_a_key(ledger):
     def ask(number: int) -> None:
         for turn in range(3):
             try:
-                found.append(add(ledger, idempotency=f"k{turn}", request="r", max_owned=2).id)
+                found.append(add(ledger, key=f"k{turn}", digest="r", limits=Limits(1000, 2)).id)
             except QueueFull as error:
                 found.append(error)
             except Exception as error:
@@ -269,12 +257,12 @@ def test_pages_go_on_where_the_last_one_ended(ledger):
 
 def test_the_queue_has_an_end(ledger):
     for _ in range(2):
-        add(ledger, max_owned=2)
+        add(ledger, limits=Limits(1000, 2))
     with pytest.raises(QueueFull):
-        add(ledger, max_owned=2)
-    add(ledger, max_owned=2, owner="you")
+        add(ledger, limits=Limits(1000, 2))
+    add(ledger, limits=Limits(1000, 2), owner="you")
     with pytest.raises(QueueFull):
-        add(ledger, max_queued=3, owner="third")
+        add(ledger, limits=Limits(3, 1000), owner="third")
 
 
 def test_owners_see_their_own(ledger):
@@ -454,3 +442,76 @@ def test_left_over_files_and_rows_go(tmp_path):
     assert "1 left-over files deleted" in str(found)
     assert len(ledger.images()) == 5
     ledger.close()
+
+
+# ---- people
+
+
+def test_people_take_turns(ledger):
+    """One with many jobs does not keep others waiting; within a person the order stays."""
+    for i in range(20):
+        add(ledger, f"a{i}", person="ann")
+    ledger.claim("w", 1)
+    for i in range(2):
+        add(ledger, f"b{i}", person="bob")
+    add(ledger, "c0", person="cid")
+    prompts = [job.parameters["prompt"] for job in ledger.queue()]
+    assert prompts[:7] == ["a0", "a1", "b0", "c0", "a2", "b1", "a3"]
+    drawn = [ledger.claim("w", 1)[0].parameters["prompt"] for _ in range(6)]
+    assert drawn == prompts[1:7]
+    waiting = [job for job in ledger.queue() if job.state == "queued"]
+    running = len(ledger.queue()) - len(waiting)
+    assert [ledger.ahead(job.id).jobs for job in waiting] == [running + i for i in range(len(waiting))]
+
+
+def test_who_comes_late_is_not_before_those_who_wait_long(ledger):
+    """A newcomer's hundred jobs do not go before what somebody else has waiting, low priorities aside."""
+    add(ledger, "low", person="low", priority=-5)
+    for i in range(30):
+        add(ledger, f"a{i}", person="ann")
+    for _ in range(20):
+        ledger.claim("w", 1)
+    for i in range(100):
+        add(ledger, f"b{i}", person="bob")
+    prompts = [job.parameters["prompt"] for job in ledger.queue() if job.state == "queued"]
+    assert prompts[:4] == ["a20", "b0", "a21", "b1"]
+    assert prompts[-1] == "low"
+
+
+def test_a_paused_queue_begins_nothing(ledger):
+    running, waiting = add(ledger).id, add(ledger).id
+    ledger.claim("w", 1)
+    ledger.pause(True)
+    assert ledger.paused
+    assert ledger.claim("w", 1) == []
+    assert ledger.finish("w", running, [image()])
+    ledger.pause(False)
+    assert [job.id for job in ledger.claim("w", 1)] == [waiting]
+
+
+def test_what_has_failed_or_was_canceled_can_be_tried_again(ledger):
+    failed, canceled = add(ledger, batch="1").id, add(ledger, batch="2").id
+    ledger.claim("w", 1)
+    ledger.end("w", [failed], "failed", "no luck")
+    ledger.cancel(canceled)
+    for job in (failed, canceled):
+        ledger.retry(job, ROOM)
+        ledger.retry(job, ROOM)  # once more changes nothing
+    found = ledger.get(failed)
+    assert (found.state, found.error, found.attempts, found.finished) == ("queued", None, 0, None)
+    for number, job in enumerate((failed, canceled)):
+        assert [each.id for each in ledger.claim("w", 1)] == [job]
+        assert ledger.finish("w", job, [image(number)])
+    ledger.retry(failed, ROOM)
+    assert ledger.get(failed).state == "succeeded"
+
+
+def test_of_several_jobs_all_are_queued_or_none(ledger):
+    jobs = [NewJob(parameters(str(i)), 1, "b") for i in range(4)]
+    with pytest.raises(QueueFull):
+        ledger.add("me", jobs, Limits(queued=1000, owned=3))
+    assert ledger.queue() == []
+    added = ledger.add("me", jobs, ROOM)
+    assert [job.parameters["prompt"] for job in added] == ["0", "1", "2", "3"]
+    assert [job.id for job in ledger.queue()] == [job.id for job in added]
+    assert ledger.usage("me") == (4, 4)

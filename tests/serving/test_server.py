@@ -648,3 +648,98 @@ def test_out_of_memory_halves_the_batch_and_changes_no_image(make_dalle, tmp_pat
     assert sizes == [4, 2, 1, 1, 1, 1]
     for (one, _, _), (two, _, _) in zip(wanted[0].images, found[0].images, strict=True):
         assert one.tobytes() == two.tobytes()
+
+
+# ---- many people
+
+
+def test_people_take_turns_and_are_named(serve, squares):
+    """Without keys by the name that they give, and everybody sees everything."""
+    client = serve(squares)
+    squares.may_go_on.clear()
+    client.post("/v1/jobs", json={"prompt": "first", "seed": 1})
+    wait_for(lambda: squares.batches)
+    for i in range(3):
+        client.post("/v1/jobs", json={"prompt": f"a{i}", "n": 2 + i}, headers={"X-Name": "J%C3%BCrgen"})
+    client.post("/v1/jobs", json={"prompt": "b0"}, headers={"X-Name": "bob"})
+    queue = client.get("/v1/queue/jobs").json()["jobs"]
+    assert [(job["prompt"], job["person"]) for job in queue] == [
+        ("first", "anyone"), ("a0", "Jürgen"), ("b0", "bob"), ("a1", "Jürgen"), ("a2", "Jürgen"),
+    ]  # fmt: skip
+    assert client.get("/v1/queue", headers={"X-Name": "bob"}).json()["person"] == "bob"
+    squares.may_go_on.set()
+
+
+def test_two_hundred_prompts_do_not_keep_another_waiting(serve, squares, tmp_path):
+    """With keys; the second one's only job starts within two of the first one's."""
+    file = tmp_path / "keys"
+    file.write_text("".join(f"{name}:{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("ann", "bob")))
+    client = serve(squares, keys=str(file), owned=300)
+    squares.together = 1
+    ann, bob = ({"Authorization": f"Bearer {name}"} for name in ("ann", "bob"))
+    squares.may_go_on.clear()
+    lines = "\n".join(f"a{i}" for i in range(200)).encode()
+    assert client.post("/v1/jobs/batch", files={"file": lines}, headers=ann).status_code == 202
+    wait_for(lambda: squares.batches)
+    job = client.post("/v1/jobs", json={"prompt": "b"}, headers=bob).json()
+    assert job["position"] <= 2
+    squares.may_go_on.set()
+    ended(client, job["id"], headers=bob)
+    states = [job["state"] for job in client.get("/v1/jobs?limit=200", headers=ann).json()["jobs"]]
+    assert states.count("succeeded") <= 4
+    assert client.post("/v1/queue/pause", headers=ann).status_code == 403
+
+
+def test_the_queue_is_paused_by_those_who_may(serve, squares):
+    client = serve(squares)
+    assert client.post("/v1/queue/pause").json()["paused"]
+    job = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    time.sleep(0.5)
+    assert client.get(f"/v1/jobs/{job}").json()["state"] == "queued"
+    assert not client.post("/v1/queue/resume").json()["paused"]
+    assert ended(client, job)["state"] == "succeeded"
+
+
+def test_a_failed_job_can_be_tried_again(serve, squares):
+    client = serve(squares)
+    job = draw(client, prompt="defect")
+    assert job["state"] == "failed"
+    again = client.post(f"/v1/jobs/{job['id']}/retry")
+    assert (again.status_code, again.json()["state"]) == (202, "queued")
+    assert ended(client, job["id"])["state"] == "failed"
+
+
+def test_a_list_of_prompts_becomes_jobs_or_none(serve, squares):
+    client = serve(squares, owned=3)
+    text = client.post("/v1/jobs/batch", files={"file": "a red apple\n\nhouse, twemoji\r\n".encode("utf-8-sig")})
+    assert [ended(client, job)["prompt"] for job in text.json()["jobs"]] == ["a red apple", "house, twemoji"]
+    table = b'prompt,n,seed,cfg_scale\n"a, b",2,7,1.5\nc,,,\n'
+    one, two = (ended(client, job) for job in client.post("/v1/jobs/batch", files={"file": table}).json()["jobs"])
+    assert (one["prompt"], one["seed"], len(one["images"]), one["parameters"]["sampling"]["cfg_scale"]) == (
+        "a, b",
+        7,
+        2,
+        1.5,
+    )
+    assert (two["prompt"], len(two["images"])) == ("c", 1)
+    before = len(client.get("/v1/jobs").json()["jobs"])
+    for wrong, status, named in (
+        (b"prompt,n\na,1\nb,zero\n", 422, "line 3: n"), (b"prompt,nn\na,1\n", 422, "line 2: nn"),
+        (b"\n\n", 422, "no prompt"), (b"\xff\xfe", 422, "UTF-8"), (b"a\nforbidden\n", 422, "cannot be drawn"),
+        (b"a\nb\nc\nd\n", 429, "too many"),
+    ):  # fmt: skip
+        answer = client.post("/v1/jobs/batch", files={"file": wrong})
+        assert (answer.status_code, named in answer.text) == (status, True), answer.text
+    assert len(client.get("/v1/jobs").json()["jobs"]) == before
+
+
+def test_parts_of_prompts_come_from_a_file(serve, squares, tmp_path):
+    assert [part["title"] for part in serve(squares).get("/v1/inspiration").json()["parts"]] == ["what", "style"]
+    file = tmp_path / "parts.txt"
+    file.write_text("# who\nann\nbob\n\n# where\nat sea\n")
+    parts = serve(squares, inspiration=str(file)).get("/v1/inspiration").json()["parts"]
+    assert parts == [{"title": "who", "choices": ["ann", "bob"]}, {"title": "where", "choices": ["at sea"]}]
+    for wrong in ("who\nann\n", "# who\n"):
+        file.write_text(wrong)
+        with pytest.raises(UserError, match=r"parts\.txt"):
+            make_app(ServeConfig(library=str(tmp_path / "other"), inspiration=str(file)))
