@@ -9,6 +9,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from dalle_pytorch.data.npm import Package, fetch_packages
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.serving.app import make_app
 from dalle_pytorch.serving.config import ServeConfig
@@ -26,17 +27,36 @@ FLAGS = (
 
 
 @pytest.fixture
-def browser(tmp_path):
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chrome'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
-    yield driver
-    log = driver.get_log("browser")
-    driver.quit()
-    assert log == []
+def open_browser(tmp_path):
+    """Start a browser, as somebody with a profile of their own; none may have logged anything in the end."""
+    drivers = []
+
+    def start(name: str = "one"):
+        options = webdriver.ChromeOptions()
+        options.binary_location = "/usr/bin/chromium"
+        for flag in (*FLAGS, f"--user-data-dir={tmp_path / name}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+        drivers.append(driver)
+        return driver
+
+    yield start
+    logs = [driver.get_log("browser") for driver in drivers]
+    for driver in drivers:
+        driver.quit()
+    assert logs == [[]] * len(drivers)
+
+
+@pytest.fixture
+def browser(open_browser):
+    return open_browser()
+
+
+def as_phone(browser) -> None:
+    """A window of 390 x 844 with touch."""
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 @pytest.fixture
@@ -226,3 +246,98 @@ def test_the_api_is_described(browser, run, tiny_vae):
     find(browser, ".route code")
     shown = [code.text for code in browser.find_elements("css selector", ".route code")]
     assert {"POST /v1/jobs", "POST /v1/images/generations", "POST /encode/{size}"} <= set(shown)
+
+
+# ---- the playground's pages
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_two_people_draw_wait_their_turn_and_find_their_images(open_browser, run, tiny_vae, phone):
+    """From prompt to library, inspiration, settings used again, deletion; each sees which prompts are theirs."""
+    engine = Squares(tiny_vae)
+    engine.may_go_on.clear()
+    url, _ = run(engine)
+    ann, bob = open_browser("ann"), open_browser("bob")
+    for browser, name in ((ann, "Änn"), (bob, "bob")):
+        if phone:
+            as_phone(browser)
+        browser.get(f"{url}/#advanced")
+        find(browser, "#name").send_keys(name + "\t")
+        find(browser, "[name=temperature]")
+    for browser, prompts in ((ann, ("a1", "a2", "a3")), (bob, (EVIL,))):
+        find(browser, "[name=count][value='2']").click()
+        for prompt in prompts:
+            box = find(browser, "#prompt")
+            box.clear()
+            box.send_keys(prompt + "\n")
+            wait_for(lambda b=browser, p=prompt: p in [h.text for h in b.find_elements("css selector", ".job h2")])
+    find(bob, "#queue-list summary").click()
+    items = wait_for(lambda: (found := bob.find_elements("css selector", "#queue li")) and len(found) == 4 and found)
+    assert [item.text.split(" (")[0] for item in items] == ["a1", "a2", EVIL, "a3"]
+    assert ["yours" in item.text for item in items] == [False, False, True, False]
+    find(bob, "#pause").click()
+    wait_for(lambda: "paused" in find(ann, "#queue-status").text)
+    engine.may_go_on.set()
+    find(ann, "#pause").click()
+    for browser, count in ((ann, 8), (bob, 8)):  # one library for both, without keys
+        wait_for(lambda b=browser: len(b.find_elements("css selector", ".job .grid img")) >= 2)
+        browser.get(f"{url}/#library")
+        browser.refresh()
+        loaded(browser, "#images img", count)
+    assert [group.text for group in ann.find_elements("css selector", "#images h2")] == [EVIL, "a3", "a2", "a1"]
+    assert ann.execute_script("return window.hurt") is None
+    assert "seed" in find(ann, "#images .status").text
+    find(ann, "#search").send_keys("a2\n")
+    loaded(ann, "#images img", 2)
+    find(ann, "#images .delete").click()
+    ann.switch_to.alert.accept()
+    wait_for(lambda: len(ann.find_elements("css selector", "#images img")) == 1)
+    find(ann, "#images article > .buttons button").click()
+    wait_for(lambda: find(ann, "#prompt").get_property("value") == "a2")
+    assert find(ann, "[name=seed]").get_property("value")
+    bob.get(f"{url}/inspiration.html")
+    idea = wait_for(lambda: find(bob, "#idea").text)
+    find(bob, "#inspiration button.main").click()
+    wait_for(lambda: find(bob, "#prompt").get_property("value") == idea)
+    for browser in (ann, bob):
+        wide = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        assert browser.execute_script(wide)
+
+
+def test_a_list_of_prompts_is_drawn_and_what_failed_is_tried_again(browser, run, tiny_vae, tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,n\nred,1\ndefect,1\n")
+    url, _ = run(Squares(tiny_vae))
+    browser.get(f"{url}/#advanced")
+    find(browser, "#list").send_keys(str(file))
+    wait_for(lambda: sorted(h.text for h in browser.find_elements("css selector", ".job h2")) == ["defect", "red"])
+    find(browser, ".job .retry").click()
+    wait_for(lambda: find(browser, ".job .retry"))
+    loaded(browser, ".job .grid img", 1)
+
+
+AXE = Package("axe-core", "4.14.1", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745")
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_no_page_has_a_serious_fault_of_accessibility(browser, run, tiny_vae, tmp_path, phone):
+    code = (fetch_packages([AXE], tmp_path / "npm") / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+    url, _ = run(Squares(tiny_vae))
+    if phone:
+        as_phone(browser)
+    browser.get(url)
+    find(browser, "#prompt").send_keys("red\n")
+    loaded(browser, ".job .grid img", 8)
+    for page in ("#draw", "#advanced", "#library", "#inspiration", "#codec", "docs.html"):
+        browser.get(f"{url}/{page}")
+        browser.refresh()
+        if page == "#library":
+            loaded(browser, "#images img", 8)
+        wait_for(lambda: browser.find_elements("css selector", "main"))
+        time.sleep(0.5)
+        browser.execute_script(code)
+        found = browser.execute_async_script("axe.run().then(arguments[0])")
+        assert len(found["passes"]) > 5
+        serious = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
+        bad = [(each["id"], each["nodes"][0]["html"]) for each in serious]
+        assert bad == [], page

@@ -159,7 +159,7 @@ async function showJobs() {
 async function showQueue() {
   const queue = await json("/v1/queue"), { limits, used } = queue;
   mine = queue.person;
-  const parts = [queue.queued + queue.running ? `${queue.running} drawn now, ${queue.queued} waiting` : "Nothing waits"];
+  const parts = [queue.queued + queue.running ? `${queue.running} jobs are drawn, ${queue.queued} wait` : "Nothing waits"];
   if (queue.seconds_an_image) parts.push(`${queue.seconds_an_image.toPrecision(2)} s an image`);
   parts.push(`you may ask for ${limits.images} images at once and ${limits.owned} jobs`);
   if (limits.hourly) parts.push(`${Math.max(limits.hourly - used.hour, 0)} of ${limits.hourly} images left this hour`);

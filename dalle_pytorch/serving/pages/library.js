@@ -19,7 +19,7 @@ function groupOf(image) {
   buttons.className = "row buttons";
   const button = (text, action) => Object.assign(document.createElement("button"), { textContent: text, onclick: attempt(action) });
   buttons.append(
-    button("Use these settings", async () => fill((await json(`/v1/images/${image.id}`)).parameters)),
+    button("Use these settings", async () => fill((await json(`/v1/jobs/${image.job}`)).parameters)),
     button("Download all", () => download(`/v1/jobs/${image.job}/images.zip`, `${image.job}.zip`)),
   );
   group.append(title, note, grid, buttons);
