@@ -25,8 +25,9 @@ def main(config: ServeConfig) -> None:
     except ModuleNotFoundError as error:
         raise UserError(NOT_INSTALLED) from error
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    library = Library(Path(config.library))
     ledger = Ledger(config.database_url(), lease=config.lease)
-    worker = Worker(ledger, Library(Path(config.library)), local_engine(config))
+    worker = Worker(ledger, library, local_engine(config))
     for number in (signal.SIGTERM, signal.SIGINT):
         # in a thread: the signal may come while this one holds the event's lock
         signal.signal(number, lambda *_: threading.Thread(target=worker.stop).start())

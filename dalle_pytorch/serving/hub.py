@@ -4,6 +4,7 @@ No route draws; workers do.
 """
 
 import asyncio
+import gc
 import hashlib
 import json
 import logging
@@ -108,7 +109,8 @@ class Watch:
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self.task, self.stopping = ledger, None, False
+        self.ledger, self.stopping = ledger, False
+        self.task: asyncio.Task[None] | None = None
         self.waiting: dict[asyncio.Future[None], Job] = {}
 
     async def changed(self, job: Job, seconds: float = 1.0) -> bool:
@@ -176,6 +178,8 @@ class Hub:
                     if engine.clip is not None:
                         self.similar = Similar(engine.clip, self.ledger, self.library)
                     self.engine = engine
+                    gc.collect()
+                    gc.freeze()  # or a full collection looks through all of torch, 0.2 s in which nobody is answered
                 except Exception:
                     self.broken = True
                     raise

@@ -47,7 +47,7 @@ class DeleteBody(BaseModel):
 
 def dashed(name: str) -> str:
     """An id of the ledger as a UUID."""
-    return str(uuid.UUID(hex=name))
+    return f"{name[:8]}-{name[8:12]}-{name[12:16]}-{name[16:20]}-{name[20:]}"
 
 
 def playground_routes(hub: Hub) -> APIRouter:
@@ -80,16 +80,14 @@ def playground_routes(hub: Hub) -> APIRouter:
     def getlibrary(owner: Owner) -> Response:
         """All images by prompt, the newest first."""
         groups: dict[str, dict[str, Any]] = {}
-        for row in hub.ledger.groups(owner):
-            group = groups.get(row["job"])
-            if group is None:
-                seconds = (row["finished"] or 0) - (row["started"] or 0)
-                group = groups[row["job"]] = {
-                    "creation_unixtime": row["finished"] or row["created"], "generated_images": [],
-                    "process_time_secs": round(seconds, 2), "queue_id": dashed(row["job"]), "seed": row["seed"],
-                    "text_prompt": row["prompt"],
+        for image, job, prompt, seed, started, finished, created in hub.ledger.groups(owner):
+            if job not in groups:
+                groups[job] = {
+                    "creation_unixtime": finished or created, "generated_images": [],
+                    "process_time_secs": round((finished or 0.0) - (started or 0.0), 2), "queue_id": dashed(job),
+                    "seed": seed, "text_prompt": prompt,
                 }  # fmt: skip
-            group["generated_images"].append(f"library/{group['queue_id']}/{dashed(row['id'])}.png")
+            groups[job]["generated_images"].append(f"library/{dashed(job)}/{dashed(image)}.png")
         return JSONResponse(list(groups.values()))
 
     @router.post("/deleteimage")

@@ -207,3 +207,18 @@ def test_the_command_serves_https_and_ends_with_a_signal(tmp_path):
         assert server.wait(20) in (0, -signal.SIGTERM)
     finally:
         server.kill()
+
+
+def test_a_worker_may_be_the_first_in_a_new_library(tmp_path):
+    """It makes the folder and the ledger, says its name, and ends with a signal."""
+    command = [sys.executable, "-m", "dalle_pytorch.commands.worker", f"library={tmp_path}/new"]
+    worker = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline().startswith("worker ")
+        worker.terminate()
+        assert worker.wait(60) == 0
+    finally:
+        worker.kill()
+        worker.stdout.close()
+    assert (tmp_path / "new" / "ledger.sqlite").is_file()
