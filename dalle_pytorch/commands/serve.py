@@ -5,6 +5,7 @@ takes over the library of a playground.
 """
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ def main(config: ServeConfig) -> None:
     except ModuleNotFoundError as error:
         raise UserError(NOT_INSTALLED) from error
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    for file in (config.tls_cert, config.tls_key):
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"there is no file {file} (tls_cert, tls_key)")
     if config.repair:
+        if not Path(config.library).is_dir():
+            raise UserError(f"library={config.library} is no folder: there is nothing to repair")
         library = Library(Path(config.library))
         print(repair(Ledger(config.database_url()), library))
         return
@@ -60,7 +66,9 @@ def run() -> None:
     if sys.argv[1:2] == ["import-library"]:
         if len(sys.argv) < 3:
             sys.exit("usage: serve.py import-library PATH [library=...] [database=...]")
-        path = sys.argv[2].replace("\\", "\\\\").replace("'", "\\'")
+        # as Hydra wants it between quotes, where a backslash means something before a quote only
+        path = re.sub(r"(\\*)'", r"\1\1\\'", sys.argv[2])
+        path += "\\" * (len(path) - len(path.rstrip("\\")))
         sys.argv[1:3] = [f"import_library='{path}'"]
     main()
 

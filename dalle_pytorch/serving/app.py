@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -140,29 +141,34 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        origin, own = request.headers.get("origin"), f"{request.url.scheme}://{request.headers.get('host', '')}"
-        foreign = origin is not None and origin != own
+        origin = request.headers.get("origin")
+        # the scheme may differ: a proxy in front speaks HTTPS
+        foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("host", "")
         listed = origin in self.origins
-        cors = {"access-control-allow-origin": str(origin), "vary": "origin"} if foreign and listed else {}
+        cors = {
+            "access-control-allow-origin": str(origin), "vary": "origin",
+            "access-control-expose-headers": "location, retry-after",
+        } if foreign and listed else {}  # fmt: skip
         if foreign and not listed and request.method not in ("GET", "HEAD"):
             await error_answer(403, "requests from pages of other sites are not taken")(scope, receive, send)
             return
         if request.method == "OPTIONS":
             allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-allow-headers":
-                       "authorization, content-type, idempotency-key"}  # fmt: skip
+                       "authorization, content-type, idempotency-key, prefer, x-name"}  # fmt: skip
             await Response(status_code=204, headers={**cors, **(allowed if cors else {})})(scope, receive, send)
             return
 
         if request.url.path.startswith(PRIVATE):  # before the body is read
             request.state.owner = self.keys.owner(request.headers.get("authorization"))
             if request.state.owner is None:
-                await error_answer(401, NO_KEY, {"WWW-Authenticate": "Bearer", **SECURE, **cors})(scope, receive, send)
+                await error_answer(401, NO_KEY, {"WWW-Authenticate": "Bearer", **cors})(scope, receive, send)
                 return
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                extra = {**SECURE, **cors}
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
+                there = {name for name, _ in message["headers"]}
+                extra = [(name.encode(), value.encode()) for name, value in {**SECURE, **cors}.items()]
+                message["headers"] = [*message["headers"], *(pair for pair in extra if pair[0] not in there)]
             await send(message)
 
         await self.app(scope, receive, answer)
@@ -171,7 +177,8 @@ class Guard:
 def error_answer(status: int, message: str, headers: Any = None) -> JSONResponse:
     """An error in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+    content = {"error": {"message": message, "type": kind, "code": status}}
+    return JSONResponse(content, status, {**SECURE, **(headers or {})})
 
 
 async def told(request: Request, error: Any) -> Response:

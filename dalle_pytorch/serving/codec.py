@@ -112,14 +112,13 @@ class Codec:
             HTTPException: as ``read``; or a size that the image tokenizer does not read.
         """
         with self.turn():
-            return self._encode(data, size)
+            return self._tokens(self.read(data, size)).tolist()
 
-    def _encode(self, data: bytes, size: int) -> list[list[list[int]]]:
-        images = self.read(data, size)
+    def _tokens(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.at(images.shape[-1] // self.factor)
         with self.lock, torch.inference_mode():
             tokens = self._run(vae.encode, images)
-        return tokens.view(-1, vae.grid_size, vae.grid_size).tolist()
+        return tokens.view(-1, vae.grid_size, vae.grid_size)
 
     def decode(self, tokens: torch.Tensor, item: int = 0) -> Image.Image:
         """One image of tokens ``[b, h, w]``, all of which are checked before any reaches the device.
@@ -137,9 +136,13 @@ class Codec:
             )
         if item >= count:
             raise HTTPException(422, f"item {item} of a batch of {count}")
-        vae = self.at(rows)
-        with self.turn(), self.lock, torch.inference_mode():
-            (image,) = self._run(vae.decode, tokens[item : item + 1].flatten(1))
+        with self.turn():
+            return self._decode(tokens[item : item + 1])
+
+    def _decode(self, tokens: torch.Tensor) -> Image.Image:
+        vae = self.at(tokens.shape[1])
+        with self.lock, torch.inference_mode():
+            (image,) = self._run(vae.decode, tokens.flatten(1))
         return to_pil(image.float())
 
     def compare(self, data: bytes, size: int) -> list[dict[str, Any]]:
@@ -149,9 +152,13 @@ class Codec:
             HTTPException: as ``encode``.
         """
         with self.turn():
-            grid, image = torch.tensor(self._encode(data, size)), self.read(data, size)
+            return self._compare(data, size)
+
+    def _compare(self, data: bytes, size: int) -> list[dict[str, Any]]:
+        image = self.read(data, size)
+        grid = self._tokens(image)
         budget = math.ceil(grid.numel() * math.log2(self.vae.codebook_size) / 8)
-        made = to_tensor(self.decode(grid))[None]
+        made = to_tensor(self._decode(grid))[None]
         rows = [("tokens", made, budget)]
         for codec in CODECS:
             coded = at_bytes(image, codec, budget)

@@ -19,9 +19,9 @@ class LimitsConfig:
     queued: int = 1000
     """Jobs that may wait; further ones are answered with 429."""
     owned: int = 100
-    """Jobs of one owner that may wait."""
+    """Jobs of one person that may wait."""
     hourly: int | None = None
-    """Images that one owner may ask for within an hour, candidates counted; null = any number."""
+    """Images that one person may ask for within an hour, candidates counted; null = any number."""
     body_mb: float = 16.0
     """Bytes of a request, in 10^6."""
     pixels: int = 4096 * 4096
@@ -111,6 +111,10 @@ class ServeConfig:
             raise UserError(f"lease must be at least 1 second, got {self.lease}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UserError("tls_cert and tls_key belong together: give both")
+        if self.owner is not None and (self.import_library is None or self.keys is None):
+            raise UserError("owner belongs to import_library on a server with keys")
+        if self.import_library is not None and self.keys is not None and self.owner is None:
+            raise UserError("import_library with keys: say owner=NAME, whose images these are, or nobody sees them")
         if not self.is_local() and self.keys is None:
             raise UserError(
                 f"host={self.host} lets other machines in: give keys=FILE (docs/serving.md says how to make one), or "

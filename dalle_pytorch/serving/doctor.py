@@ -43,7 +43,7 @@ def repair(ledger: Ledger, library: Library) -> Repairs:
     """
     known = ledger.image_ids()
     adopted, removed, unreadable = 0, 0, []
-    files = library.ids()
+    files, found = library.ids(), list[tuple[float, str, str, NewImage]]()
     for image in files:
         if image in known:
             continue
@@ -54,11 +54,13 @@ def repair(ledger: Ledger, library: Library) -> Repairs:
             row = NewImage(**values)
             job, owner, created = str(notes["job"]), str(notes["owner"]), float(notes["created"])
             len(row.parameters["indices"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SyntaxError, KeyError, TypeError, ValueError) as error:
             unreadable.append(str(library.path(image)))
             log.warning("%s: %s", image, first_line(error))
             continue
-        state = ledger.state(job)
+        found.append((created, job, owner, row))
+    for created, job, owner, row in sorted(found, key=lambda each: each[0]):
+        image, state = row.id, ledger.state(job)
         if state is None or ledger.is_adopted(job):
             ledger.adopt(job, owner, created, row)
             adopted += 1

@@ -33,7 +33,20 @@ from dalle_pytorch.serving.codec import Codec
 from dalle_pytorch.serving.config import ServeConfig
 from dalle_pytorch.serving.engine import Draw
 from dalle_pytorch.serving.keys import ANYONE, Keys
-from dalle_pytorch.serving.ledger import DONE, QUEUED, SUCCEEDED, Conflict, Job, Ledger, Limits, NewJob, QueueFull
+from dalle_pytorch.serving.ledger import (
+    CANCELED,
+    DONE,
+    FAILED,
+    QUEUED,
+    SUCCEEDED,
+    Conflict,
+    Job,
+    Ledger,
+    Limits,
+    NewJob,
+    QueueFull,
+    Row,
+)
 from dalle_pytorch.serving.library import Library
 from dalle_pytorch.serving.similar import Similar
 from dalle_pytorch.serving.worker import Worker
@@ -91,10 +104,10 @@ def read_parts(file: str | None) -> list[Part]:
     if file is None:
         text = (resources.files("dalle_pytorch.serving") / "pages" / "inspiration.txt").read_text(encoding="utf-8")
     else:
-        text = read_text(Path(file), "inspiration")
+        text = read_text(Path(file), f"inspiration={file}")
     parts = []
     for block in re.split(r"\n\s*\n", text.strip()):
-        first, *choices = [line.strip() for line in block.splitlines()]
+        first, *choices = [line.strip() for line in block.splitlines()] or [""]
         if not first.startswith("#") or not choices:
             raise UserError(f"inspiration={file}: a block must be a line '# title' and a choice a line, got {first!r}")
         parts.append(Part(first.lstrip("# "), choices))
@@ -227,10 +240,18 @@ class Hub:
         Raises:
             HTTPException: one cannot be drawn, or there is no room.
         """
-        requests = [self.new_job(body, owner) for body in bodies]
+        digest = digest_of(bodies[0].model_dump()) if key is not None else ""
+        try:
+            if key is not None and (known := self.ledger.of_key(owner, key, digest)) is not None:
+                return [known]
+        except Conflict as error:
+            raise HTTPException(409, "this Idempotency-Key belongs to another request") from error
+        requests, limits = [self.new_job(body, owner) for body in bodies], self.config.limits
+        images = sum(request.count for request in requests)
+        if limits.hourly is not None and images > limits.hourly:
+            raise HTTPException(422, f"{images} images at once, {limits.hourly} an hour at most")
         if asked is not None:
             requests = [job._replace(parameters={**job.parameters, "asked": asked}) for job in requests]
-        digest = digest_of(bodies[0].model_dump()) if key is not None else ""
         try:
             return self.ledger.add(owner, requests, self.limits, person=person or owner, key=key, digest=digest)
         except QueueFull as error:
@@ -244,6 +265,10 @@ class Hub:
         Raises:
             HTTPException: it cannot be drawn.
         """
+        if body.indices is not None and body.model_fields_set & {"n", "num_candidates"}:
+            raise HTTPException(
+                422, "indices say which images are drawn, all of which are kept: leave n and num_candidates out"
+            )
         limits, names = self.config.limits, ("temperature", "top_k", "top_p", "min_p", "cfg_scale")
         for text in (body.prompt, body.negative_prompt):
             if len(text) > limits.prompt:
@@ -292,7 +317,7 @@ class Hub:
 
     def may_pause(self, owner: str) -> bool:
         """Whether somebody may pause the queue: those that ``admins`` names, or all where no keys are asked for."""
-        return owner == ANYONE or owner in self.config.admins
+        return self.config.keys is None or owner in self.config.admins
 
     def retry(self, job: Job) -> None:
         """Queue a job again that has failed or was canceled.
@@ -300,6 +325,8 @@ class Hub:
         Raises:
             HTTPException: there is no room.
         """
+        if job.state not in (FAILED, CANCELED):
+            raise HTTPException(409, f"only a failed or canceled job can be tried again; this one is {job.state}")
         try:
             self.ledger.retry(job.id, self.limits)
         except QueueFull as error:
@@ -349,10 +376,16 @@ class Hub:
         if job.state == QUEUED:
             ahead, speed = self.ledger.ahead(job.id), self.seconds_an_image()
             shown["position"] = ahead.jobs
-            shown["eta_seconds"] = None if speed is None else round((ahead.images + job.count) * speed, 1)
+            shown["eta_seconds"] = (
+                None if speed is None or self.ledger.paused else round((ahead.images + job.count) * speed, 1)
+            )
         if job.state == SUCCEEDED:
-            shown["images"] = [image_view(row) for row in self.ledger.images(owner, job=job.id, limit=1000)]
+            shown["images"] = [image_view(row) for row in self.images(job)]
         return shown
+
+    def images(self, job: Job) -> list[Row]:
+        """All images of a job, the best first."""
+        return self.ledger.images(job.owner, job=job.id, limit=job.count)
 
 
 def full(error: QueueFull) -> HTTPException:
@@ -382,7 +415,7 @@ def owner_of(request: Request, key: Annotated[Any, Depends(HTTPBearer(auto_error
 Owner = Annotated[str, Depends(owner_of)]
 
 
-def person_of(owner: Owner, x_name: Annotated[str, Header(max_length=300)] = "") -> str:
+def person_of(owner: Owner, x_name: Annotated[str, Header(max_length=1200)] = "") -> str:
     """Who takes turns with others: the owner of the key, or on a server without keys the name that somebody gives in
     the header ``X-Name``, percent-encoded."""
     name = unquote(x_name).strip()[:100]

@@ -28,13 +28,17 @@ class Keys:
         if file is None:
             return
         self.digests = []
-        for number, line in enumerate(read_text(Path(file), "keys").splitlines(), start=1):
+        for number, line in enumerate(read_text(Path(file), f"keys={file}").splitlines(), start=1):
             if not line.strip() or line.startswith("#"):
                 continue
             found = LINE.fullmatch(line.strip())
             if found is None:
                 raise UserError(
                     f"keys={file}, line {number}: it must be NAME:SHA256, the hash in 64 hexadecimal digits"
+                )
+            if found["name"] == ANYONE:
+                raise UserError(
+                    f"keys={file}, line {number}: {ANYONE} is the name of those without a key; take another"
                 )
             self.digests.append((found["name"], bytes.fromhex(found["digest"])))  # a name may have several keys
 

@@ -55,6 +55,7 @@ JOBS = sa.Table(
     sa.Column("idempotency", sa.String(200)),
     sa.Column("request", sa.String(64)),
     sa.Index("by_state", "state", "priority", "turn", "number"),
+    sa.Index("by_person", "person", "created"),
     sa.UniqueConstraint("owner", "idempotency"),
 )  # fmt: skip
 IMAGES = sa.Table(
@@ -85,13 +86,33 @@ SETTINGS = sa.Table(
     sa.Column("value", sa.Text, nullable=False),
 )
 HOUR = 3600.0
+MEASURED = 500
+"""Jobs, the latest, of which the speed is measured."""
 LOCK = 7421
 """Number of the lock that guards the queue's limits in PostgreSQL."""
 SHOWN = [column for column in JOBS.c if column.name != "preview"]
-WITH_TIMES = sa.select(IMAGES, JOBS.c.started, JOBS.c.finished).join(JOBS, JOBS.c.id == IMAGES.c.job)
+WITH_TIMES = sa.select(
+    IMAGES, JOBS.c.started, JOBS.c.finished, JOBS.c.created.label("asked"), JOBS.c.number.label("job_number")
+).join(JOBS, JOBS.c.id == IMAGES.c.job)
 """Images, and when their job was drawn."""
+NEWEST = (JOBS.c.created.desc(), JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number)
+"""The library: the newest job first, of a job the best image first."""
 ORDER = (JOBS.c.priority.desc(), JOBS.c.turn, JOBS.c.number)
 """The queue: the highest priority first, people by turns, and each one's jobs as they came."""
+
+
+class Cursor(NamedTuple):
+    """A place in the library, which stays when images are deleted."""
+
+    created: float
+    job: int
+    place: int
+    number: int
+
+    @classmethod
+    def of(cls, row: Row) -> "Cursor":
+        """The place of an image that ``Ledger.images`` gave."""
+        return cls(row["asked"], row["job_number"], row["place"], row["number"])
 
 
 class Job(NamedTuple):
@@ -142,13 +163,13 @@ class Limits(NamedTuple):
     queued: int
     """Jobs that may wait."""
     owned: int
-    """Jobs of one owner that may wait."""
+    """Jobs of one person that may wait."""
     hourly: int | None = None
-    """Images that an owner may ask for within an hour; None = any number."""
+    """Images that a person may ask for within an hour; None = any number."""
 
 
 class Usage(NamedTuple):
-    """What an owner has of the limits."""
+    """What a person has of the limits."""
 
     waiting: int
     """Jobs."""
@@ -246,7 +267,7 @@ class Ledger:
     @property
     def now(self) -> Any:
         """The time that leases are measured by: the database's own where several machines reach it."""
-        return time.time() if self.sqlite else sa.extract("epoch", sa.func.clock_timestamp())
+        return sa.literal(time.time()) if self.sqlite else sa.extract("epoch", sa.func.clock_timestamp())
 
     def read(self, query: Any) -> list[Row]:
         """Rows of a query, which waits for no writer."""
@@ -274,13 +295,9 @@ class Ledger:
             Conflict: the key belongs to another request.
         """
         with self.write(alone=True) as connection:
-            if key is not None:
-                same = (JOBS.c.owner == owner) & (JOBS.c.idempotency == key)
-                if found := connection.execute(sa.select(*SHOWN).where(same)).mappings().first():
-                    if found["request"] != digest:
-                        raise Conflict
-                    return [_job(found)]
-            self._check(connection, owner, len(requests), sum(request.count for request in requests), limits)
+            if key is not None and (found := self._of_key(connection, owner, key, digest)) is not None:
+                return [found]
+            self._check(connection, person, len(requests), sum(request.count for request in requests), limits)
             ids, turns = [], dict[int, int]()
             for request in requests:
                 last = turns.get(request.priority)
@@ -295,6 +312,22 @@ class Ledger:
         rows = {row["id"]: row for row in self.read(sa.select(*SHOWN).where(JOBS.c.id.in_(ids)))}
         return [_job(rows[name]) for name in ids]
 
+    def of_key(self, owner: str, key: str, digest: str) -> Job | None:
+        """The job that a key of an owner has made.
+
+        Raises:
+            Conflict: the key belongs to another request.
+        """
+        with self.engine.connect() as connection:
+            return self._of_key(connection, owner, key, digest)
+
+    def _of_key(self, connection: Connection, owner: str, key: str, digest: str) -> Job | None:
+        same = (JOBS.c.owner == owner) & (JOBS.c.idempotency == key)
+        found = connection.execute(sa.select(*SHOWN).where(same)).mappings().first()
+        if found is not None and found["request"] != digest:
+            raise Conflict
+        return None if found is None else _job(found)
+
     def _turn(self, connection: Connection, person: str, priority: int) -> int:
         """The turn of a person's next job: behind their others, and with the next one of everybody else."""
         rank = JOBS.c.priority == priority
@@ -302,23 +335,25 @@ class Ledger:
         def value(what: Any, *where: Any) -> int | None:
             return connection.execute(sa.select(what).where(rank, *where)).scalar()
 
-        now = value(sa.func.min(JOBS.c.turn), JOBS.c.state == QUEUED)
+        now = value(sa.func.min(JOBS.c.turn), JOBS.c.state == QUEUED, JOBS.c.attempts == 0)  # not what comes back
         if now is None:
             now = value(sa.func.max(JOBS.c.turn), JOBS.c.state == RUNNING)
         last = value(sa.func.max(JOBS.c.turn), JOBS.c.state == QUEUED, JOBS.c.person == person)
         return max(now or 0, 0 if last is None else last + 1)
 
-    def _check(self, connection: Connection, owner: str, jobs: int, images: int, limits: Limits) -> None:
-        waiting = sa.select(JOBS.c.owner, sa.func.count().label("waiting")).where(JOBS.c.state == QUEUED)
-        counts = {row.owner: row.waiting for row in connection.execute(waiting.group_by(JOBS.c.owner))}
-        if sum(counts.values()) + jobs > limits.queued or counts.get(owner, 0) + jobs > limits.owned:
+    def _check(
+        self, connection: Connection, person: str, jobs: int, images: int, limits: Limits, but: str = ""
+    ) -> None:
+        waiting = sa.select(JOBS.c.person, sa.func.count().label("waiting")).where(JOBS.c.state == QUEUED)
+        counts = {row.person: row.waiting for row in connection.execute(waiting.group_by(JOBS.c.person))}
+        if sum(counts.values()) + jobs > limits.queued or counts.get(person, 0) + jobs > limits.owned:
             raise QueueFull("too many jobs are waiting", 10)
         if limits.hourly is not None:
-            self._check_hour(connection, owner, images, limits.hourly)
+            self._check_hour(connection, person, images, limits.hourly, but)
 
-    def _check_hour(self, connection: Connection, owner: str, count: int, most: int) -> None:
-        """Refuse what goes beyond an owner's images of an hour; canceled jobs count, since some were drawn."""
-        lately = (JOBS.c.owner == owner) & (JOBS.c.created > time.time() - HOUR) & (JOBS.c.batch != ADOPTED)
+    def _check_hour(self, connection: Connection, person: str, count: int, most: int, but: str) -> None:
+        """Refuse what goes beyond a person's images of an hour; canceled jobs count, since some were drawn."""
+        lately = (JOBS.c.person == person) & (JOBS.c.created > time.time() - HOUR) & (JOBS.c.id != but)
         query = sa.select(sa.func.sum(JOBS.c.count), sa.func.min(JOBS.c.created)).where(lately)
         images, first = connection.execute(query).one()
         if (images or 0) + count > most:
@@ -331,7 +366,7 @@ class Ledger:
         Raises:
             KeyError: there is none of this id, or it is another owner's.
         """
-        rows = self.read(sa.select(*SHOWN).where(JOBS.c.id == job))
+        rows = self.read(sa.select(*SHOWN).where(JOBS.c.id == job)) if job.isalnum() else []
         if not rows or (owner is not ANY_OWNER and rows[0]["owner"] != owner):
             raise KeyError(job)
         return _job(rows[0])
@@ -369,12 +404,13 @@ class Ledger:
         running_first = sa.case((JOBS.c.state == RUNNING, 0), else_=1)
         return [_job(row) for row in self.read(query.order_by(running_first, *ORDER).limit(limit))]
 
-    def usage(self, owner: str) -> Usage:
-        """What an owner has of the limits."""
-        lately = (JOBS.c.created > time.time() - HOUR) & (JOBS.c.batch != ADOPTED)
+    def usage(self, person: str) -> Usage:
+        """What a person has of the limits."""
+        lately = JOBS.c.created > time.time() - HOUR
         waiting = sa.func.sum(sa.case((JOBS.c.state == QUEUED, 1), else_=0))
         hour = sa.func.sum(sa.case((lately, JOBS.c.count), else_=0))
-        (row,) = self.read(sa.select(waiting.label("waiting"), hour.label("hour")).where(JOBS.c.owner == owner))
+        query = sa.select(waiting.label("waiting"), hour.label("hour")).where(JOBS.c.person == person)
+        (row,) = self.read(query.where((JOBS.c.state == QUEUED) | lately))
         return Usage(int(row["waiting"] or 0), int(row["hour"] or 0))
 
     @property
@@ -400,10 +436,11 @@ class Ledger:
             found = connection.execute(sa.select(*SHOWN).where(ended)).mappings().first()
             if found is None:
                 return
-            self._check(connection, found["owner"], 1, found["count"], limits)
+            self._check(connection, found["person"], 1, found["count"], limits, but=job)
             anew = {
                 "state": QUEUED, "attempts": 0, "error": None, "started": None, "finished": None, "progress": 0.0,
-                "cancel": False, "preview": None, "turn": self._turn(connection, found["person"], found["priority"]),
+                "cancel": False, "preview": None, "created": time.time(),
+                "turn": self._turn(connection, found["person"], found["priority"]),
             }  # fmt: skip
             connection.execute(sa.update(JOBS).where(ended).values(anew))
 
@@ -414,26 +451,33 @@ class Ledger:
 
     def seconds_an_image(self) -> float | None:
         """Measured over the last batches, whose jobs began at the same time; None before the first."""
+        last = sa.select(sa.func.max(JOBS.c.number)).scalar_subquery()
         batches = (
             sa.select(
                 sa.func.sum(JOBS.c.count).label("images"), JOBS.c.started, sa.func.max(JOBS.c.finished).label("end")
             )
-            .where(JOBS.c.state == SUCCEEDED, JOBS.c.batch != ADOPTED)
+            .where(JOBS.c.state == SUCCEEDED, JOBS.c.batch != ADOPTED, JOBS.c.number > last - MEASURED)
             .group_by(JOBS.c.started)
             .order_by(JOBS.c.started.desc())
             .limit(10)
         )
         rows = self.read(batches)
-        images = sum(row["images"] for row in rows)
-        return sum(row["end"] - row["started"] for row in rows) / images if images else None
+        images, seconds, until = sum(row["images"] for row in rows), 0.0, 0.0
+        for row in reversed(rows):  # what workers draw side by side takes the time of one
+            seconds += max(row["end"] - max(row["started"], until), 0.0)
+            until = max(until, row["end"])
+        return seconds / images if images else None
 
     def cancel(self, job: str) -> None:
         """Cancel a job: one that waits at once, one that runs as soon as its worker hears of it."""
         with self.write() as connection:
             mine = JOBS.c.id == job
-            now = {"state": CANCELED, "finished": time.time()}
-            connection.execute(sa.update(JOBS).where(mine, JOBS.c.state == QUEUED).values(now))
-            connection.execute(sa.update(JOBS).where(mine, JOBS.c.state == RUNNING).values(cancel=True))
+            waits = JOBS.c.state == QUEUED  # one statement: a worker may give the job back at the same time
+            values = {
+                "state": sa.case((waits, CANCELED), else_=JOBS.c.state), "cancel": sa.case((waits, False), else_=True),
+                "finished": sa.case((waits, time.time()), else_=JOBS.c.finished),
+            }  # fmt: skip
+            connection.execute(sa.update(JOBS).where(mine, JOBS.c.state.in_((QUEUED, RUNNING))).values(values))
 
     def progress(self, jobs: Collection[str]) -> dict[str, tuple[str, float]]:
         """State and progress of some jobs."""
@@ -491,6 +535,7 @@ class Ledger:
         if not self.read(sa.select(JOBS.c.id).where(late).limit(1)):
             return
         with self.write() as connection:
+            late = (JOBS.c.state == RUNNING) & (JOBS.c.lease < connection.execute(sa.select(self.now)).scalar())
             given_up = {"state": FAILED, "error": DIED, "finished": time.time(), "worker": None}
             connection.execute(sa.update(JOBS).where(late, JOBS.c.attempts >= MAX_ATTEMPTS).values(given_up))
             ended = {"state": CANCELED, "finished": time.time(), "worker": None}
@@ -559,7 +604,7 @@ class Ledger:
         job: str | None = None,
         text: str = "",
         limit: int = 50,
-        before: str | None = None,
+        before: Cursor | None = None,
     ) -> list[Row]:
         """Rows of images, the newest job's first and within a job the best first.
 
@@ -568,20 +613,13 @@ class Ledger:
             job: of one job only.
             text: part of the prompt, capital letters or not.
             limit: at most so many.
-            before: those that come after this image in that order.
+            before: those that come after this place in that order.
         """
-        query = WITH_TIMES.order_by(JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number).limit(limit)
+        query = WITH_TIMES.order_by(*NEWEST).limit(limit)
         if before is not None:
-            last = (
-                sa.select(JOBS.c.number.label("job"), IMAGES.c.place, IMAGES.c.number)
-                .join(JOBS, JOBS.c.id == IMAGES.c.job)
-                .where(IMAGES.c.id == before)
-                .subquery()
-            )
-            later = (IMAGES.c.place > last.c.place) | (
-                (IMAGES.c.place == last.c.place) & (IMAGES.c.number > last.c.number)
-            )
-            query = query.join(last, (JOBS.c.number < last.c.job) | ((JOBS.c.number == last.c.job) & later))
+            here = (-JOBS.c.created, -JOBS.c.number, IMAGES.c.place, IMAGES.c.number)
+            there = (-before.created, -before.job, before.place, before.number)
+            query = query.where(sa.tuple_(*here) > sa.tuple_(*there))
         if owner is not ANY_OWNER:
             query = query.where(IMAGES.c.owner == owner)
         if job is not None:
@@ -599,7 +637,7 @@ class Ledger:
         if owner is not ANY_OWNER:
             query = query.where(IMAGES.c.owner == owner)
         with self.engine.connect() as connection:
-            return connection.execute(query.order_by(JOBS.c.number.desc(), IMAGES.c.place, IMAGES.c.number)).all()
+            return connection.execute(query.order_by(*NEWEST)).all()
 
     def image(self, image: str, owner: object = ANY_OWNER) -> Row:
         """The row of an image.
@@ -607,7 +645,7 @@ class Ledger:
         Raises:
             KeyError: there is none of this id, or it is another owner's.
         """
-        rows = self.read(WITH_TIMES.where(IMAGES.c.id == image))
+        rows = self.read(WITH_TIMES.where(IMAGES.c.id == image)) if image.isalnum() else []
         if not rows or (owner is not ANY_OWNER and rows[0]["owner"] != owner):
             raise KeyError(image)
         return rows[0]

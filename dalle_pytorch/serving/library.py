@@ -57,8 +57,11 @@ class Library:
             KeyError: no id that this server could have made.
             OSError: there is no whole file of it.
         """
-        with Image.open(self.path(image)) as picture:
-            return picture.convert("RGB")
+        try:
+            with Image.open(self.path(image)) as picture:
+                return picture.convert("RGB")
+        except (SyntaxError, ValueError) as error:  # what Pillow's readers also raise
+            raise OSError(f"image {image} is damaged") from error
 
     def delete(self, image: str) -> None:
         """Delete the file of an image; it may be gone already."""

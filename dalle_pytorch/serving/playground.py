@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from dalle_pytorch.files import is_unicode
 from dalle_pytorch.serving.hub import DrawBody, Hub, Owner, Person
 from dalle_pytorch.serving.ledger import Job
 
@@ -58,16 +59,17 @@ def playground_routes(hub: Hub) -> APIRouter:
     def prompt(body: PromptBody, owner: Owner, person: Person) -> dict[str, str]:
         """Queue a prompt."""
         asked = body.model_dump(exclude_none=True)
-        if len(json.dumps(body.model_extra or {})) > MAX_EXTRAS:
-            raise HTTPException(422, f"further fields have {MAX_EXTRAS} characters at most")
-        temperature = None if body.temperature is None else max(body.temperature, LEAST_TEMPERATURE)
         try:
-            wanted = DrawBody(
-                prompt=body.text, n=body.num_images, seed=body.seed or 1 + secrets.randbelow(LARGEST_SEED - 1),
-                top_k=body.gen_top_k, top_p=body.gen_top_p, temperature=temperature, cfg_scale=body.condition_scale,
-            )  # fmt: skip
-        except ValidationError as error:  # cannot be: the fields above have the same bounds
-            raise HTTPException(422, error.errors()[0]["msg"]) from error
+            extras = json.dumps(body.model_extra or {}, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise HTTPException(422, "a further field holds a number that is none") from error
+        if len(extras) > MAX_EXTRAS or not is_unicode(extras) or "\\u0000" in extras:
+            raise HTTPException(422, f"further fields are text and numbers, {MAX_EXTRAS} characters at most")
+        temperature = None if body.temperature is None else max(body.temperature, LEAST_TEMPERATURE)
+        wanted = DrawBody(
+            prompt=body.text, n=body.num_images, seed=body.seed or 1 + secrets.randbelow(LARGEST_SEED - 1),
+            top_k=body.gen_top_k, top_p=body.gen_top_p, temperature=temperature, cfg_scale=body.condition_scale,
+        )  # fmt: skip
         (job,) = hub.submit([wanted], owner, person=person, asked=asked)
         return {"queue_id": dashed(job.id)}
 

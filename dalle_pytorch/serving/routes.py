@@ -18,8 +18,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle_pytorch.serving.hub import DrawBody, Hub, Owner, Person, image_view
-from dalle_pytorch.serving.ledger import DONE, QUEUED, RUNNING, SUCCEEDED, Job
+from dalle_pytorch.serving.ledger import DONE, QUEUED, RUNNING, SUCCEEDED, Cursor, Job
 
+State = Literal["queued", "running", "succeeded", "failed", "canceled"]
+NUMBER = r"-?\d+(?:\.\d+)?"
+Place = Annotated[
+    str | None, Query(pattern=f"^{NUMBER}(_\\d{{1,18}}){{3}}$", max_length=100, description="`next` of the page before")
+]
 LIST = "UTF-8 text with a prompt a line, or CSV with a column prompt and others named as in POST /v1/jobs"
 Before = Annotated[str | None, Query(pattern="^[0-9a-f]{32}$", description="id of the last one of the page before")]
 
@@ -51,7 +56,7 @@ def job_routes(hub: Hub) -> APIRouter:
     @router.post("", status_code=202)
     def submit(
         body: DrawBody, owner: Owner, person: Person,
-        idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+        idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Queue a job."""
         (job,) = hub.submit([body], owner, person=person, key=idempotency_key)
@@ -60,21 +65,24 @@ def job_routes(hub: Hub) -> APIRouter:
     @router.post("/batch", status_code=202)
     def batch(file: Annotated[bytes, File(description=LIST)], owner: Owner, person: Person) -> dict[str, Any]:
         """Queue a job for each line of a file, all of them or none."""
-        jobs = hub.submit(requests_of(file), owner, person=person)
+        limits = hub.config.limits
+        jobs = hub.submit(requests_of(file, min(limits.owned, limits.queued)), owner, person=person)
         return {"jobs": [job.id for job in jobs]}
 
     @router.post("/{job}/retry", status_code=202)
     def retry(job: str, owner: Owner) -> dict[str, Any]:
-        """Queue a job again that has failed or was canceled; any other stays as it is."""
+        """Queue a job again that has failed or was canceled."""
         hub.retry(hub.get(job, owner))
         return hub.view(hub.get(job, owner), owner)
 
     @router.get("")
     def jobs(
         owner: Owner, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = None,
-        state: Annotated[list[str] | None, Query()] = None,
+        state: Annotated[list[State] | None, Query()] = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The latest jobs, newest first; with `before` those that came before that job."""
+        if before is not None:
+            hub.get(before, owner)
         found = hub.ledger.jobs(owner, states=state or (), limit=limit, before=before)
         return {"jobs": [hub.view(job, owner) for job in found], "seconds_an_image": hub.seconds_an_image()}
 
@@ -100,7 +108,10 @@ def job_routes(hub: Hub) -> APIRouter:
     @router.get("/{job}/images.zip", response_class=Response)
     def archive(job: str, owner: Owner) -> Response:
         """All images of a job."""
-        file, rows = io.BytesIO(), hub.ledger.images(owner, job=hub.get(job, owner).id, limit=1000)
+        found = hub.get(job, owner)
+        if found.state != SUCCEEDED:
+            raise HTTPException(409, "the job has no images: it has not succeeded, or not yet")
+        file, rows = io.BytesIO(), hub.images(found)
         with zipfile.ZipFile(file, "w") as packed:
             for row in rows:
                 with contextlib.suppress(FileNotFoundError):
@@ -153,17 +164,24 @@ def image_routes(hub: Hub) -> APIRouter:
     @router.get("")
     def images(
         owner: Owner, search: Annotated[str, Query(max_length=200, pattern=r"^[^\x00]*$")] = "",
-        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Before = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50, before: Place = None,
         similar: Annotated[str | None, Query(max_length=200, min_length=1, pattern=r"^[^\x00]*$")] = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Images, the newest job's first; `search` finds words of the prompt, `before` goes on after an image.
+        """Images, the newest job's first; `search` finds words of the prompt. `next` of the answer, given as `before`,
+        goes on; it is null on the last page.
 
         `similar` gives the images that look most like some words instead, by the CLIP that ranks. Where `complete` is
         false not all of the library was compared yet: ask again.
         """
         if similar is None:
-            rows = hub.ledger.images(owner, text=search, limit=limit, before=before)
-            return {"images": [image_view(row) for row in rows]}
+            cursor = None
+            if before is not None:
+                created, *numbers = before.split("_")
+                cursor = Cursor(float(created), *map(int, numbers))
+            rows = hub.ledger.images(owner, text=search, limit=limit, before=cursor)
+            last = rows[-1] if len(rows) == limit else None
+            following = None if last is None else "_".join(map(str, Cursor.of(last)))
+            return {"images": [image_view(row) for row in rows], "next": following}
         if search or before is not None:
             raise HTTPException(422, "similar stands alone: leave search and before out")
         hub.loaded()
@@ -233,7 +251,7 @@ def openai_routes(hub: Hub) -> APIRouter:
         if job.state != SUCCEEDED:  # OpenAI's client would ask again, and draw it twice more
             no_retry = {"x-should-retry": "false"}
             raise HTTPException(500 if job.error else 409, job.error or "the job was canceled", headers=no_retry)
-        rows = await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000))
+        rows = await run_in_threadpool(hub.images, job)
         if body.response_format == "url":
             data = [{"url": f"{str(request.base_url).rstrip('/')}/v1/images/{row['id']}.png"} for row in rows]
         else:
@@ -272,7 +290,7 @@ async def partial_events(hub: Hub, job: Job, owner: str, wanted: int) -> AsyncIt
             yield event("error", {"type": "error", "error": {"message": job.error or "the job was canceled"}})
             return
         kind = "image_generation.completed"
-        for row in await run_in_threadpool(lambda: hub.ledger.images(owner, job=job.id, limit=1000)):
+        for row in await run_in_threadpool(hub.images, job):
             text = await run_in_threadpool(base64_of, hub, row["id"])
             yield event(kind, {"type": kind, "b64_json": text, "created_at": int(job.created)})
     finally:
@@ -290,25 +308,30 @@ def base64_of(hub: Hub, image: str) -> str:
     return base64.b64encode(hub.library.path(image).read_bytes()).decode()
 
 
-def requests_of(file: bytes) -> list[DrawBody]:
+def requests_of(file: bytes, most: int) -> list[DrawBody]:
     """Requests of a text file, a prompt a line, or of a CSV file with a column ``prompt`` and further settings.
+
+    Args:
+        file: its bytes.
+        most: jobs that may wait: a longer file is refused before its lines are looked at.
 
     Raises:
         HTTPException: a line is wrong; names it.
     """
     try:
-        text = file.decode("utf-8-sig")
+        text = file.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise HTTPException(422, "the file is no UTF-8 text") from error
-    lines = text.splitlines()
-    header = next(csv.reader(lines[:1]), [])
-    if "prompt" in header:
-        rows = csv.DictReader(lines, strict=True)
-        found = [(rows.line_num, {k: v for k, v in row.items() if v not in (None, "")}) for row in rows]
+    first = text.partition("\n")[0].lower()
+    between = next((mark for mark in ",;\t" if "prompt" in [n.strip(' "') for n in first.split(mark)]), None)
+    if between is None:
+        found = [(number, {"prompt": line.strip()}) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
-        found = [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
+        found = table_of(text, between)
     if not found:
         raise HTTPException(422, "the file holds no prompt")
+    if len(found) > most:
+        raise HTTPException(422, f"{len(found)} jobs at once, {most} may wait at most")
     bodies = []
     for number, values in found:
         try:
@@ -320,17 +343,39 @@ def requests_of(file: bytes) -> list[DrawBody]:
     return bodies
 
 
+def table_of(text: str, between: str) -> list[tuple[int, dict[str, str]]]:
+    """Number and named cells of each line of a CSV file.
+
+    Raises:
+        HTTPException: a line is none of it; names it.
+    """
+    rows, found = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True), []
+    try:
+        names = [name.strip().lower() for name in next(rows)]
+        if len(set(names)) < len(names):
+            raise HTTPException(422, "line 1: a column is named twice")
+        for cells in rows:
+            if len(cells) > len(names):
+                raise HTTPException(422, f"line {rows.line_num}: {len(cells)} cells, there are {len(names)} columns")
+            if values := {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}:
+                found.append((rows.line_num, values))
+    except csv.Error as error:
+        raise HTTPException(422, f"line {rows.line_num}: no CSV: {error}") from error
+    return found
+
+
 def queue_routes(hub: Hub) -> APIRouter:
     """The queue as a whole."""
     router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
     def shown(owner: str, person: str) -> dict[str, Any]:
-        limits, usage, counts = hub.config.limits, hub.ledger.usage(owner), hub.ledger.counts()
+        limits, usage, counts = hub.config.limits, hub.ledger.usage(person), hub.ledger.counts()
         bounds = {name: getattr(limits, name) for name in ("images", "prompt", "owned", "hourly")}
         return {
             "paused": hub.ledger.paused, "running": counts.get(RUNNING, 0), "queued": counts.get(QUEUED, 0),
             "seconds_an_image": hub.seconds_an_image(), "may_pause": hub.may_pause(owner),
             "limits": bounds, "used": usage._asdict(), "person": person, "keys": hub.config.keys is not None,
+            "ranks": hub.config.clip is not None,
         }  # fmt: skip
 
     @router.get("")

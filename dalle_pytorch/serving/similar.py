@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from fastapi import HTTPException
 from jaxtyping import Float
 from torch import Tensor
 
 from dalle_pytorch.checkpoints.checkpoint import weights_sha256
 from dalle_pytorch.images import to_tensor
 from dalle_pytorch.models.mode import eval_mode
-from dalle_pytorch.models.two_towers import TwoTowers
+from dalle_pytorch.models.two_towers import SCORED_TOGETHER, TwoTowers
 from dalle_pytorch.serving.ledger import Ledger, Row
 from dalle_pytorch.serving.library import Library
 
 log = logging.getLogger(__name__)
+MAX_WAITING = 8
+"""Searches at once: threads that wait are kept from other requests."""
 EMBEDDED_AT_ONCE = 512
 """Images of one search that are looked at for the first time; some seconds on a CPU."""
 
@@ -45,9 +48,22 @@ class Similar:
     def __init__(self, clip: TwoTowers, ledger: Ledger, library: Library) -> None:
         self.clip, self.ledger, self.library = clip, ledger, library
         self.name, self.lock = weights_sha256(clip), threading.Lock()
+        self.room = threading.BoundedSemaphore(MAX_WAITING)
 
     def find(self, words: str, owner: str, limit: int) -> Found:
-        """Images of an owner by their cosine with some words."""
+        """Images of an owner by their cosine with some words.
+
+        Raises:
+            HTTPException: too many search at once.
+        """
+        if not self.room.acquire(blocking=False):
+            raise HTTPException(503, "too many searches at once", headers={"Retry-After": "1"})
+        try:
+            return self._find(words, owner, limit)
+        finally:
+            self.room.release()
+
+    def _find(self, words: str, owner: str, limit: int) -> Found:
         with self.lock:  # one at a time, since all threads would work on the same images
             new = self.ledger.without_features(self.name, owner, EMBEDDED_AT_ONCE)
             self.ledger.add_features(self.name, self.features(new))
@@ -78,6 +94,7 @@ class Similar:
             for shape in {tuple(image.shape) for image in pixels.values()}:
                 alike = [name for name, image in pixels.items() if tuple(image.shape) == shape]
                 batch = torch.stack([pixels[name] for name in alike]).to(device)
-                features = self.clip.encode_image(batch).half().cpu()
+                parts = [self.clip.encode_image(part) for part in batch.split(SCORED_TOGETHER)]
+                features = torch.cat(parts).half().cpu()
                 found |= {name: row.numpy().tobytes() for name, row in zip(alike, features, strict=True)}
         return found

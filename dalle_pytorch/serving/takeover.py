@@ -46,6 +46,8 @@ def take_over(folder: Path, ledger: Ledger, library: Library, owner: str) -> Tak
     Raises:
         UserError: there is no such folder, or none of a prompt in it.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name the playground's library")
     indices = sorted(folder.glob("*/*.idx"), key=lambda path: path.stat().st_mtime)
     if not indices:
         raise UserError(f"{folder} holds no prompt's folder with an .idx file: name the playground's library")

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import torch
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from dalle_pytorch.errors import UserError, first_line
 from dalle_pytorch.generation.sampling import SamplingConfig
@@ -102,7 +102,7 @@ class Worker:
         """Draw jobs of one batch; each ends succeeded, failed, canceled, or is given back.
 
         Raises:
-            DBAPIError: the database does not answer; the jobs stay held until their lease is over.
+            SQLAlchemyError: the database does not answer; the jobs stay held until their lease is over.
         """
         self.lost, self.watched, self.held = set(), set(), [job.id for job in jobs]
         noted, open_jobs = dict.fromkeys(range(len(jobs)), 0.0), dict(enumerate(jobs))
@@ -124,7 +124,7 @@ class Worker:
             self.defects = 0
             if open_jobs:
                 self.ledger.give_back(self.name, [job.id for job in open_jobs.values()])
-        except DBAPIError:
+        except SQLAlchemyError:
             raise
         except Exception as error:
             self.failed(error, list(open_jobs.values()), alone=len(jobs) == 1)
@@ -176,10 +176,11 @@ class Worker:
     def _beat(self) -> None:
         """Renew leases while the models work, which may take longer than one lasts."""
         while not self.ended.wait(min(self.ledger.lease / 4, 0.5)):
-            if held := list(self.held):
+            if held := self.held:
                 try:
                     beat = self.ledger.beat(self.name, held)
-                    self.lost |= beat.lost
-                    self.watched = beat.watched
+                    if self.held is held:  # otherwise what was lost belongs to the batch before
+                        self.lost |= beat.lost
+                        self.watched = beat.watched
                 except Exception:
                     log.exception("heartbeat")

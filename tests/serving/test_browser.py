@@ -12,7 +12,7 @@ from PIL import Image
 from dalle_pytorch.data.npm import Package, fetch_packages
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.serving.app import make_app
-from dalle_pytorch.serving.config import ServeConfig
+from dalle_pytorch.serving.config import LimitsConfig, ServeConfig
 from dalle_pytorch.text import BPETokenizer
 
 from .conftest import Squares, wait_for
@@ -64,8 +64,9 @@ def run(tmp_path, tiny_vae):
     """Start a server on a library that stays; gives its address and how to end it."""
     servers = []
 
-    def start(engine):
-        app = make_app(ServeConfig(library=str(tmp_path / "library")), lambda: engine)
+    def start(engine, **limits):
+        config = ServeConfig(library=str(tmp_path / "library"), limits=LimitsConfig(**limits))
+        app = make_app(config, lambda: engine)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -314,6 +315,24 @@ def test_a_list_of_prompts_is_drawn_and_what_failed_is_tried_again(browser, run,
     find(browser, ".job .retry").click()
     wait_for(lambda: find(browser, ".job .retry"))
     loaded(browser, ".job .grid img", 1)
+
+
+def test_few_images_are_allowed_and_a_refusal_stays_to_be_read(browser, run, tiny_vae):
+    """The form offers what the limit allows; an error is shown until the next request, whatever is drawn meanwhile."""
+    engine = Squares(tiny_vae)
+    engine.may_go_on.clear()
+    url, _ = run(engine, images=3)
+    browser.get(url)
+    find(browser, "#prompt").send_keys("red\n")
+    find(browser, ".job progress")
+    find(browser, "#prompt").clear()
+    find(browser, "#prompt").send_keys("forbidden\n")
+    notice = find(browser, "#notice")
+    time.sleep(2.5)
+    assert "cannot be drawn" in notice.text
+    engine.may_go_on.set()
+    loaded(browser, ".job .grid img", 3)
+    assert all("422" in entry["message"] for entry in browser.get_log("browser"))
 
 
 AXE = Package("axe-core", "4.14.1", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745")

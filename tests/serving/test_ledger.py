@@ -20,6 +20,7 @@ from dalle_pytorch.serving.ledger import (
     DIED,
     MAX_ATTEMPTS,
     Conflict,
+    Cursor,
     Job,
     Ledger,
     Limits,
@@ -42,9 +43,11 @@ def parameters(prompt: str = "a", keep: int = 1) -> dict:
 
 def add(
     ledger: Ledger, prompt: str = "a", *, owner: str = "me", batch: str = "b", keep: int = 1, priority: int = 0,
-    limits: Limits = ROOM, **more,
+    limits: Limits = ROOM, person: str | None = None, **more,
 ) -> Job:  # fmt: skip
-    (job,) = ledger.add(owner, [NewJob(parameters(prompt, keep), keep, batch, priority)], limits, **more)
+    (job,) = ledger.add(
+        owner, [NewJob(parameters(prompt, keep), keep, batch, priority)], limits, person=person or owner, **more
+    )
     return job
 
 
@@ -250,7 +253,7 @@ def test_pages_go_on_where_the_last_one_ended(ledger):
     first = ledger.images(limit=4)
     assert [row["id"] for row in first] == order[:4]
     ledger.forget(first[0]["id"])
-    assert [row["id"] for row in ledger.images(before=first[-1]["id"])] == order[4:]
+    assert [row["id"] for row in ledger.images(before=Cursor.of(first[-1]))] == order[4:]
     jobs = [job.id for job in ledger.jobs()]
     assert [job.id for job in ledger.jobs(before=jobs[1])] == jobs[2:]
 
@@ -478,6 +481,44 @@ def test_who_comes_late_is_not_before_those_who_wait_long(ledger):
     assert prompts[-1] == "low"
 
 
+def test_what_comes_back_does_not_let_newcomers_pass(ledger):
+    """A job of a dead worker keeps its early turn; others' turns are counted from those that wait."""
+    for i in range(6):
+        add(ledger, f"a{i}", person="ann", batch=str(i))
+    for _ in range(4):
+        ledger.claim("w", 1)
+    time.sleep(0.6)
+    ledger.release_expired()  # four jobs come back
+    for i in range(3):
+        add(ledger, f"b{i}", person="bob")
+    prompts = [job.parameters["prompt"] for job in ledger.queue()]
+    assert prompts == ["a0", "a1", "a2", "a3", "a4", "b0", "a5", "b1", "b2"]
+
+
+def test_saved_up_quota_is_not_there(ledger):
+    """Images of a job that is tried again count as asked for now."""
+    limits = Limits(1000, 1000, hourly=10)
+    jobs = [add(ledger, keep=5, limits=limits).id for _ in range(2)]
+    with pytest.raises(QueueFull):
+        add(ledger, keep=5, limits=limits)
+    for job in jobs:
+        ledger.cancel(job)
+        ledger.retry(job, limits)  # neither twice
+    assert ledger.usage("me") == (2, 10)
+
+
+def test_the_speed_of_workers_side_by_side_is_that_of_all(ledger):
+    for name in ("one", "two"):
+        add(ledger, batch=name, keep=4)
+    claimed = {name: ledger.claim(name, 4)[0].id for name in ("one", "two")}
+    time.sleep(0.4)
+    for name, job in claimed.items():
+        assert ledger.finish(name, job, [image(int(name == "two"))])
+    speed = ledger.seconds_an_image()
+    assert speed is not None
+    assert 0.04 < speed < 0.09  # 0.4 s for 8 images
+
+
 def test_a_paused_queue_begins_nothing(ledger):
     running, waiting = add(ledger).id, add(ledger).id
     ledger.claim("w", 1)
@@ -509,9 +550,9 @@ def test_what_has_failed_or_was_canceled_can_be_tried_again(ledger):
 def test_of_several_jobs_all_are_queued_or_none(ledger):
     jobs = [NewJob(parameters(str(i)), 1, "b") for i in range(4)]
     with pytest.raises(QueueFull):
-        ledger.add("me", jobs, Limits(queued=1000, owned=3))
+        ledger.add("me", jobs, Limits(queued=1000, owned=3), person="me")
     assert ledger.queue() == []
-    added = ledger.add("me", jobs, ROOM)
+    added = ledger.add("me", jobs, ROOM, person="me")
     assert [job.parameters["prompt"] for job in added] == ["0", "1", "2", "3"]
     assert [job.id for job in ledger.queue()] == [job.id for job in added]
     assert ledger.usage("me") == (4, 4)

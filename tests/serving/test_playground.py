@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -104,6 +105,14 @@ def test_what_cannot_be_drawn_is_refused_with_the_reason(serve, squares, body, n
     answer = serve(squares).post("/prompt", json=body)
     assert answer.status_code == 422
     assert named in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [b'"\\ud800"', b"NaN", b'"\\u0000"'])
+def test_a_strange_field_is_refused_and_breaks_nobodys_page(serve, squares, more):
+    client = serve(squares)
+    body = b'{"text": "a", "num_images": 1, "x": ' + more + b"}"
+    assert client.post("/prompt", content=body, headers={"Content-Type": "application/json"}).status_code == 422
+    assert client.get("/queue_status").json() == client.get("/v1/jobs").json()["jobs"] == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"text": "a", "num_images":"6" "seed":1}', b"\xff"])
@@ -211,7 +220,9 @@ def playground(folder: Path) -> tuple[str, list[str]]:
             "gen_top_k": None, "gen_top_p": 0.9, "temperature": None, "condition_scale": 20.0, "notes": "",
         }  # fmt: skip
         text = json.dumps(index) if kind != "broken-idx" else '{"text_prompt": '
-        (folder / queue_id / f"{queue_id}.idx").write_text(text)
+        index_file = folder / queue_id / f"{queue_id}.idx"
+        index_file.write_text(text)
+        os.utime(index_file, (1.66e9, 1.66e9))
         if kind == "broken-image":
             (folder / queue_id / f"{images[0]}.png").write_bytes(b"\x89PNG")
     (folder / "library.json").write_text("[]")
@@ -230,9 +241,12 @@ def test_a_playgrounds_library_is_taken_over(tmp_path, serve, squares):
     assert set(group["generated_images"]) == {f"library/{queue_id}/{image}.png" for image in images}
     with Image.open(io.BytesIO(client.get(f"/library/{queue_id}/{images[1]}.png").content)) as picture:
         assert picture.getpixel((0, 0)) == (1, 10, 20)
+    draw = client.post("/prompt", json={"text": "new", "num_images": 1}).json()["queue_id"]
+    order = [group["queue_id"] for group in library_of(client, 3)]
+    assert order[0] == draw  # what was drawn long ago comes after what is new, whenever it was taken over
     again = take_over(tmp_path / "old", ledger, library, "anyone")
     assert (again.images, again.known) == (0, 3)
-    assert len(client.get("/v1/images").json()["images"]) == 3
+    assert len(client.get("/v1/images").json()["images"]) == 4
 
 
 def test_the_command_takes_a_library_over(tmp_path):

@@ -140,21 +140,26 @@ def test_the_library_is_paged_searched_emptied_and_packed(serve, squares):
     client = serve(squares)
     first, second = draw(client, prompt="red apple", n=3), draw(client, prompt="Blue house", n=2)
     ids = [image["id"] for image in (*second["images"], *first["images"])]
-    pages, before = [], ""
-    for _ in range(3):
-        pages += client.get(f"/v1/images?limit=2{before}").json()["images"]
-        before = f"&before={pages[-1]['id']}"
-    assert [image["id"] for image in pages] == ids
+    for deleted in (None, ids[1]):  # the last image of a page may be deleted before the next page is asked for
+        pages, before = [], ""
+        while before is not None:
+            page = client.get(f"/v1/images?limit=2{before}").json()
+            pages += page["images"]
+            before = page["next"] and f"&before={page['next']}"
+            if deleted:
+                client.delete(f"/v1/images/{deleted}")
+        assert [image["id"] for image in pages] == ids
+    ids.pop(1)
     assert client.get("/v1/images?before=nothing").status_code == 422
     assert client.get("/v1/images?search=%00").status_code == 422
     found = client.get("/v1/images?search=blue").json()["images"]
-    assert [image["id"] for image in found] == ids[:2]
+    assert [image["id"] for image in found] == ids[:1]
     with zipfile.ZipFile(io.BytesIO(client.get(f"/v1/jobs/{first['id']}/images.zip").content)) as packed:
         assert len(packed.namelist()) == 3
         assert packed.testzip() is None
     assert client.delete(f"/v1/images/{ids[0]}").status_code == 204
     assert client.get(f"/v1/images/{ids[0]}.png").status_code == 404
-    assert len(client.get("/v1/images").json()["images"]) == 4
+    assert len(client.get("/v1/images").json()["images"]) == 3
 
 
 def test_a_key_of_the_client_makes_one_job(serve, squares):
@@ -194,6 +199,20 @@ def test_what_cannot_be_drawn_is_refused_at_once(serve, squares, body, status):
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
+def test_what_never_fits_is_not_put_off(serve, squares):
+    """422 and no Retry-After; and a retried job is not counted twice."""
+    client = serve(squares, hourly=6)
+    assert client.post("/v1/jobs", json={"prompt": "a", "n": 7}).status_code == 422
+    client.post("/v1/queue/pause")
+    job = client.post("/v1/jobs", json={"prompt": "a", "n": 6}).json()["id"]
+    client.delete(f"/v1/jobs/{job}")
+    assert client.get(f"/v1/jobs/{job}/images.zip").status_code == 409
+    assert client.post(f"/v1/jobs/{job}/retry").json()["state"] == "queued"
+    assert client.get(f"/v1/jobs/{job}").json()["eta_seconds"] is None
+    client.post("/v1/queue/resume")
+    assert ended(client, job)["state"] == "succeeded"
+
+
 def test_the_queue_is_bounded(serve, squares):
     client = serve(squares, owned=2)
     squares.may_go_on.clear()
@@ -222,8 +241,7 @@ def test_an_owner_may_ask_for_so_many_images_an_hour(serve, squares, tmp_path):
 
 def test_an_image_is_found_by_what_it_shows(serve, squares, tiny_clip):
     """In the order of the CLIP's own scores, and no more once it is deleted."""
-    clip = CLIP(replace(tiny_clip.config, text_vocab_size=260))
-    clip.text_tokenizer, squares.clip = BPETokenizer.train(["red green"], 260), clip
+    squares.clip = clip = searchable(tiny_clip)
     client = serve(squares)
     images = draw(client, n=6)["images"]
     found = client.get("/v1/images", params={"similar": "red"}).json()
@@ -473,6 +491,17 @@ def test_bodies_are_bounded(serve, squares):
     assert client.post("/encode/16", files={"file": b"x" * 200_000}).status_code == 413
 
 
+def test_a_page_behind_a_proxy_with_https_may_ask(serve, squares):
+    """Its Origin has another scheme than the server hears."""
+    client = serve(squares)
+    asked = {"json": {"prompt": "a"}}
+    assert client.post("/v1/jobs", headers={"Origin": "https://127.0.0.1"}, **asked).status_code == 202
+    for origin in ("https://127.0.0.1:99", "https://127.0.0.1.evil.org", "null", "https://evil.org/127.0.0.1"):
+        answer = client.post("/v1/jobs", headers={"Origin": origin}, **asked)
+        assert answer.status_code == 403
+        assert "content-security-policy" in answer.headers
+
+
 def test_pages_run_nothing_of_others(serve, squares):
     client = serve(squares)
     for path in ("/", "/app.js", "/docs.html", "/v1/jobs", "/nothing"):
@@ -519,6 +548,9 @@ def test_an_open_server_needs_keys(tmp_path):
     file = tmp_path / "keys"
     file.write_text("ann:secret\n")
     with pytest.raises(UserError, match="line 1"):
+        make_app(ServeConfig(host="0.0.0.0", keys=str(file), library=str(tmp_path)))
+    file.write_text(f"anyone:{'0' * 64}\n")
+    with pytest.raises(UserError, match="anyone is the name"):
         make_app(ServeConfig(host="0.0.0.0", keys=str(file), library=str(tmp_path)))
 
 
@@ -700,6 +732,59 @@ def test_the_queue_is_paused_by_those_who_may(serve, squares):
     assert ended(client, job)["state"] == "succeeded"
 
 
+def test_a_job_that_has_not_ended_badly_cannot_be_tried_again(serve, squares):
+    client = serve(squares)
+    job = draw(client)
+    answer = client.post(f"/v1/jobs/{job['id']}/retry")
+    assert (answer.status_code, "succeeded" in answer.text) == (409, True)
+
+
+def test_an_answered_key_is_answered_again(serve, squares):
+    """Although the image that the request completes is gone meanwhile; an empty key is none."""
+    client = serve(squares)
+    image = draw(client)["images"][0]["id"]
+    body, headers = {"prompt": "a", "complete": {"image": image, "rows": 1}}, {"Idempotency-Key": "k"}
+    first = client.post("/v1/jobs", json=body, headers=headers).json()["id"]
+    ended(client, first)
+    client.delete(f"/v1/images/{image}")
+    assert client.post("/v1/jobs", json=body, headers=headers).json()["id"] == first
+    assert client.post("/v1/jobs", json=body).status_code == 404
+    assert client.post("/v1/jobs", json=body, headers={"Idempotency-Key": ""}).status_code == 422
+
+
+def searchable(tiny_clip) -> CLIP:
+    clip = CLIP(replace(tiny_clip.config, text_vocab_size=260))
+    clip.text_tokenizer = BPETokenizer.train(["red green"], 260)
+    return clip
+
+
+def test_searches_do_not_keep_other_requests_waiting(serve, squares, tiny_clip):
+    squares.clip = searchable(tiny_clip)
+    client = serve(squares)
+    similar = client.app.state.hub.similar
+    with similar.lock:
+        threads = [threading.Thread(target=client.get, args=("/v1/images?similar=red",), daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: not similar.room._value)
+        assert client.get("/v1/images?similar=red").status_code == 503
+        assert client.get("/v1/jobs").status_code == 200
+    for thread in threads:
+        thread.join()
+
+
+def test_a_damaged_file_does_not_end_a_search(serve, squares, tiny_clip):
+    squares.clip = searchable(tiny_clip)
+    client = serve(squares)
+    images = draw(client, n=3)["images"]
+    path = client.app.state.hub.library.path(images[1]["id"])
+    content = bytearray(path.read_bytes())
+    content[-30:-20] = bytes(10)
+    path.write_bytes(content)
+    found = client.get("/v1/images?similar=red").json()["images"]
+    assert {image["id"] for image in found} == {images[0]["id"], images[2]["id"]}
+
+
 def test_a_failed_job_can_be_tried_again(serve, squares):
     client = serve(squares)
     job = draw(client, prompt="defect")
@@ -722,11 +807,16 @@ def test_a_list_of_prompts_becomes_jobs_or_none(serve, squares):
         1.5,
     )
     assert (two["prompt"], len(two["images"])) == ("c", 1)
+    excel = b'"Prompt"; N\nd;3\n'
+    (job,) = client.post("/v1/jobs/batch", files={"file": excel}).json()["jobs"]
+    assert len(ended(client, job)["images"]) == 3
     before = len(client.get("/v1/jobs").json()["jobs"])
     for wrong, status, named in (
         (b"prompt,n\na,1\nb,zero\n", 422, "line 3: n"), (b"prompt,nn\na,1\n", 422, "line 2: nn"),
         (b"\n\n", 422, "no prompt"), (b"\xff\xfe", 422, "UTF-8"), (b"a\nforbidden\n", 422, "cannot be drawn"),
-        (b"a\nb\nc\nd\n", 429, "too many"),
+        (b"a\nb\nc\nd\n", 422, "3 may wait"), (b'prompt,n\n"abc"d,2\n', 422, "line 2: no CSV"),
+        (b'prompt\n"abc', 422, "no CSV"), (b"prompt;n\na;1;2\n", 422, "line 2: 3 cells"),
+        (b"x" * 200_000, 422, "characters"),
     ):  # fmt: skip
         answer = client.post("/v1/jobs/batch", files={"file": wrong})
         assert (answer.status_code, named in answer.text) == (status, True), answer.text

@@ -2,9 +2,11 @@
 import { $, ask, attempt, download, json, pause, post, show, tell, upload } from "./api.js";
 
 const STATES = { queued: "waiting", running: "drawing", succeeded: "done", failed: "failed", canceled: "canceled" };
-const POLL = 500;
+const POLL = 1000;
 const cards = new Map();
 let mine = "";  // who the server takes me for
+let ranks = true;  // whether a CLIP ranks: without one more candidates are of no use
+let carried = {};  // what a job that is used again was drawn with, and the form has no field for
 
 // ---- the form
 
@@ -19,8 +21,9 @@ export function images() {
 function request() {
   const body = { prompt: $("prompt").value, n: images() };
   for (const input of settings()) if (input.value !== "") body[input.name] = input.type === "number" ? Number(input.value) : input.value;
-  body.num_candidates = Math.max(body.num_candidates ?? Math.min(16, Number($("more-images").max || 16)), body.n);
-  return body;
+  const usual = ranks ? Math.min(16, Number($("more-images").max || 16)) : body.n;
+  body.num_candidates = Math.max(body.num_candidates ?? usual, body.n);
+  return { ...body, ...carried };
 }
 
 // Fill the form with what a job or an image was drawn with.
@@ -30,10 +33,25 @@ export function fill(parameters) {
   const radio = counts().find((each) => each.value === String(body.n)) ?? counts().at(-1);
   radio.checked = true;
   if (radio.value === "more") $("more-images").value = body.n;
-  $("more-images").hidden = radio.value !== "more";
+  showMore();
+  carry({ ...(body.min_p ? { min_p: body.min_p } : {}), ...(body.complete ? { complete: body.complete } : {}) });
   for (const input of settings()) input.value = body[input.name] ?? "";
   $("advanced").open = true;
   location.hash = "#draw";
+}
+
+function carry(more) {
+  carried = more;
+  const parts = [carried.complete ? "completes an image" : "", carried.min_p ? `min-p ${carried.min_p}` : ""].filter(Boolean);
+  $("carried").hidden = parts.length === 0;
+  $("carried-note").textContent = `As before, this ${parts.join(", ")}.`;
+}
+
+// A hidden field that does not fit would keep the form from being sent.
+function showMore() {
+  const more = counts().at(-1).checked;
+  $("more-images").hidden = !more;
+  $("more-images").disabled = !more;
 }
 
 export function bodyOf(job) {
@@ -47,7 +65,10 @@ export async function submit(body) {
   watch();
 }
 
-for (const radio of counts()) radio.onchange = () => { $("more-images").hidden = radio.value !== "more"; };
+for (const radio of counts()) radio.onchange = showMore;
+showMore();
+$("carried-drop").onclick = () => carry({});
+$("prompt-form").addEventListener("invalid", () => { $("advanced").open = true; }, true);
 $("prompt-form").onsubmit = attempt(() => submit(request()));
 $("name").value = localStorage.getItem("name") ?? "";
 $("name").onchange = () => localStorage.setItem("name", $("name").value.trim());
@@ -117,7 +138,7 @@ export function figureOf(image, caption = null) {
   on(".redraw", async () => {
     const row = await json(`/v1/images/${image.id}`);
     location.hash = "#draw";
-    await submit({ ...bodyOf(row), n: 1, num_candidates: undefined, indices: [row.index] });
+    await submit({ ...bodyOf(row), n: undefined, num_candidates: undefined, indices: [row.index] });
   });
   on(".complete", async () => {
     const row = await json(`/v1/images/${image.id}`), { grid_size } = await json("/readyz");
@@ -140,10 +161,17 @@ let watching = false;
 async function watch() {
   if (watching) return;
   watching = true;
+  let told = false;
   try {
     while ([...cards.values()].some((card) => card.open)) {
       await pause(POLL);
-      try { await showJobs(); await showQueue(); tell(null); } catch (error) { tell(error); await pause(2000); }
+      if (document.hidden) continue;
+      try {
+        await showOpenJobs();
+        await showQueue();
+        if (told) tell(null);
+        told = false;
+      } catch (error) { tell(error); told = true; await pause(2000); }
     }
   } finally { watching = false; }
 }
@@ -151,6 +179,11 @@ async function watch() {
 async function showJobs() {
   const { jobs } = await json("/v1/jobs?limit=20");
   for (const job of jobs.reverse()) if (cards.get(job.id)?.open ?? true) await render(job);
+}
+
+async function showOpenJobs() {
+  const { jobs } = await json("/v1/jobs?limit=20&state=queued&state=running");
+  for (const job of jobs.reverse()) await render(job);
   for (const [id, card] of cards) if (card.open && !jobs.some((job) => job.id === id)) await render(await json(`/v1/jobs/${id}`));
 }
 
@@ -159,6 +192,7 @@ async function showJobs() {
 async function showQueue() {
   const queue = await json("/v1/queue"), { limits, used } = queue;
   mine = queue.person;
+  ranks = queue.ranks;
   const parts = [queue.queued + queue.running ? `${queue.running} jobs are drawn, ${queue.queued} wait` : "Nothing waits"];
   if (queue.seconds_an_image) parts.push(`${queue.seconds_an_image.toPrecision(2)} s an image`);
   parts.push(`you may ask for ${limits.images} images at once and ${limits.owned} jobs`);
@@ -169,7 +203,13 @@ async function showQueue() {
   $("pause").onclick = attempt(async () => { await post(`/v1/queue/${queue.paused ? "resume" : "pause"}`, {}); await showQueue(); });
   $("name-label").hidden = queue.keys;
   $("prompt").maxLength = limits.prompt;
-  for (const input of [$("more-images"), document.querySelector("[name=num_candidates]")]) input.max = limits.images;
+  for (const input of [$("more-images"), document.querySelector("[name=num_candidates]")]) {
+    input.max = limits.images;
+    if (Number(input.value) > limits.images) input.value = limits.images;
+  }
+  for (const radio of counts()) radio.disabled = Number(radio.value) > limits.images;
+  if (counts().some((radio) => radio.checked && radio.disabled)) counts().at(-1).checked = true;
+  showMore();
   $("queue-list").hidden = queue.queued + queue.running === 0;
   if ($("queue-list").open && !$("queue-list").hidden) await showWaiting();
 }

@@ -3,7 +3,7 @@ import { $, attempt, download, json, tell } from "./api.js";
 import { figureOf, fill } from "./draw.js";
 
 const PAGE = 48, REFRESH = 10_000;
-let shown = 0, last = null, timer = null;
+let shown = 0, pages = 0, last = null, timer = null, busy = false;
 
 // Images of one job under its prompt, date, seed and speed.
 function groupOf(image) {
@@ -27,13 +27,20 @@ function groupOf(image) {
 }
 
 async function showImages(anew) {
+  if (busy) return;
+  busy = true;
+  try { await showPage(anew); } finally { busy = false; }
+}
+
+async function showPage(anew) {
   const words = $("search").value.trim(), similar = $("meaning").checked && words !== "";
   if (anew) last = null;
   const query = new URLSearchParams({ limit: PAGE, ...(similar ? { similar: words } : { search: words, ...(last ? { before: last } : {}) }) });
-  const { images } = await json(`/v1/images?${query}`);
-  if (anew) { shown = 0; $("images").replaceChildren(); }
+  const { images, next, complete } = await json(`/v1/images?${query}`);
+  if (anew) { shown = pages = 0; $("images").replaceChildren(); }
+  pages++;
   shown += images.length;
-  last = images.at(-1)?.id ?? last;
+  last = next;
   let group = $("images").lastElementChild;
   if (similar) {
     group = document.createElement("div");
@@ -46,16 +53,16 @@ async function showImages(anew) {
       group.querySelector(".grid").append(figureOf(image));
     }
   }
-  $("more").hidden = similar || images.length < PAGE;
+  $("more").hidden = !next;
   $("no-images").hidden = shown > 0;
-  $("library-status").textContent = shown ? `${new Date().toLocaleTimeString()}: ${shown} images${$("more").hidden ? "" : " and more"}` : "";
+  $("library-status").textContent = shown ? `${new Date().toLocaleTimeString()}: ${shown} images${$("more").hidden ? "" : " and more"}${complete === false ? "; not all were compared yet: search again" : ""}` : "";
 }
 
 $("search-form").onsubmit = attempt(() => showImages(true));
 $("more").onclick = attempt(() => showImages(false));
 $("refresh").onchange = () => {
   clearInterval(timer);
-  if ($("refresh").checked) timer = setInterval(() => { if (!$("library").hidden) showImages(true).catch(tell); }, REFRESH);
+  if ($("refresh").checked) timer = setInterval(() => { if (!$("library").hidden && !document.hidden && pages < 2) showImages(true).catch(tell); }, REFRESH);
 };
 
 export const open = () => showImages(true);
