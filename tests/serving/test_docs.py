@@ -22,7 +22,7 @@ CODE = {
 }
 
 
-@pytest.mark.parametrize(("name", "made"), [("openai.py", ".png"), ("draw.py", ".png"), ("curl", ".zip")])
+@pytest.mark.parametrize(("name", "made"), [("images.py", ".png"), ("draw.py", ".png"), ("curl", ".zip")])
 def test_the_three_ways_to_draw(name, made, tmp_path, tiny_vae):
     app = make_app(ServeConfig(library=str(tmp_path / "library")), lambda: Squares(tiny_vae))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
