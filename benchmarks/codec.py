@@ -196,8 +196,8 @@ def against_server(vae: OpenAIDVAE, sizes: list[int], seconds: float) -> None:
                     urlopen(f"{url}/readyz", timeout=5)
                     break
                 time.sleep(0.5)
-            print("images a second | encode: bare | HTTP | share | seed, its CPU | decode: bare | HTTP | share")
-            print("|---" * 8)
+            print("| images a second | encode: bare | HTTP | share | seed, its CPU | decode: bare | HTTP | share |")
+            print("|---" * 8 + "|")
             rate = functools.partial(images_a_second, seconds)
             for size in sizes:
                 own, data = resized(vae, size), picture.getvalue()
