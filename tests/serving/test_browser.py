@@ -102,7 +102,7 @@ def loaded(browser, selector: str, count: int):
 
 def test_a_prompt_becomes_images_and_the_library_keeps_them(browser, run, tiny_vae):
     """Progress, previews, the ranked grid; a prompt is text; after a restart the library has the images."""
-    engine = Squares(tiny_vae, seconds=4.0)
+    engine = Squares(tiny_vae, seconds=12.0, steps=48)
     url, stop = run(engine)
     browser.get(url)
     find(browser, "#prompt").send_keys(EVIL + "\n")

@@ -120,7 +120,7 @@ async function render(job) {
   part(".zip").hidden = job.state !== "succeeded";
   part(".zip").onclick = attempt(() => download(`/v1/jobs/${job.id}/images.zip`, `${job.id}.zip`));
   if (over) part(".preview").hidden = true;
-  if (job.state === "running" && job.progress > 0 && job.progress !== card.progress) {
+  if (job.state === "running" && job.progress !== card.progress) {  // the first question makes the worker begin
     card.progress = job.progress;
     show(part(".preview"), `/v1/jobs/${job.id}/preview.png?${job.progress}`).then((shown) => { if (shown) part(".preview").hidden = !card.open; }, () => {});
   }
