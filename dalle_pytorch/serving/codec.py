@@ -4,13 +4,11 @@ Axes: b images, h w token rows and columns, n image tokens.
 """
 
 import base64
-import contextlib
 import copy
 import io
 import json
 import math
 import threading
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,13 +21,12 @@ from dalle_pytorch.evaluation.codecs import CODECS, at_bytes
 from dalle_pytorch.evaluation.reconstruction import psnr_each
 from dalle_pytorch.images import fit, open_rgb, to_pil, to_tensor
 from dalle_pytorch.serving.engine import png
+from dalle_pytorch.serving.room import Room
 
 Format = Literal["jpeg", "png", "webp"]
 QUALITY = 70
 """Of JPEG and WebP files, as the encoder-decoder server has it."""
 MAX_SIDE, MAX_BATCH = 1024, 64
-MAX_WAITING = 8
-"""Requests that may wait for the image tokenizer."""
 READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats of uploads: readers that decode nothing before the number of pixels is known, and start no other program."""
 NO_GRIDS = "the body must be a JSON array [images][rows][columns] of integers"
@@ -57,7 +54,7 @@ class Codec:
 
     def __init__(self, vae: Any, *, max_pixels: int) -> None:
         self.vae, self.max_pixels, self.lock = vae, max_pixels, threading.Lock()
-        self.room = threading.BoundedSemaphore(MAX_WAITING)
+        self.room = Room("too many images at once")
         self.factor = vae.image_size // vae.grid_size
         self.device = next(vae.parameters()).device
 
@@ -91,27 +88,13 @@ class Codec:
         whole = size - size % self.factor
         return to_tensor(square)[None, :, :whole, :whole]
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """A place among the few requests that wait for the image tokenizer: threads that wait are kept from others.
-
-        Raises:
-            HTTPException: there is none.
-        """
-        if not self.room.acquire(blocking=False):
-            raise HTTPException(503, "too many images at once", headers={"Retry-After": "1"})
-        try:
-            yield
-        finally:
-            self.room.release()
-
     def encode(self, data: bytes, size: int) -> list[list[list[int]]]:
         """Tokens ``[1, h, w]`` of an uploaded image.
 
         Raises:
             HTTPException: as ``read``; or a size that the image tokenizer does not read.
         """
-        with self.turn():
+        with self.room.turn():
             return self._tokens(self.read(data, size)).tolist()
 
     def _tokens(self, images: torch.Tensor) -> torch.Tensor:
@@ -136,7 +119,7 @@ class Codec:
             )
         if item >= count:
             raise HTTPException(422, f"item {item} of a batch of {count}")
-        with self.turn():
+        with self.room.turn():
             return self._decode(tokens[item : item + 1])
 
     def _decode(self, tokens: torch.Tensor) -> Image.Image:
@@ -151,7 +134,7 @@ class Codec:
         Raises:
             HTTPException: as ``encode``.
         """
-        with self.turn():
+        with self.room.turn():
             return self._compare(data, size)
 
     def _compare(self, data: bytes, size: int) -> list[dict[str, Any]]:

@@ -366,7 +366,7 @@ class Hub:
             raise HTTPException(410, "the file of this image is gone")
         return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private, max-age=31536000"})
 
-    def view(self, job: Job, owner: str) -> dict[str, Any]:
+    def view(self, job: Job) -> dict[str, Any]:
         """A job as clients see it."""
         shown: dict[str, Any] = {
             "id": job.id, "person": job.person, "state": job.state, "prompt": job.parameters["prompt"],

@@ -60,7 +60,7 @@ def job_routes(hub: Hub) -> APIRouter:
     ) -> dict[str, Any]:  # fmt: skip
         """Queue a job."""
         (job,) = hub.submit([body], owner, person=person, key=idempotency_key)
-        return hub.view(job, owner)
+        return hub.view(job)
 
     @router.post("/batch", status_code=202)
     def batch(file: Annotated[bytes, File(description=LIST)], owner: Owner, person: Person) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def job_routes(hub: Hub) -> APIRouter:
     def retry(job: str, owner: Owner) -> dict[str, Any]:
         """Queue a job again that has failed or was canceled."""
         hub.retry(hub.get(job, owner))
-        return hub.view(hub.get(job, owner), owner)
+        return hub.view(hub.get(job, owner))
 
     @router.get("")
     def jobs(
@@ -84,18 +84,18 @@ def job_routes(hub: Hub) -> APIRouter:
         if before is not None:
             hub.get(before, owner)
         found = hub.ledger.jobs(owner, states=state or (), limit=limit, before=before)
-        return {"jobs": [hub.view(job, owner) for job in found], "seconds_an_image": hub.seconds_an_image()}
+        return {"jobs": [hub.view(job) for job in found], "seconds_an_image": hub.seconds_an_image()}
 
     @router.get("/{job}")
     def one(job: str, owner: Owner) -> dict[str, Any]:
         """A job, with its images once it has succeeded."""
-        return hub.view(hub.get(job, owner), owner)
+        return hub.view(hub.get(job, owner))
 
     @router.delete("/{job}")
     def cancel(job: str, owner: Owner) -> dict[str, Any]:
         """Cancel a job that waits or runs; one that has ended stays as it is."""
         hub.ledger.cancel(hub.get(job, owner).id)
-        return hub.view(hub.get(job, owner), owner)
+        return hub.view(hub.get(job, owner))
 
     @router.get("/{job}/preview.png", response_class=Response, responses={204: {"description": "none yet"}})
     def preview(job: str, owner: Owner) -> Response:
@@ -127,7 +127,7 @@ def job_routes(hub: Hub) -> APIRouter:
         async def stream() -> AsyncIterator[str]:
             found, last, shown, asked = first, "", 0.0, time.monotonic()
             while True:
-                view = await run_in_threadpool(hub.view, found, owner)
+                view = await run_in_threadpool(hub.view, found)
                 text = json.dumps(view)
                 if text != last:
                     yield f"event: {found.state}\ndata: {text}\n\n"
@@ -136,9 +136,7 @@ def job_routes(hub: Hub) -> APIRouter:
                     shown = found.progress
                     if await run_in_threadpool(hub.preview, found) is not None:
                         yield f"event: preview\ndata: {json.dumps({'url': f'/v1/jobs/{job}/preview.png?{shown}'})}\n\n"
-                if found.state in DONE:
-                    return
-                if hub.watch.stopping:
+                if found.state in DONE or hub.watch.stopping:
                     return
                 if time.monotonic() - asked > 10:  # proxies close what is silent
                     yield ": waiting\n\n"
@@ -235,9 +233,9 @@ def openai_routes(hub: Hub) -> APIRouter:
         (job,) = await run_in_threadpool(lambda: hub.submit([wanted], owner, person=person))
         if "respond-async" in (part.strip().lower() for part in prefer.split(",")):
             headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
-            return JSONResponse(await run_in_threadpool(hub.view, job, owner), 202, headers)
+            return JSONResponse(await run_in_threadpool(hub.view, job), 202, headers)
         if body.stream:
-            events = partial_events(hub, job, owner, body.partial_images or 0)
+            events = partial_events(hub, job, body.partial_images or 0)
             return StreamingResponse(events, media_type="text/event-stream")
         try:
             while job.state not in DONE:
@@ -267,7 +265,7 @@ async def give_up(hub: Hub, job: Job) -> None:
         await run_in_threadpool(hub.ledger.cancel, job.id)
 
 
-async def partial_events(hub: Hub, job: Job, owner: str, wanted: int) -> AsyncIterator[str]:
+async def partial_events(hub: Hub, job: Job, wanted: int) -> AsyncIterator[str]:
     """OpenAI's events of a job: previews, and each finished image."""
     sent, done = 0, False
     try:

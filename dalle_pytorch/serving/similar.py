@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from fastapi import HTTPException
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,10 +18,9 @@ from dalle_pytorch.models.mode import eval_mode
 from dalle_pytorch.models.two_towers import SCORED_TOGETHER, TwoTowers
 from dalle_pytorch.serving.ledger import Ledger, Row
 from dalle_pytorch.serving.library import Library
+from dalle_pytorch.serving.room import Room
 
 log = logging.getLogger(__name__)
-MAX_WAITING = 8
-"""Searches at once: threads that wait are kept from other requests."""
 EMBEDDED_AT_ONCE = 512
 """Images of one search that are looked at for the first time; some seconds on a CPU."""
 
@@ -48,7 +46,7 @@ class Similar:
     def __init__(self, clip: TwoTowers, ledger: Ledger, library: Library) -> None:
         self.clip, self.ledger, self.library = clip, ledger, library
         self.name, self.lock = weights_sha256(clip), threading.Lock()
-        self.room = threading.BoundedSemaphore(MAX_WAITING)
+        self.room = Room("too many searches at once")
 
     def find(self, words: str, owner: str, limit: int) -> Found:
         """Images of an owner by their cosine with some words.
@@ -56,15 +54,7 @@ class Similar:
         Raises:
             HTTPException: too many search at once.
         """
-        if not self.room.acquire(blocking=False):
-            raise HTTPException(503, "too many searches at once", headers={"Retry-After": "1"})
-        try:
-            return self._find(words, owner, limit)
-        finally:
-            self.room.release()
-
-    def _find(self, words: str, owner: str, limit: int) -> Found:
-        with self.lock:  # one at a time, since all threads would work on the same images
+        with self.room.turn(), self.lock:  # one at a time, since all threads would work on the same images
             new = self.ledger.without_features(self.name, owner, EMBEDDED_AT_ONCE)
             self.ledger.add_features(self.name, self.features(new))
             known = self.ledger.features(self.name, owner)

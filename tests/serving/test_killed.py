@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 from pathlib import Path
@@ -104,18 +105,24 @@ def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
                 server.wait()
                 server, kills, kill_at = start(), kills + 1, None
         assert kills == KILLS
-        jobs: dict[str, dict] = {}
-        while len(jobs) < len(accepted) and time.monotonic() < end:
-            for name in accepted.keys() - jobs.keys():
-                found = ask(f"{url}/v1/jobs/{accepted[name]}")
-                if found is not None and found["state"] not in ("queued", "running"):
-                    jobs[name] = found
-            time.sleep(0.1)
+        jobs = ended(url, accepted, end)
     finally:
         server.kill()
         server.wait()
     assert len(accepted) >= KILLS
     check(jobs, accepted, Library(library))
+
+
+def ended(url: str, accepted: dict[str, str], end: float) -> dict[str, dict]:
+    """Jobs by prompt once all have ended, or what has until some time."""
+    jobs: dict[str, dict] = {}
+    while len(jobs) < len(accepted) and time.monotonic() < end:
+        for name in accepted.keys() - jobs.keys():
+            found = ask(f"{url}/v1/jobs/{accepted[name]}")
+            if found is not None and found["state"] not in ("queued", "running"):
+                jobs[name] = found
+        time.sleep(0.1)
+    return jobs
 
 
 def check(jobs: dict[str, dict], accepted: dict[str, str], files: Library) -> None:
@@ -147,7 +154,6 @@ def test_three_workers_and_two_servers_killed_at_random_lose_and_double_nothing(
     starts += [lambda: run(WORKER, **settings)] * 3
     running, accepted, asked, kills = [start() for start in starts], {}, 0, 0
     end, kill_at = time.monotonic() + seconds, time.monotonic() + 8
-    jobs: dict[str, dict] = {}
     try:
         while time.monotonic() < end:
             body = {"prompt": f"p{asked}", "n": 2, "seed": asked}
@@ -161,12 +167,7 @@ def test_three_workers_and_two_servers_killed_at_random_lose_and_double_nothing(
                 running[victim].kill()
                 running[victim].wait()
                 running[victim], kills, kill_at = starts[victim](), kills + 1, time.monotonic() + dice.uniform(0.5, 1.5)
-        while len(jobs) < len(accepted) and time.monotonic() < end + 120:
-            for name in accepted.keys() - jobs.keys():
-                found = ask(f"http://127.0.0.1:{ports[0]}/v1/jobs/{accepted[name]}")
-                if found is not None and found["state"] not in ("queued", "running"):
-                    jobs[name] = found
-            time.sleep(0.1)
+        jobs = ended(f"http://127.0.0.1:{ports[0]}", accepted, end + 120)
     finally:
         for process in running:
             process.kill()
@@ -203,7 +204,22 @@ def test_the_command_serves_https_and_ends_with_a_signal(tmp_path):
         wait_for(ready, 60)
         with pytest.raises((urllib.error.URLError, ConnectionError)):
             urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
+        body = json.dumps({"prompt": "a red apple", "n": 64}).encode()
+        request = Request(f"https://127.0.0.1:{port}/v1/images/generations", body, {"Content-Type": "application/json"})
+        codes = []
+
+        def draw() -> None:
+            try:
+                codes.append(urlopen(request, timeout=60, context=context).status)
+            except urllib.error.HTTPError as error:
+                codes.append(error.code)
+
+        client = threading.Thread(target=draw)
+        client.start()
+        time.sleep(1)
         server.terminate()
+        client.join(30)
+        assert codes == [503]  # who waits is told
         assert server.wait(20) in (0, -signal.SIGTERM)
     finally:
         server.kill()

@@ -25,10 +25,10 @@ from dalle_pytorch.generation.sampling import SamplingConfig
 from dalle_pytorch.images import fit, to_pil, to_tensor
 from dalle_pytorch.models.clip import CLIP
 from dalle_pytorch.serving.app import make_app
-from dalle_pytorch.serving.codec import MAX_WAITING
 from dalle_pytorch.serving.config import ServeConfig
 from dalle_pytorch.serving.engine import Draw, Drawn, LocalEngine
 from dalle_pytorch.serving.library import NOTES
+from dalle_pytorch.serving.room import MAX_WAITING
 from dalle_pytorch.text import BPETokenizer
 
 from .conftest import Squares, colour, ended, wait_for
@@ -763,10 +763,13 @@ def test_searches_do_not_keep_other_requests_waiting(serve, squares, tiny_clip):
     client = serve(squares)
     similar = client.app.state.hub.similar
     with similar.lock:
-        threads = [threading.Thread(target=client.get, args=("/v1/images?similar=red",), daemon=True) for _ in range(8)]
+        threads = [
+            threading.Thread(target=client.get, args=("/v1/images?similar=red",), daemon=True)
+            for _ in range(MAX_WAITING)
+        ]
         for thread in threads:
             thread.start()
-        wait_for(lambda: not similar.room._value)
+        wait_for(lambda: not similar.room.places._value)
         assert client.get("/v1/images?similar=red").status_code == 503
         assert client.get("/v1/jobs").status_code == 200
     for thread in threads:
